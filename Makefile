@@ -1,0 +1,57 @@
+# Two commands on a fresh machine: `make book` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help env book serve test chapters lint lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+env: $(READY)  ## the virtual environment in .venv, from requirements.lock
+
+book: $(READY)  ## execute the chapters and publish _build/html (PARAMS=book/params/gpu.yaml)
+	@$(BIN)/python book/build.py $(if $(PARAMS),--params "$(PARAMS)")
+
+serve: $(READY) | _build/html/index.html  ## show the book on 127.0.0.1 (PORT=8000)
+	@echo "http://127.0.0.1:$(PORT)/ shows the book; Ctrl-C stops"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+_build/html/index.html:
+	@$(MAKE) --no-print-directory book
+
+test: $(READY)  ## all tests: library, chapters at test size, the published pages in a browser
+	@$(BIN)/python -m pytest
+
+chapters: $(READY)  ## only the chapters at test size
+	@$(BIN)/python -m pytest -m chapter
+
+lint: $(READY)  ## style of code and notebooks, outputs in notebooks
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/nbstripout --keep-id --verify book/*.ipynb
+
+lock: $(READY)  ## renew requirements.lock and environment.yml from requirements.in
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 \
+		--custom-compile-command "make lock" requirements.in -o requirements.lock
+	@$(BIN)/python .ci/environment.py > environment.yml
+
+clean:  ## remove everything that was built, the environment too
+	rm -rf _build .venv
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "make needs Python 3.11 or later: found $$($(PYTHON) --version 2>&1), name another by PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "make needs the venv module of $(PYTHON): install it (Debian: apt-get install python3-venv)" >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		echo "making a virtual environment in .venv"; $(PYTHON) -m venv --clear .venv; }
+	@echo "installing requirements.lock into .venv (7 GB, some minutes at the first time)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on \
+		--no-deps --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+		--no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,55 @@
+"""``python -m data_prep NAME ...``: makes an image set from an archive."""
+
+import argparse
+import importlib
+import sys
+
+from hallulib import UserError
+
+ARCHIVES = {
+    "folder": "images in one folder per class, or images and a CSV",
+    "npz": "arrays of one NumPy .npz file",
+    "medmnist": "a MedMNIST collection, downloaded or from its .npz file",
+    "picai": "PI-CAI prostate MRI: T2-weighted slices graded by expert masks",
+}
+
+
+def parser(archive: str | None = None) -> argparse.ArgumentParser:
+    """The command line; only the archive asked for is imported."""
+    top = argparse.ArgumentParser(
+        prog="python -m data_prep",
+        description="Makes an image set (images.npy, table.csv, card.json), which every chapter of"
+        " the book accepts as DATASET.",
+        epilog="A run that was killed goes on where it stopped when it is started again.",
+    )
+    names = top.add_subparsers(dest="archive", metavar="NAME", required=True)
+    for name, told in ARCHIVES.items():
+        sub = names.add_parser(
+            name,
+            help=told,
+            description=told[0].upper() + told[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == archive:
+            importlib.import_module(f"data_prep.{name}").add_arguments(sub)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one archive; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
+    args = parser(given[0] if given else None).parse_args(given)
+    try:
+        report = importlib.import_module(f"data_prep.{args.archive}").run(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    print(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

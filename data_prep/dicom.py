@@ -1,0 +1,149 @@
+"""T2W series of DICOM files as volumes; nothing but the tags listed here is ever read."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pydicom
+
+from data_prep.volumes import Fault, Volume, turned
+
+HEADER_TAGS = (  # all that is read of a DICOM file to choose a series; none of it is written
+    "Modality",
+    "SeriesInstanceUID",
+    "SeriesDescription",
+    "SeriesNumber",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+)
+IMAGE_TAGS = (  # all that is read of a DICOM file to get its pixels and their place
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "NumberOfFrames",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "PixelData",
+)
+SAME_FRAME = 1e-4  # directions and spacings of the slices of a series may differ by this
+ON_LINE_MM = 0.1  # slices may be this far from equal steps along a line
+
+
+def read_series(files: Sequence[Path], told: str) -> Volume:
+    """Reads the slices of one DICOM series and puts them in order by position.
+
+    Only `IMAGE_TAGS` are read; the pixels are rescaled by slope and intercept.
+
+    Args:
+        files: one per slice, in any order.
+        told: how messages call the series.
+
+    Raises:
+        Fault: a file is truncated, damaged or of another kind; slices differ in shape, spacing or
+            direction, share a position, or one is missing.
+    """
+    slices = [_read_slice(Path(file)) for file in files]
+    if len(slices) < 2:
+        raise Fault(f"{told}: one slice; a volume of at least two is needed", "one slice only")
+    frame, shape = slices[0][1], slices[0][2].shape
+    for _, other, pixels in slices[1:]:
+        if pixels.shape != shape or np.abs(other - frame).max() > SAME_FRAME:
+            raise Fault(
+                f"{told}: slices differ in shape, spacing or direction; one series is needed",
+                "slices of different geometry",
+            )
+    right, down, (between_rows, between_columns) = np.split(frame, [3, 6])
+    slices.sort(key=lambda one: one[0] @ np.cross(right, down))
+    positions = np.array([position for position, _, _ in slices])
+    steps = np.stack([_line(positions, told), down * between_rows, right * between_columns])
+    return turned(Volume(np.stack([pixels for _, _, pixels in slices]), positions[0], steps), told)
+
+
+def read_header(file: Path) -> pydicom.Dataset:
+    """The `HEADER_TAGS` of a DICOM file.
+
+    Raises:
+        Fault: it cannot be read.
+    """
+    try:
+        with _silent():
+            header = pydicom.dcmread(file, specific_tags=HEADER_TAGS, stop_before_pixels=True)
+            for element in header:  # converts now, so that a bad value is found here
+                element.value  # noqa: B018
+            return header
+    except Exception as error:  # its text may hold what a tag says
+        raise _unreadable(file, error) from None
+
+
+def _line(positions: np.ndarray, told: str) -> np.ndarray:
+    """The step between slices, if all are on one line at equal distances."""
+    steps = np.diff(positions, axis=0)
+    if (np.linalg.norm(steps, axis=1) < ON_LINE_MM).any():
+        raise Fault(
+            f"{told}: two slices at the same position; one is needed", "two slices at one place"
+        )
+    along = (positions[-1] - positions[0]) / (len(positions) - 1)
+    off = positions - positions[0] - np.arange(len(positions))[:, None] * along
+    if np.abs(off).max() > ON_LINE_MM:
+        lengths = np.linalg.norm(steps, axis=1)
+        raise Fault(
+            f"{told}: slices are {lengths.min():.2f} to {lengths.max():.2f} mm apart or off a"
+            " line, as if one were missing; equal steps are needed",
+            "slice missing or unequal steps",
+        )
+    return along
+
+
+def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Position, frame (directions of a row and of a column, spacing; together 8) and pixels."""
+    try:
+        with _silent():
+            found = pydicom.dcmread(file, force=False, specific_tags=IMAGE_TAGS)
+            position = np.array(found.ImagePositionPatient, float)
+            frame = np.array([*found.ImageOrientationPatient, *found.PixelSpacing], float)
+            raw, kind = found.pixel_array, found.PhotometricInterpretation
+            slope, shift = found.get("RescaleSlope", 1), found.get("RescaleIntercept", 0)
+            pixels = raw.astype(np.float32) * np.float32(slope) + np.float32(shift)
+    except Exception as error:  # its text may hold what a tag says
+        raise _unreadable(file, error) from None
+    if pixels.ndim != 2 or kind != "MONOCHROME2":
+        found = f"{pixels.ndim}-dimensional pixels, {kind}"
+        raise Fault(
+            f"{file}: has {found}; single MONOCHROME2 slices are needed", "not a grey slice"
+        )
+    if position.shape != (3,) or frame.shape != (8,) or not np.isfinite(frame).all():
+        raise _unreadable(file, ValueError())
+    return position, frame, pixels
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without pydicom's remarks, which quote the values of tags."""
+    log = logging.getLogger("pydicom")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _unreadable(file: Path, error: Exception) -> Fault:
+    return Fault(
+        f"{file}: cannot be read as DICOM ({type(error).__name__}); a whole file with position,"
+        " orientation, spacing and uncompressed pixels is needed",
+        "unreadable DICOM file",
+    )

@@ -1,0 +1,105 @@
+"""One image file to one square uint8 image, or one clear sentence."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from hallulib import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"}
+
+
+def read(file: Path, grey: bool = False) -> np.ndarray:
+    """Pixels of a PNG, JPEG, TIFF, BMP or .npy file.
+
+    Args:
+        file: upright after its EXIF orientation; transparency is dropped.
+        grey: turn colour into luminance.
+
+    Returns:
+        (H, W) or (H, W, 3), uint8 as stored, or float64 for deeper images.
+
+    Raises:
+        UserError: unreadable, truncated, too large, several images in one, or not finite.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            pixels = _array(file) if file.suffix.lower() == ".npy" else _picture(file, grey)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(
+            f"{file}: more than {Image.MAX_IMAGE_PIXELS} pixels; cut it into smaller images"
+        ) from error
+    except (OSError, ValueError, EOFError, SyntaxError, UnidentifiedImageError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"{file}: not a whole image ({told}); replace or remove it") from error
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)) or not pixels.size:
+        raise UserError(
+            f"{file}: shape {pixels.shape}; (height, width) or (height, width, 3) needed"
+        )
+    if not np.isfinite(pixels).all():
+        raise UserError(f"{file}: pixels are NaN or infinite; every pixel must be a finite number")
+    if grey and pixels.ndim == 3:
+        pixels = pixels @ np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's "L"
+    return pixels
+
+
+def to_bytes(pixels: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Deeper images from their 0.5th..99.5th percentile to 0..255; uint8 as it is.
+
+    Returns:
+        uint8 of the same shape, and notes.
+    """
+    if pixels.dtype == np.uint8:
+        return pixels, []
+    low, high = np.percentile(pixels, [0.5, 99.5])
+    if high <= low:
+        return np.zeros(pixels.shape, np.uint8), ["constant image set to black"]
+    scaled = np.clip((pixels - low) / (high - low), 0, 1) * 255
+    return np.rint(scaled).astype(np.uint8), ["image deeper than 8 bits, scaled by percentiles"]
+
+
+def to_square(pixels: np.ndarray, fit: str) -> tuple[np.ndarray, list[str]]:
+    """Makes (H, W, ...) square around its centre.
+
+    Args:
+        pixels: uint8.
+        fit: ``"pad"`` to the longer side with the median of the border, so that the background
+            goes on, black or white; ``"crop"`` to the shorter.
+
+    Returns:
+        The square, and notes.
+    """
+    height, width = pixels.shape[:2]
+    if height == width:
+        return pixels, []
+    side = min(height, width) if fit == "crop" else max(height, width)
+    top, left = abs(height - side) // 2, abs(width - side) // 2
+    if fit == "crop":
+        return pixels[top : top + side, left : left + side], ["image cropped to a square"]
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    square = np.empty((side, side, *pixels.shape[2:]), np.uint8)
+    square[...] = np.rint(np.median(border, axis=0))
+    square[top : top + height, left : left + width] = pixels
+    return square, ["image padded to a square"]
+
+
+def _array(file: Path) -> np.ndarray:
+    pixels = np.load(file, allow_pickle=False)
+    if pixels.dtype.kind not in "uif":
+        raise ValueError(f"type {pixels.dtype}, numbers needed")
+    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float64)
+
+
+def _picture(file: Path, grey: bool) -> np.ndarray:
+    with Image.open(file) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError(f"{image.n_frames} images in one file, one needed")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            return np.asarray(image).astype(np.float64)
+        flat = "L" if grey or image.mode in ("1", "L", "LA") else "RGB"
+        return np.array(image.convert(flat))

@@ -1,0 +1,204 @@
+r"""Volumes with their place in space, in one order: feet to head, front to back.
+
+A voxel with index :math:`i` = (slice, row, column) has its centre at
+
+.. math:: p = o + \sum_k i_k s_k
+
+in millimetres, with x to the patient's left, y to the back and z to the head. Slices are put in
+order by position and every axis is turned to the direction that its step :math:`s_k` mostly has,
+so nothing depends on how files are named, numbered or stored.
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+from hallulib import UserError
+
+BYTES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
+
+
+class Fault(UserError):
+    """What is wrong with one study, in one sentence, and its kind in a few words.
+
+    The kind names no file, so it may be counted in a report.
+    """
+
+    def __init__(self, sentence: str, kind: str):
+        super().__init__(sentence, kind)  # both in args: it is pickled on its way from a worker
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+    @property
+    def kind(self) -> str:
+        """A few words."""
+        return self.args[1]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels and their place.
+
+    Args:
+        pixels: (slices, rows, columns), feet to head, front to back, patient's right to left.
+        origin: (3,) centre of the first voxel, mm.
+        steps: (3, 3) ``steps[k]`` leads to the next voxel along axis k, mm.
+    """
+
+    pixels: np.ndarray
+    origin: np.ndarray
+    steps: np.ndarray
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """Distance between slices, rows and columns, mm (3,)."""
+        return np.linalg.norm(self.steps, axis=1)
+
+
+def read_file(path: Path, told: str | None = None) -> Volume:
+    """Reads a MetaImage (.mha) or NIfTI (.nii, .nii.gz) file of one axial volume.
+
+    Args:
+        path: the file; its name tells the format.
+        told: how messages call it; its path by default.
+
+    Raises:
+        Fault: truncated, damaged, not one grey volume, or not axial.
+    """
+    told = told or str(path)
+    _check_whole(path, told)
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise Fault(
+            f"{told}: cannot be read as an image; it is damaged", "damaged file"
+        ) from error
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        found = (
+            f"{image.GetDimension()} dimensions, {image.GetNumberOfComponentsPerPixel()} channels"
+        )
+        raise Fault(f"{told}: has {found}; a grey volume is needed", "not a grey volume")
+    steps = (np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()).T[::-1]
+    volume = Volume(sitk.GetArrayFromImage(image), np.array(image.GetOrigin()), steps)
+    return turned(volume, told)
+
+
+def turned(volume: Volume, told: str) -> Volume:
+    """The same voxels with slices to the head, rows to the back and columns to the left.
+
+    Raises:
+        Fault: the slices are not axial.
+    """
+    pixels, origin, steps = volume.pixels, volume.origin.astype(float), volume.steps.astype(float)
+    good = np.isfinite(steps).all() and np.isfinite(origin).all()
+    if not good or list(np.abs(steps).argmax(axis=1)) != [2, 1, 0]:
+        raise Fault(f"{told}: is not an axial volume; axial slices are needed", "not axial")
+    for axis in range(3):
+        if steps[axis, 2 - axis] < 0:
+            origin = origin + (pixels.shape[axis] - 1) * steps[axis]
+            steps[axis] *= -1
+            pixels = np.flip(pixels, axis)
+    return Volume(pixels, origin, steps)
+
+
+def on_grid(mask: Volume, image: Volume, told: str) -> np.ndarray:
+    """The mask at the voxels of the image: the nearest one of the mask in space.
+
+    The two must cover the same box: no corner may be off by more than half a voxel of the coarser
+    grid along any axis. On equal grids that is the mask itself.
+
+    Returns:
+        The mask's values in the shape of the image.
+
+    Raises:
+        Fault: the boxes differ.
+    """
+    ends = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in mask.pixels.shape]), -1).reshape(-1, 3)
+    to_image = np.linalg.inv(image.steps)
+    placed = (mask.origin + ends @ mask.steps - image.origin) @ to_image
+    wanted = (ends + 0.5) / mask.pixels.shape * image.pixels.shape - 0.5
+    off = np.abs(placed - wanted) * image.spacing
+    if (off > np.maximum(mask.spacing, image.spacing) / 2).any():
+        raise Fault(
+            f"{told}: its grid ({_grid(mask)}) lies up to {off.max():.1f} mm off the image's"
+            f" ({_grid(image)}); a mask of the same field of view is needed",
+            "mask of other geometry",
+        )
+    to_mask = np.linalg.inv(mask.steps)
+    return ndimage.affine_transform(
+        mask.pixels,
+        (image.steps @ to_mask).T,
+        (image.origin - mask.origin) @ to_mask,
+        image.pixels.shape,
+        order=0,
+        mode="nearest",
+    )
+
+
+def _check_whole(path: Path, told: str) -> None:
+    """Refuses a truncated file; ITK reads a truncated NIfTI file as zeros without a word."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+            file.seek(0)
+            if start.startswith(b"version https://git-lfs"):
+                raise Fault(
+                    f"{told}: is a Git LFS pointer; get the file itself", "Git LFS pointer"
+                )
+            if path.suffix == ".mha":
+                whole = _is_whole_mha(file)
+            else:
+                whole = _is_whole_nifti(gzip.open(file) if path.suffix == ".gz" else file)
+    except (OSError, EOFError, ValueError, KeyError, struct.error, zlib.error) as error:
+        raise Fault(
+            f"{told}: is truncated or damaged ({type(error).__name__}); the whole file is needed",
+            "truncated or damaged file",
+        ) from error
+    if not whole:
+        raise Fault(f"{told}: is truncated; the whole file is needed", "truncated or damaged file")
+
+
+def _is_whole_nifti(file: IO[bytes]) -> bool:
+    header = file.read(348)
+    order = "<" if header[:4] == struct.pack("<i", 348) else ">"
+    (length,) = struct.unpack_from(order + "i", header)
+    n, *shape = struct.unpack_from(order + "8h", header, 40)
+    (bits,) = struct.unpack_from(order + "h", header, 72)
+    (start,) = struct.unpack_from(order + "f", header, 108)
+    if length != 348 or not 1 <= n <= 7:
+        raise ValueError("not NIfTI-1")
+    found = len(header) + sum(len(block) for block in iter(lambda: file.read(2**20), b""))
+    return found >= start + math.prod(shape[:n]) * bits // 8
+
+
+def _is_whole_mha(file: IO[bytes]) -> bool:
+    header = {}
+    while "ElementDataFile" not in header:
+        key, mark, value = file.readline(4096).decode("latin-1").partition("=")
+        if not mark:
+            raise ValueError("not MetaImage")
+        header[key.strip()] = value.strip()
+    if header["ElementDataFile"] != "LOCAL":  # a header may name any file of the machine
+        raise ValueError("data elsewhere")
+    voxels = math.prod(int(n) for n in header["DimSize"].split())
+    channels = int(header.get("ElementNumberOfChannels", 1))
+    kind = header["ElementType"].removeprefix("MET_")
+    size = voxels * channels * BYTES[kind if kind in BYTES else kind.removeprefix("U")]
+    if header.get("CompressedData", "").lower() == "true":
+        size = int(header.get("CompressedDataSize", 0))
+    start = file.tell()
+    return file.seek(0, 2) - start >= size
+
+
+def _grid(volume: Volume) -> str:
+    shape = " x ".join(str(n) for n in volume.pixels.shape[::-1])
+    return f"{shape} voxels of {' x '.join(f'{s:.2f}' for s in volume.spacing[::-1])} mm"

@@ -1,0 +1,265 @@
+r"""The one writer of image sets: parallel, restartable, nothing half-written.
+
+An archive module lists its *items* (a study, a block of files) and gives a function that reads one
+item into a `Study`. The writer does the rest::
+
+    items --read, in worker processes--> <out>.partial/<hash>.npz --in item order--> <out>
+
+A staged file is named by a hash of card and item and renamed when whole; so a run that was killed
+goes on where it stopped and ends with the same bytes. The finished folder is checked, then moved
+to ``out`` by one rename. Memory is bounded by one study per worker.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from data_prep.staging import Item, Study, fields, read_about, read_images, stage, writing
+from hallulib import UserError
+
+__all__ = ["Item", "Report", "Study", "by_fraction", "prepare", "versions"]
+
+Splits = Callable[[pd.DataFrame], Mapping[str, str]] | Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, and what was odd.
+
+    Args:
+        out: the image set.
+        images: how many.
+        patients: how many.
+        splits: split -> class of the first scheme ("" = none) -> images.
+        counts: what was odd, by name -> how often.
+    """
+
+    out: Path
+    images: int
+    patients: int
+    splits: dict[str, dict[str, int]]
+    counts: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"{self.out}: {self.images} images of {self.patients} patients"]
+        for split, classes in self.splits.items():
+            told = ", ".join(f"{name or 'no label'} {n}" for name, n in classes.items())
+            lines.append(f"{sum(classes.values()):>9}  {split:<11} {told}")
+        lines += [f"{n:>9}  {name}" for name, n in self.counts.items()]
+        return "\n".join(lines)
+
+
+def prepare(
+    out: Path | str,
+    items: Sequence[Item],
+    read: Callable[[Any], Study],
+    card: dict,
+    *,
+    splits: Splits = None,
+    notes: Sequence[str] = (),
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Reads every item and writes the image set, or leaves nothing behind.
+
+    Args:
+        out: the folder to create; ``<out>.partial`` beside it holds the work until then.
+        items: what to read, in the order of the images; every ``key`` differs.
+        read: ``read(item) -> Study``, a function of a module (it is sent to worker processes).
+        card: ``name``, ``origin``, ``licence``, ``spacing_mm`` ([row, column] or None),
+            ``processing`` {``steps``: [text], ``versions``}, ``labels`` {scheme: {``values``,
+            ``meaning``}} (the first scheme is the default) and ``coordinates``, the allow-list of
+            further columns. Every setting that changes a pixel belongs in ``steps``. The writer
+            adds ``counts``, ``report`` and ``sha256``.
+        splits: patient -> split, or a function of the whole table that returns it; used for rows
+            whose ``split`` is empty. See `by_fraction`.
+        notes: oddities found before reading, counted with those of the studies.
+        workers: processes; all cores by default, 1 reads in this process.
+        overwrite: replace ``out`` if it exists.
+
+    Raises:
+        UserError: anything wrong with items, labels, splits or the output folder; staged work is
+            removed. A run that was killed or interrupted keeps it.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; name another output or pass --overwrite")
+    if not items:
+        raise UserError(f"{out}: nothing to prepare; at least one image is needed")
+    staging = out.with_name(out.name + ".partial")
+    made = [folder for folder in (staging, *staging.parents) if not folder.exists()]
+    card = _complete(card)
+    try:
+        with writing(out):
+            staging.mkdir(parents=True, exist_ok=True)
+        staged = stage(items, read, card, staging, workers)
+        return _assemble(out, staging, items, staged, card, splits, notes)
+    except UserError:
+        shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):  # parents made here, as long as they are empty
+            for folder in made[1:]:
+                folder.rmdir()
+        raise
+    except ChildProcessError as error:
+        raise UserError(
+            f"{out}: {error}, most likely for lack of memory; run it again with fewer --workers"
+            " to go on"
+        ) from error
+
+
+def by_fraction(scheme: str, fractions: Mapping[str, float], seed: int) -> Splits:
+    """The ``splits`` that divides patients at random, stratified by their rarest class.
+
+    Args:
+        scheme: the label column that defines the strata.
+        fractions: split -> share of the images, summing to 1.
+        seed: of the division.
+    """
+    return partial(_divide, scheme=scheme, fractions=fractions, seed=seed)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions, for ``card["processing"]["versions"]``."""
+    return {name: metadata.version(name) for name in packages}
+
+
+def _divide(table: pd.DataFrame, scheme: str, fractions: Mapping[str, float], seed: int):
+    from hallulib.data import split_patients  # late: imports torch, which workers do not need
+
+    todo = table[table["split"] == ""]
+    return split_patients(list(todo["patient"]), list(todo[scheme]), fractions, seed)
+
+
+def _complete(card: dict) -> dict:
+    processing = card["processing"]
+    found = {"python": platform.python_version()} | versions("hallulib", "numpy")
+    told = found | processing.get("versions", {})
+    return {"coordinates": []} | card | {"processing": processing | {"versions": told}}
+
+
+def _assemble(out: Path, staging: Path, items, staged, card, splits, notes) -> Report:
+    from hallulib import data
+
+    abouts = [read_about(path) for path in staged]
+    shape = _common_shape(items, abouts)
+    rows = [row for about in abouts for row in about["rows"]]
+    table = pd.DataFrame(rows, columns=list(fields(card)), dtype=str)
+    _decide_splits(table, splits, out.name)
+    odd = Counter([*notes, *(note for about in abouts for note in about["notes"])])
+    odd += _copies([p for about in abouts for p in about["prints"]], table["split"])
+    counts = {"images": len(table), "patients": table["patient"].nunique()}
+    report = Report(out, **counts, splits=_tally(table, card), counts=dict(sorted(odd.items())))
+    card = card | {"counts": counts | {"splits": report.splits}, "report": report.counts}
+    data.check_table(table, card, out.name)
+    with writing(out):
+        new = _write(staging / "set", staged, (len(table), *shape), table, card)
+        data.open(new)
+        if out.exists():
+            os.replace(out, staging / "replaced")
+        os.replace(new, out)
+    shutil.rmtree(staging, ignore_errors=True)
+    return report
+
+
+def _common_shape(items, abouts) -> tuple[int, ...]:
+    shapes = {}
+    for item, about in zip(items, abouts, strict=True):
+        if about["shape"][0]:
+            shapes.setdefault(tuple(about["shape"][1:]), item.key)
+    if not shapes:
+        raise UserError(f"{items[0].key}: no image in it or in any other; at least one is needed")
+    if len(shapes) > 1:
+        (one, first), (two, other) = list(shapes.items())[:2]
+        raise UserError(
+            f"{first} has images of (channels, height, width) {one} but {other} of {two};"
+            " all must be alike"
+        )
+    return next(iter(shapes))
+
+
+def _decide_splits(table: pd.DataFrame, splits: Splits, where: str) -> None:
+    todo = table["split"] == ""
+    if not todo.any():
+        return
+    decided = splits(table) if callable(splits) else splits or {}
+    table.loc[todo, "split"] = [decided.get(patient, "") for patient in table.loc[todo, "patient"]]
+    left = table.loc[table["split"] == "", "patient"]
+    if len(left):
+        known = "unlabelled, train, val or test"
+        raise UserError(f"{where}: patient {left.iloc[0]} has no split; {known} is needed")
+
+
+def _tally(table: pd.DataFrame, card: dict) -> dict[str, dict[str, int]]:
+    """Images per split and class, in the order of the card."""
+    scheme = next(iter(card["labels"]), None)
+    values = card["labels"][scheme]["values"] if scheme else []
+    column = table[scheme] if scheme else [""] * len(table)
+    pairs = Counter(zip(table["split"], column, strict=True))
+    tally = {
+        split: {value: pairs[split, value] for value in ("", *values) if pairs[split, value]}
+        for split in ("unlabelled", "train", "val", "test")
+    }
+    return {split: classes for split, classes in tally.items() if classes}
+
+
+def _copies(prints: Sequence[str], split: pd.Series) -> Counter[str]:
+    """Images whose very pixels occur more than once: the leaks that patients do not show."""
+    first: dict[str, str] = {}
+    odd: Counter[str] = Counter()
+    for image, where in zip(prints, split, strict=True):
+        if first.setdefault(image, where) != where:
+            odd["image with an exact copy in another split"] += 1
+        odd["image that is an exact copy of another"] += 1
+    odd["image that is an exact copy of another"] -= len(first)
+    return odd
+
+
+def _write(new: Path, staged: Sequence[Path], shape, table: pd.DataFrame, card: dict) -> Path:
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    sums = {
+        "images.npy": _write_images(new / "images.npy", staged, shape),
+        "table.csv": _write_text(
+            new / "table.csv", table.to_csv(index=False, lineterminator="\n")
+        ),
+    }
+    text = json.dumps(card | {"sha256": sums}, indent=1, ensure_ascii=False)
+    _write_text(new / "card.json", text + "\n")
+    return new
+
+
+def _write_images(path: Path, staged: Sequence[Path], shape: tuple[int, ...]) -> str:
+    # plain writes: on a full disk a memory map would kill the process instead of raising
+    with path.open("w+b") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for source in staged:
+            file.write(read_images(source).data)
+        _sync(file)
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_text(path: Path, text: str) -> str:
+    with path.open("wb") as file:
+        file.write(text.encode())
+        _sync(file)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,158 @@
+"""Trained weights and measured results, found again by their settings and checked by checksum.
+
+A *run* is a folder with what a training wrote and a ``run.json``: its settings, the SHA-256 of
+every file, versions, seconds and device. The runs of this machine lie in ``runs/`` (or where
+``HALLULIB_RUNS`` says); a few ship with the library.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from hallulib import UserError, __version__
+
+SHIPPED = Path(__file__).parent / "weights"
+CARD = "run.json"
+
+
+def runs_folder() -> Path:
+    """Where this machine keeps its runs."""
+    return Path(os.environ.get("HALLULIB_RUNS", "runs"))
+
+
+def provenance() -> dict[str, str]:
+    """Versions and device that a number depends on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "hallulib": __version__,
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "python": platform.python_version(),
+        "device": device or platform.machine(),
+    }
+
+
+def load_or_train(
+    name: str, train: Callable[..., None], *, from_scratch: bool = False, **settings
+) -> Path:
+    """The folder of a finished run with these settings: found, shipped, or trained now.
+
+    Looks, in this order, for a finished run on this machine, for shipped weights, and else calls
+    ``train(folder, **settings)``, which keeps its checkpoint in ``folder`` and so goes on where
+    an interrupted call stopped.
+
+    Args:
+        name: of the model, a word.
+        train: writes its model into the folder it is given.
+        from_scratch: train even if a finished run or shipped weights are there.
+        settings: everything the result depends on; what JSON can hold.
+
+    Raises:
+        UserError: a file of the found run differs from its checksum.
+    """
+    folder = runs_folder() / f"{name}-{_key(settings)}"
+    if from_scratch:
+        (folder / CARD).unlink(missing_ok=True)
+    else:
+        for found in (folder, SHIPPED / name):
+            if is_finished(found, settings):
+                return found
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    train(folder, **settings)
+    finish(folder, settings, time.monotonic() - start)
+    return folder
+
+
+def _key(settings: dict) -> str:
+    canonical = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def finish(folder: Path, settings: dict, seconds: float) -> None:
+    """Declare a run finished: drop its checkpoint and write its card, last and at once."""
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD)
+    card = {
+        "settings": settings,
+        "seconds": round(seconds, 1),
+        "made_with": provenance(),
+        "sha256": {p.relative_to(folder).as_posix(): _sha256(p) for p in files},
+    }
+    write_json(folder / CARD, card)
+
+
+def is_finished(folder: Path, settings: dict) -> bool:
+    """Whether a folder holds a finished run with exactly these settings, its files intact.
+
+    Raises:
+        UserError: the settings agree but a file is missing or changed.
+    """
+    if not (folder / CARD).exists():
+        return False
+    card = json.loads((folder / CARD).read_text())
+    if _key(card["settings"]) != _key(settings):
+        return False
+    for file, checksum in card["sha256"].items():
+        if not (folder / file).is_file() or _sha256(folder / file) != checksum:
+            raise UserError(
+                f"{folder / file} is missing or is not the file that the run wrote "
+                f"(SHA-256 {checksum[:12]}...); delete {folder} or fetch it again"
+            )
+    return True
+
+
+def ship(folder: Path, name: str) -> Path:
+    """Copy a finished run of this machine to the weights that travel with the library."""
+    shutil.copytree(folder, SHIPPED / name, dirs_exist_ok=True)
+    return SHIPPED / name
+
+
+def record(
+    name: str,
+    value: float,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    n: int,
+    seed: int,
+    seconds: float,
+    **settings,
+) -> float:
+    """Keep a measured number with what it takes to trust it, and return it.
+
+    Args:
+        name: where to keep it: ``runs/results/<name>.json``.
+        value: the number.
+        low: lower end of its 95 % interval, where it has one.
+        high: upper end.
+        n: how many things it was measured on.
+        seed: of the measurement.
+        seconds: the measurement took.
+        settings: parameters of the measurement.
+    """
+    result = {"value": value, "low": low, "high": high, "n": n, "seed": seed}
+    result |= {"settings": settings, "seconds": round(seconds, 2), "made_with": provenance()}
+    write_json(runs_folder() / "results" / f"{name}.json", result)
+    return value
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON beside its place and rename it, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

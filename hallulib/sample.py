@@ -1,0 +1,272 @@
+r"""Samplers: ways to walk from noise to an image, each a generator over the states it passes.
+
+All but one step in :math:`y = x / \alpha` along falling noise levels :math:`s = \sigma / \alpha`,
+where every diffusion of :mod:`hallulib.sde` looks the same and, with
+:math:`D = y - s\,\epsilon(y, s)` the denoised image:
+
+=====================  ==================================================  ==================
+sampler                one step from ``s`` to ``r``                        calls a step, order
+=====================  ==================================================  ==================
+``ancestral``          ``D + (r/s)^2 (y - D) + r sqrt(1 - (r/s)^2) z``     1, DDPM
+``euler_maruyama``     reverse SDE in time                                 1, weak order 1
+``predictor_corrector``  Langevin steps, then ``ancestral``                1 + corrections
+``heun``               trapezoidal rule on ``dy/ds = eps``                 2, order 2
+``dpm_solver``         exponential two-step rule on ``D`` in ``log s``     1, order 2
+=====================  ==================================================  ==================
+
+The last level may be 0: the image is then the denoised image, as all five agree.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hallulib import UserError
+from hallulib.score import EpsFn, ScoreModel, guided, score_of_eps
+from hallulib.sde import SDE
+from hallulib.shapes import Images, Labels
+
+Levels = Float[Tensor, " levels"]
+
+
+class State(NamedTuple):
+    """Where a sampler is.
+
+    Attributes:
+        x: the noisy images ``x_t``.
+        x_0: the clean images expected from the last network call.
+        t: the time of ``x``, in [0, 1]; 0 at a level of 0.
+        evaluations: network calls so far.
+    """
+
+    x: Images
+    x_0: Images
+    t: float
+    evaluations: int
+
+
+def noise_levels(sde: SDE, steps: int, rho: float | None = 7.0, to_zero: bool = True) -> Levels:
+    """Falling noise levels from pure noise to ``sde.t_min``, then 0.
+
+    Args:
+        sde: the forward diffusion.
+        steps: network stages; ``steps + 1`` levels come back.
+        rho: levels uniform in ``s ** (1 / rho)`` (Karras et al. 2022, eq. 5, small steps where
+            the image takes shape); ``None`` makes them uniform in time, as DDPM does.
+        to_zero: end at the clean image; without it the walk ends at ``sde.t_min``.
+
+    Raises:
+        UserError: fewer than one step.
+    """
+    if steps < 1:
+        raise UserError(f"a sampler cannot take {steps} steps; it needs at least 1")
+    ends = torch.tensor([1.0, sde.t_min], dtype=torch.float64)
+    stops = steps if to_zero else steps + 1
+    part = torch.linspace(0, 1, stops, dtype=torch.float64)
+    if rho is None:
+        levels = sde.noise_level(ends[0] + part * (ends[1] - ends[0]))
+    else:
+        first, last = sde.noise_level(ends) ** (1 / rho)
+        levels = (first + part * (last - first)) ** rho
+    return torch.cat([levels, levels.new_zeros(1)]) if to_zero else levels
+
+
+class _Walk:
+    """The shared part of the samplers: ``eps`` as a function of ``y`` and ``s``, counted."""
+
+    def __init__(self, sde: SDE, eps: EpsFn):
+        self.sde, self.network, self.evaluations = sde, eps, 0
+
+    def at(self, s: Tensor) -> tuple[float, float]:
+        """Time and signal scale of a noise level."""
+        t = self.sde.time_of(s) if s > 0 else torch.zeros_like(s)
+        return float(t), float(self.sde.alpha_sigma(t)[0])
+
+    def eps(self, y: Images, s: Tensor) -> Images:
+        t, alpha = self.at(s)
+        self.evaluations += 1
+        return self.network(alpha * y, y.new_full((len(y),), t))
+
+    def denoised(self, y: Images, s: Tensor) -> Images:
+        return y - float(s) * self.eps(y, s)
+
+    def state(self, y: Images, x_0: Images, s: Tensor) -> State:
+        t, alpha = self.at(s)
+        return State(alpha * y if s > 0 else x_0, x_0, t, self.evaluations)
+
+
+def _noise(like: Images, rng: torch.Generator) -> Images:
+    return torch.randn(like.shape, generator=rng, device=like.device, dtype=like.dtype)
+
+
+def _given_image(y: Images, x_0: Images, s: Tensor, r: Tensor, rng: torch.Generator) -> Images:
+    """A draw at level ``r`` given the levels around it: ``y`` at ``s`` and the image at 0."""
+    kept = float((r / s) ** 2)
+    return x_0 + kept * (y - x_0) + float(r) * (1 - kept) ** 0.5 * _noise(y, rng)
+
+
+@torch.no_grad()
+def ancestral(
+    sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: torch.Generator
+) -> Iterator[State]:
+    r"""DDPM's ancestral sampling: draw each level from its law given the next and the image.
+
+    Exact for the forward process of all three diffusions, whatever the levels, were the image
+    known; with levels uniform in time and 1000 steps it is the sampler of the DDPM paper.
+
+    Source: Ho et al. 2020, eqs. (6)-(7), written for :math:`y = x / \alpha`.
+    """
+    walk = _Walk(sde, eps)
+    y = x / walk.at(levels[0])[1]
+    for s, r in pairwise(levels):
+        x_0 = walk.denoised(y, s)
+        y = _given_image(y, x_0, s, r, rng)
+        yield walk.state(y, x_0, r)
+
+
+@torch.no_grad()
+def euler_maruyama(
+    sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: torch.Generator
+) -> Iterator[State]:
+    """The reverse SDE by the Euler-Maruyama rule, the sampler of Pachetti & Colantonio 2024.
+
+    Source: Song et al. 2021, eq. (6); the last step removes the noise at once (appendix G).
+    """
+    walk = _Walk(sde, eps)
+    for s, r in pairwise(levels):
+        (t, alpha), (t_next, _) = walk.at(s), walk.at(r)
+        times = x.new_full((len(x),), t)
+        noise = walk.eps(x / alpha, s)
+        x_0 = x / alpha - float(s) * noise
+        drift, g = sde.reverse(lambda x, t, eps=noise: score_of_eps(sde, eps, t), x, times)
+        dt = t_next - t
+        if r > 0:
+            x = x + drift * dt + g.view(-1, 1, 1, 1) * (-dt) ** 0.5 * _noise(x, rng)
+        else:
+            x = x_0
+        yield State(x, x_0, t_next, walk.evaluations)
+
+
+@torch.no_grad()
+def predictor_corrector(
+    sde: SDE,
+    eps: EpsFn,
+    x: Images,
+    levels: Levels,
+    rng: torch.Generator,
+    corrections: int = 1,
+    snr: float = 0.16,
+) -> Iterator[State]:
+    r"""At each level, Langevin steps that mend the sample, then an ancestral step.
+
+    The step size is :math:`2\,(\mathrm{snr}\,\sigma)^2`. The paper divides batch means of norms
+    for it, so that an image depends on its neighbours in the batch; the norms' ratio is
+    :math:`\sigma`, which is used here.
+
+    Source: Song et al. 2021, algorithms 2-5.
+    """
+    walk = _Walk(sde, eps)
+    y = x / walk.at(levels[0])[1]
+    for s, r in pairwise(levels):
+        for _ in range(corrections):
+            step = 2 * (snr * float(s)) ** 2
+            slope = walk.eps(y, s) / float(s)
+            y = y - step * slope + (2 * step) ** 0.5 * _noise(y, rng)
+        x_0 = walk.denoised(y, s)
+        y = _given_image(y, x_0, s, r, rng)
+        yield walk.state(y, x_0, r)
+
+
+@torch.no_grad()
+def heun(
+    sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: torch.Generator | None = None
+) -> Iterator[State]:
+    """The probability flow by Heun's rule; no randomness after the start.
+
+    Source: Karras et al. 2022, algorithm 1, which leaves out the second call at level 0.
+    """
+    walk = _Walk(sde, eps)
+    y = x / walk.at(levels[0])[1]
+    for s, r in pairwise(levels):
+        slope = walk.eps(y, s)
+        x_0 = y - float(s) * slope
+        ahead = y + float(r - s) * slope
+        y = ahead if r == 0 else y + float(r - s) * (slope + walk.eps(ahead, r)) / 2
+        yield walk.state(y, x_0, r)
+
+
+@torch.no_grad()
+def dpm_solver(
+    sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: torch.Generator | None = None
+) -> Iterator[State]:
+    """DPM-Solver++(2M): the flow solved exactly but for the denoised image, extrapolated.
+
+    Its first step, and the step to level 0, are DDIM's.
+
+    Source: Lu et al., *DPM-Solver++*, 2022, algorithm 2. https://arxiv.org/abs/2211.01095
+    """
+    walk = _Walk(sde, eps)
+    y, before, h_before = x / walk.at(levels[0])[1], None, 0.0
+    for s, r in pairwise(levels):
+        x_0 = ahead = walk.denoised(y, s)
+        h = float(torch.log(s / r)) if r > 0 else 0.0
+        if before is not None and r > 0:
+            ahead = x_0 + (x_0 - before) * h / (2 * h_before)
+        y = float(r / s) * y + (1 - float(r / s)) * ahead
+        before, h_before = x_0, h
+        yield walk.state(y, x_0, r)
+
+
+Sampler = Callable[..., Iterator[State]]
+SAMPLERS: dict[str, Sampler] = {
+    "ancestral": ancestral,
+    "euler_maruyama": euler_maruyama,
+    "predictor_corrector": predictor_corrector,
+    "heun": heun,
+    "dpm_solver": dpm_solver,
+}
+
+
+def draw(
+    model: ScoreModel,
+    y: Labels,
+    *,
+    sampler: str = "dpm_solver",
+    steps: int = 20,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Images:
+    """Images of the given classes from a trained model, clipped to [-1, 1].
+
+    Args:
+        model: a trained model, on the device to sample on.
+        y: one class index per wanted image, ``model.null`` for none.
+        sampler: a name in ``SAMPLERS``.
+        steps: steps of the sampler.
+        guidance_scale: see :func:`hallulib.score.guided`.
+        seed: of the noise.
+        batch_size: images that go through the network together.
+
+    Raises:
+        UserError: an unknown sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+    y = y.to(next(model.parameters()).device)
+    rng = torch.Generator(y.device).manual_seed(seed)
+    rho = 7.0 if sampler in ("heun", "dpm_solver") else None
+    levels = noise_levels(model.sde, steps, rho)
+    drawn = []
+    for part in y.split(batch_size):
+        noise = model.sde.prior((len(part), *model.network.shape), rng)
+        for state in SAMPLERS[sampler](
+            model.sde, guided(model, part, guidance_scale), noise, levels, rng
+        ):
+            last = state.x
+        drawn.append(last.clamp(-1, 1))
+    return torch.cat(drawn)

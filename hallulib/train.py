@@ -1,0 +1,304 @@
+"""Training loops as generators of their state, and checkpoints that resume to the same bytes."""
+
+import copy
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hallulib import UserError, artifacts, unet
+from hallulib.data import ImageSet
+from hallulib.score import ScoreModel, denoising_loss, stratified_times
+from hallulib.shapes import Images, Labels
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "losses.csv"
+
+
+@dataclass
+class State:
+    """Everything a training run is at one step; a checkpoint is this, written down.
+
+    Attributes:
+        model: the weights being trained.
+        ema: their exponential moving average, the model to sample from.
+        optimizer: Adam, with its moments.
+        rng: where all randomness of the run comes from, on the images' device.
+        losses: the loss of every step so far, on the device, so that reading none costs no wait.
+        step: optimiser steps taken.
+    """
+
+    model: ScoreModel
+    ema: ScoreModel
+    optimizer: torch.optim.Optimizer
+    rng: torch.Generator
+    losses: Float[Tensor, " steps"]
+    step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors."""
+        found = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        found |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        return found | {"rng": self.rng.get_state(), "losses": self.losses}
+
+    def load_tensors(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take on a state that ``tensors`` wrote."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            start = name + "."
+            return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+        self.model.load_state_dict(part("model"))
+        self.ema.load_state_dict(part("ema"))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer").items():
+            index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.rng.set_state(tensors["rng"].cpu())
+        self.losses.copy_(tensors["losses"])
+        self.step = step
+
+
+def pretrain(
+    model: ScoreModel,
+    images: Images,
+    labels: Labels | None = None,
+    *,
+    steps: int,
+    weights: Float[Tensor, " batch"] | None = None,
+    batch_size: int = 64,
+    lr: float = 2e-4,
+    warmup: int = 500,
+    p_uncond: float = 0.1,
+    ema_decay: float = 0.999,
+    clip: float = 1.0,
+    seed: int = 0,
+    folder: Path | None = None,
+    every: int = 500,
+) -> Iterator[State]:
+    r"""Train a score model by denoising score matching, one yielded state per step.
+
+    Each step draws images with replacement, noises them at stratified times and lowers
+    :func:`hallulib.score.denoising_loss`. On a GPU the network runs in bfloat16, channels last
+    and compiled; the caller decides when to look, since nothing here waits for the device.
+
+    Args:
+        model: trained in place, on its own device.
+        images: the training images, in [-1, 1], on the model's device.
+        labels: class index per image, -1 where unlabelled; ``None`` is all unlabelled.
+        steps: optimiser steps in the whole run.
+        weights: how often to draw each image, relative to the others; equal unless given.
+        batch_size: images per step.
+        lr: Adam's learning rate, reached linearly over ``warmup`` steps.
+        warmup: steps of the linear rise.
+        p_uncond: chance that a label is dropped, which trains the null class as well.
+        ema_decay: of the averaged weights; early averages are shorter.
+        clip: largest norm of the gradient.
+        seed: of every draw in the run.
+        folder: where the checkpoint and ``losses.csv`` are kept; a checkpoint found there is
+            resumed, to the same bytes on a CPU as if it had never stopped.
+        every: steps between checkpoints.
+
+    Raises:
+        UserError: a checkpoint of other settings, or a loss that is no longer finite.
+
+    Source:
+        Ho et al. 2020 (loss, Adam 2e-4, clipping at 1); Ho & Salimans 2022, algorithm 1
+        (dropped labels).
+    """
+    device = images.device
+    settings = dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, p_uncond=p_uncond)
+    settings |= dict(ema_decay=ema_decay, clip=clip, seed=seed, images=list(images.shape))
+    state = _start(model, steps, lr, seed, device)
+    if folder is not None:
+        _resume(state, Path(folder), settings)
+    y = torch.full((len(images),), -1, device=device) if labels is None else labels
+    y = torch.where(y < 0, model.null, y)
+    on_gpu = device.type == "cuda"
+    loss_of = torch.compile(denoising_loss) if on_gpu else denoising_loss
+    averaged, trained = list(state.ema.parameters()), list(model.parameters())
+
+    while state.step < steps:
+        rng, n = state.rng, batch_size
+        if weights is None:
+            rows = torch.randint(len(images), (n,), generator=rng, device=device)
+        else:
+            rows = torch.multinomial(weights, n, replacement=True, generator=rng)
+        t = stratified_times(n, model.sde.t_train, rng)
+        eps = torch.randn((n, *images.shape[1:]), generator=rng, device=device)
+        dropped = torch.rand(n, generator=rng, device=device) < p_uncond
+        y_batch = torch.where(dropped, model.null, y[rows])
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            loss = loss_of(model, images[rows], t, eps, y_batch).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, clip)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (state.step + 1) / max(warmup, 1))
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        decay = min(ema_decay, (1 + state.step) / (10 + state.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, trained, 1 - decay)
+        state.losses[state.step] = loss.detach()
+        state.step += 1
+        if folder is not None and (state.step % every == 0 or state.step == steps):
+            save_checkpoint(state, Path(folder), settings)
+        yield state
+
+
+def _start(model: ScoreModel, steps: int, lr: float, seed: int, device: torch.device) -> State:
+    model.train()
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type == "cuda")
+    rng = torch.Generator(device).manual_seed(seed)
+    return State(model, ema, optimizer, rng, torch.full((steps,), torch.nan, device=device))
+
+
+def save_checkpoint(state: State, folder: Path, settings: dict) -> None:
+    """Write the whole state and the losses beside their place, then rename them into it.
+
+    Raises:
+        UserError: the loss is not finite; the checkpoint before it is kept.
+    """
+    losses = state.losses[: state.step].tolist()
+    if losses and not torch.isfinite(torch.tensor(losses[-1])):
+        first = next(i for i, loss in enumerate(losses) if not loss < float("inf"))
+        raise UserError(
+            f"the loss is not finite from step {first + 1} on; a lower learning rate is needed"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"step": str(state.step), "settings": json.dumps(settings, sort_keys=True)}
+    partial = folder / (CHECKPOINT + ".partial")
+    save_file({k: v.contiguous() for k, v in state.tensors().items()}, partial, metadata)
+    os.replace(partial, folder / CHECKPOINT)
+    partial = folder / (LOG + ".partial")
+    with partial.open("w", newline="") as file:
+        csv.writer(file).writerows([("step", "loss"), *enumerate(losses, start=1)])
+    os.replace(partial, folder / LOG)
+
+
+def _resume(state: State, folder: Path, settings: dict) -> None:
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            found = json.loads(metadata["settings"])
+            differing = [k for k, v in settings.items() if found.get(k) != v]
+            if differing:
+                k = differing[0]
+                raise UserError(
+                    f"{path} was trained with {k} = {found.get(k)}, not {settings[k]}; "
+                    "give another folder or delete it"
+                )
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        state.load_tensors(tensors, int(metadata["step"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as fault:
+        raise UserError(
+            f"{path} is not a checkpoint of this model ({str(fault).splitlines()[0]}); "
+            "delete it to start again"
+        ) from fault
+
+
+def pretrained(
+    images: ImageSet,
+    *,
+    scheme: str | None = None,
+    steps: int,
+    batch_size: int = 32,
+    lr: float = 4e-4,
+    width: int = 32,
+    seed: int = 0,
+    device: str | None = None,
+    from_scratch: bool = False,
+) -> tuple[ScoreModel, Path]:
+    """The class-conditional score model of an image set: found by its settings, or trained now.
+
+    It learns from the images without labels and from the split ``train``; where there are both,
+    half of every batch comes from each. Validation and test images are never seen.
+
+    Args:
+        images: an open image set.
+        scheme: the label column that conditions the model; ``None`` makes it unconditional.
+        steps: optimiser steps.
+        batch_size: images per step.
+        lr: Adam's learning rate.
+        width: of the network, see :func:`hallulib.unet.build`.
+        seed: of the initial weights and of every draw.
+        device: where to train and to leave the model; a GPU if there is one.
+        from_scratch: train even if such a model is there.
+
+    Returns:
+        The averaged model in evaluation mode, and the folder of its run.
+
+    Raises:
+        UserError: no image to train on.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    labels = images.classes(scheme) if scheme else ()
+
+    def train(folder: Path, **_) -> None:
+        x, y, weights = training_images(images, scheme)
+        model = unet.build(
+            size=images.size, channels=images.channels, labels=labels, width=width, seed=seed
+        ).to(device)
+        loop = pretrain(
+            model,
+            x.to(device),
+            y.to(device),
+            weights=weights.to(device),
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            folder=folder,
+        )
+        bar = tqdm(total=steps, desc=f"pretraining on {images.name}", unit="step")
+        for state in loop:
+            bar.update(state.step - bar.n)
+        bar.close()
+        unet.save(state.ema, folder)
+
+    folder = artifacts.load_or_train(
+        f"score-{images.name}",
+        train,
+        from_scratch=from_scratch,
+        data=images.card.get("sha256") or images.card["origin"],
+        size=images.size,
+        scheme=scheme,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        width=width,
+        seed=seed,
+    )
+    return unet.load(folder).to(device), folder
+
+
+def training_images(
+    images: ImageSet, scheme: str | None
+) -> tuple[Images, Labels, Float[Tensor, " batch"]]:
+    """Unlabelled and training images, class indices (-1 unlabelled) and how often to draw each."""
+    rows = images.table["split"].isin(["unlabelled", "train"]).to_numpy().nonzero()[0]
+    if not len(rows):
+        raise UserError(f"{images.name} has no image in the splits unlabelled and train")
+    chosen = images.select(rows=rows)
+    y = chosen.labels(scheme) if scheme else torch.full((len(chosen),), -1)
+    labelled = y >= 0
+    weights = torch.where(labelled, 1 / labelled.sum(), 1 / (~labelled).sum())
+    return chosen.tensor(), y, weights

@@ -1,0 +1,154 @@
+"""The class-conditional noise network, and its folder, which stock ``diffusers`` can sample from.
+
+A class enters as a vector added to the time embedding. The vector of the null class is zero, so
+the network without class *is* a plain ``UNet2DModel`` and a saved model is an ordinary
+``DDPMPipeline`` with the class vectors in a small file beside it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hallulib import UserError
+from hallulib.score import ScoreModel
+from hallulib.sde import SDE, SDES, VPSDE
+from hallulib.shapes import Images, Labels, Times
+
+SIDECAR, CLASSES = "score_model.json", "classes.safetensors"
+
+
+class ClassUNet(nn.Module):
+    """A ``UNet2DModel`` whose time embedding is shifted by a vector per class.
+
+    Args:
+        unet: a ``UNet2DModel`` with ``class_embed_type="identity"``.
+        n_classes: number of classes; index ``n_classes`` is the null class, whose vector is zero.
+    """
+
+    def __init__(self, unet: UNet2DModel, n_classes: int):
+        super().__init__()
+        self.unet = unet
+        width = unet.config.block_out_channels[0] * 4
+        self.classes = nn.Embedding(n_classes + 1, width, padding_idx=n_classes)
+        nn.init.normal_(self.classes.weight[:n_classes], std=0.02)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        config = self.unet.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def forward(
+        self, x: Images, timesteps: Times, y: Labels | Float[Tensor, "batch embedding"]
+    ) -> Images:
+        """Predict the noise; ``y`` holds class indices or ready embeddings."""
+        vectors = y if y.is_floating_point() else self.classes(y)
+        return self.unet(x, timesteps, class_labels=vectors).sample
+
+
+def build(
+    sde: SDE | None = None,
+    *,
+    size: int,
+    channels: int = 1,
+    labels: Sequence[str] = (),
+    width: int = 32,
+    layers: int = 1,
+    seed: int = 0,
+) -> ScoreModel:
+    """A fresh score model for square images.
+
+    The image is halved until its side is 8 pixels or odd; the resolutions have once, twice, and
+    from the third on three times ``width`` channels, with self-attention at the coarsest.
+
+    Args:
+        sde: the forward diffusion, VP unless given.
+        size: side of the images in pixels.
+        channels: 1 for grey, 3 for colour, more for latents.
+        labels: the label strings, in order; none makes an unconditional model.
+        width: channels at full resolution, a multiple of 8; 32 suits a CPU at 32 pixels (1.8 M
+            weights), 128 a GPU.
+        layers: residual blocks per resolution.
+        seed: of the initial weights.
+
+    Raises:
+        UserError: a size that leaves more than 16 pixels a side at the coarsest resolution, where
+            attention would compare too many positions.
+    """
+    levels, side = 1, size
+    while side > 8 and side % 2 == 0:
+        levels, side = levels + 1, side // 2
+    if side > 16:
+        raise UserError(
+            f"images of side {size} do not suit the network, which halves them down to 16 or less;"
+            f" it stopped at {side}: a multiple of 8 is needed"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=channels,
+            layers_per_block=layers,
+            block_out_channels=tuple(width * min(i + 1, 3) for i in range(levels)),
+            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+            norm_num_groups=8,
+            class_embed_type="identity",
+        )
+        return ScoreModel(sde or VPSDE(), ClassUNet(unet, len(labels)), labels)
+
+
+def save(model: ScoreModel, folder: Path) -> None:
+    """Write a model as a ``diffusers`` folder of safetensors.
+
+    For a VP model with the default rates, ``DDPMPipeline.from_pretrained(folder)`` samples the
+    null class; other diffusions keep the network but are no DDPM, so no scheduler is written.
+    """
+    unet = model.network.unet
+    unet.register_to_config(class_embed_type=None)  # the null class needs no class input
+    if model.sde == VPSDE():
+        scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02)
+        DDPMPipeline(unet, scheduler).save_pretrained(folder)
+    else:
+        unet.save_pretrained(Path(folder) / "unet")
+    unet.register_to_config(class_embed_type="identity")
+    save_file({"classes": model.network.classes.weight.detach()}, Path(folder) / CLASSES)
+    name = next(name for name, kind in SDES.items() if type(model.sde) is kind)
+    sidecar = {"sde": {"name": name, **asdict(model.sde)}, "labels": model.labels}
+    (Path(folder) / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+
+
+def load(folder: Path) -> ScoreModel:
+    """Read a model that ``save`` wrote, in evaluation mode.
+
+    Raises:
+        UserError: the folder is not such a model.
+    """
+    folder = Path(folder)
+    try:
+        sidecar = json.loads((folder / SIDECAR).read_text())
+        classes = load_file(folder / CLASSES)["classes"]
+        unet = UNet2DModel.from_pretrained(
+            folder / "unet",
+            class_embed_type="identity",
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
+        raise UserError(
+            f"{folder} is not a score model that hallulib saved ({fault.__class__.__name__}: "
+            f"{str(fault).splitlines()[0]}); it needs {SIDECAR}, {CLASSES} and a folder unet"
+        ) from fault
+    sde = SDES[sidecar["sde"].pop("name")](**sidecar["sde"])
+    network = ClassUNet(unet, len(sidecar["labels"]))
+    network.classes.weight.data.copy_(classes)
+    return ScoreModel(sde, network, sidecar["labels"]).eval()

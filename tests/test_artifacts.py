@@ -1,0 +1,91 @@
+"""Runs are found by their settings and trusted by their checksum."""
+
+import json
+
+import pytest
+
+from hallulib import UserError, artifacts
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALLULIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(artifacts, "SHIPPED", tmp_path / "shipped")
+    return tmp_path / "runs"
+
+
+class Training:
+    calls = 0
+
+    def __call__(self, folder, **settings):
+        self.calls += 1
+        (folder / "checkpoint.safetensors").write_text("state")
+        (folder / "unet").mkdir(exist_ok=True)
+        (folder / "unet" / "weights").write_text(str(settings))
+
+
+def test_equal_settings_train_once_and_other_settings_again():
+    train = Training()
+    first = artifacts.load_or_train("net", train, steps=3, lr=0.1)
+    assert artifacts.load_or_train("net", train, lr=0.1, steps=3) == first
+    assert train.calls == 1
+    assert artifacts.load_or_train("net", train, steps=4, lr=0.1) != first
+    assert train.calls == 2
+
+
+def test_a_finished_run_has_a_card_and_no_checkpoint():
+    folder = artifacts.load_or_train("net", Training(), steps=3)
+    card = json.loads((folder / "run.json").read_text())
+    assert card["settings"] == {"steps": 3}
+    assert list(card["sha256"]) == ["unet/weights"]
+    assert not (folder / "checkpoint.safetensors").exists()
+
+
+def test_an_interrupted_run_is_resumed_in_its_folder():
+    def interrupted(folder, **settings):
+        (folder / "checkpoint.safetensors").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.load_or_train("net", interrupted, steps=3)
+    seen = []
+    artifacts.load_or_train(
+        "net",
+        lambda folder, **s: seen.append((folder / "checkpoint.safetensors").read_text()),
+        steps=3,
+    )
+    assert seen == ["half"]
+
+
+def test_from_scratch_trains_again():
+    train = Training()
+    artifacts.load_or_train("net", train, steps=3)
+    artifacts.load_or_train("net", train, from_scratch=True, steps=3)
+    assert train.calls == 2
+
+
+def test_shipped_weights_are_used_where_their_settings_match(runs):
+    train = Training()
+    shipped = artifacts.ship(artifacts.load_or_train("net", train, steps=3), "net")
+    for file in sorted(runs.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    assert artifacts.load_or_train("net", train, steps=3) == shipped
+    assert artifacts.load_or_train("net", train, steps=2) != shipped
+    assert train.calls == 2
+
+
+def test_a_wrong_checksum_is_refused():
+    folder = artifacts.load_or_train("net", Training(), steps=3)
+    (folder / "unet" / "weights").write_text("tampered")
+    with pytest.raises(UserError, match=r"unet/weights is missing or is not the file"):
+        artifacts.load_or_train("net", Training(), steps=3)
+
+
+def test_a_result_keeps_where_it_came_from(runs):
+    assert (
+        artifacts.record("auc", 0.8, low=0.7, high=0.9, n=40, seed=1, seconds=2.0, steps=5) == 0.8
+    )
+    result = json.loads((runs / "results" / "auc.json").read_text())
+    assert (result["low"], result["high"], result["n"], result["seed"]) == (0.7, 0.9, 40, 1)
+    assert result["settings"] == {"steps": 5}
+    assert "torch" in result["made_with"]

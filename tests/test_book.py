@@ -1,0 +1,231 @@
+import ast
+import re
+import shutil
+
+import build
+import nbformat
+import papermill
+import pytest
+
+from conftest import CHAPTERS, ROOT, size_for_tests
+
+BOOK = ROOT / "book"
+each_chapter = pytest.mark.parametrize("name", CHAPTERS)
+
+
+def cells(name, kind):
+    return [c for c in nbformat.read(BOOK / f"{name}.ipynb", 4).cells if c.cell_type == kind]
+
+
+def tagged(name, tag):
+    return [c for c in cells(name, "code") if tag in c.metadata.get("tags", [])]
+
+
+# --- the chapters -----------------------------------------------------------------------------
+
+
+@pytest.mark.chapter
+@each_chapter
+def test_a_chapter_runs_at_its_test_size(name, executed):
+    notebook = nbformat.read(executed(name), 4)
+    assert all(c.execution_count for c in notebook.cells if c.cell_type == "code" and c.source)
+    assert "widgets" not in notebook.metadata
+
+
+@each_chapter
+def test_a_chapter_has_at_most_eight_parameters_each_with_meaning_and_test_size(name):
+    (cell,) = tagged(name, "parameters")
+    names = [ast.unparse(a.targets[0]) for a in ast.parse(cell.source).body]
+    assert 1 <= len(names) <= 8
+    assert all(re.fullmatch("[A-Z][A-Z0-9_]*", n) for n in names)
+    assert set(size_for_tests(BOOK / f"{name}.ipynb")) == set(names)
+    assert all(re.search(r"# .+ \(test: .+\)$", line) for line in cell.source.splitlines())
+
+
+@each_chapter
+def test_a_chapter_checks_exactly_its_parameters(name):
+    calls = [c.source for c in cells(name, "code") if "parameters.check(globals()" in c.source]
+    assert len(calls) == 1
+    words = {
+        word.arg
+        for call in ast.walk(ast.parse(calls[0]))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "parameters.check"
+        for word in call.keywords
+    }
+    assert words == set(size_for_tests(BOOK / f"{name}.ipynb"))
+
+
+@each_chapter
+def test_a_chapter_follows_the_pattern_of_the_book(name):
+    texts = [c.source for c in cells(name, "markdown")]
+    code = "\n".join(c.source for c in cells(name, "code"))
+    assert re.match("# .+", texts[0])
+    assert all(f"**{word}" in texts[1] for word in ("You will", "Before", "Cost"))
+    assert "figures.style()" in code
+    assert "explore(" in code
+    assert sum("{exercise}" in t for t in texts) >= 3
+    assert sum("{solution}" in t for t in texts) >= 3
+    assert "{bibliography}" in texts[-1]
+    assert ":filter: docname in docnames" in texts[-1]
+
+
+@each_chapter
+def test_papermill_needs_no_option_to_run_a_chapter(name):
+    kernel = nbformat.read(BOOK / f"{name}.ipynb", 4).metadata.kernelspec
+    assert (kernel.name, kernel.language) == ("python3", "python")
+
+
+@pytest.mark.parametrize("file", sorted((BOOK / "params").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_named_parameter_sets_fit_the_chapters(file):
+    if not CHAPTERS:
+        pytest.skip("book/ has no chapter yet")
+    assert any(build.read_parameters(file, [], BOOK).values())
+
+
+# --- the machine that runs them ---------------------------------------------------------------
+
+CHECK = """\
+from hallulib import parameters
+parameters.check(globals(), STEPS=(1, 10_000), SCHEME={"isup", "grade2"}, RATE=(0.0, None))"""
+
+
+def write_chapter(path, *code):
+    new = nbformat.v4
+    head = 'STEPS = 5  # steps (test: 2)\nSCHEME = "isup"  # labels (test: "isup")\nRATE = 0.1  # (test: 0.1)'
+    parameters = new.new_code_cell(head, metadata={"tags": ["parameters"]})
+    cells = [new.new_markdown_cell("# Tiny"), parameters]
+    cells += [new.new_code_cell(source) for source in code]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A book of two quick chapters; the first leaves a mark at each execution."""
+    source = tmp_path / "source"
+    source.mkdir()
+    mark = f"open({str(tmp_path / 'ran')!r}, 'a').write(f'{{STEPS}} ')"
+    write_chapter(source / "01_one.ipynb", CHECK, mark)
+    write_chapter(source / "02_two.ipynb", CHECK, "assert STEPS != 13")
+    (source / "intro.md").write_text("# Tiny\n\nNothing.\n")
+    (source / "_toc.yml").write_text('format: jb-book\nroot: intro\nchapters:\n- glob: "0*"\n')
+    for name in ("logo.svg", "favicon.svg", "references.bib"):
+        shutil.copy(BOOK / name, source)
+    return source
+
+
+def run(book, *options):
+    return build.main([*options, "--source", str(book), "--target", str(book.parent / "out")])
+
+
+def ran(book):
+    file = book.parent / "ran"
+    return file.read_text().split() if file.exists() else []
+
+
+def test_a_second_build_executes_only_what_changed(book, capsys):
+    assert run(book) == 0
+    assert (book.parent / "out" / "html" / "index.html").exists()
+    assert run(book) == 0
+    assert ran(book) == ["5"]
+    assert capsys.readouterr().out.count("unchanged") == 2
+    assert run(book, "-p", "STEPS", "7") == 0
+    assert ran(book) == ["5", "7"]
+
+
+def test_finished_chapters_survive_a_later_one_that_fails(book, capsys):
+    assert run(book, "-p", "STEPS", "13") == 1
+    assert "AssertionError" in capsys.readouterr().err
+    assert run(book, "-p", "STEPS", "13") == 1
+    assert ran(book) == ["13"]
+
+
+def test_a_user_error_stops_the_build_with_one_sentence(book, capsys):
+    write_chapter(
+        book / "01_one.ipynb", "from hallulib import UserError\nraise UserError('no such folder')"
+    )
+    assert run(book) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "01_one: no such folder"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("STPES: 3", "unknown parameter STPES; did you mean STEPS? known: STEPS, SCHEME, RATE"),
+        ("STEPS: 0", "01_one: parameter STEPS = 0 must be a whole number from 1 to 10000"),
+        ("STEPS: '20'", "01_one: parameter STEPS = '20' must be a whole number from 1 to 10000"),
+        (
+            "02_two: {SCHEME: isp}",
+            "02_two: parameter SCHEME = 'isp' must be one of 'grade2', 'isup'",
+        ),
+        ("02_two: {STPES: 1}", "unknown parameter STPES; did you mean STEPS?"),
+        ("03_three: {STEPS: 1}", "has settings for 03_three; the chapters are 01_one, 02_two"),
+        ("- STEPS", "must hold lines NAME: value, found list"),
+        ("STEPS: [", "cannot read the parameters in"),
+    ],
+)
+def test_a_wrong_parameter_file_stops_before_anything_runs(book, capsys, text, sentence):
+    file = book.parent / "wrong.yaml"
+    file.write_text(text)
+    assert run(book, "--params", str(file)) == 2
+    printed = capsys.readouterr().err.strip()
+    assert sentence in printed
+    assert "\n" not in printed
+    assert not (book.parent / "out").exists()
+
+
+def test_a_parameter_file_that_does_not_exist_is_named(book, capsys):
+    assert run(book, "--params", "nowhere.yaml") == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_a_setting_for_one_chapter_wins_over_the_one_for_all(book):
+    file = book.parent / "set.yaml"
+    file.write_text("02_two: {STEPS: 9}\nSTEPS: 8\nRATE: 1e-3\n")
+    chosen = build.read_parameters(file, [["SCHEME", "grade2"]], book)
+    shared = {"RATE": 0.001, "SCHEME": "grade2"}
+    assert chosen == {"01_one": {"STEPS": 8} | shared, "02_two": {"STEPS": 9} | shared}
+
+
+def test_the_outcome_depends_on_cells_parameters_library_and_data(book, tmp_path, monkeypatch):
+    chapter = book / "01_one.ipynb"
+    before = build.fingerprint(chapter, {"DATASET": str(tmp_path)})
+    assert before == build.fingerprint(chapter, {"DATASET": str(tmp_path)})
+    assert before != build.fingerprint(chapter, {"DATASET": "phantom"})
+    (tmp_path / "card.json").write_text("{}")
+    assert before != (card := build.fingerprint(chapter, {"DATASET": str(tmp_path)}))
+    for folder in ("hallulib", "data_prep"):
+        (tmp_path / "root" / folder).mkdir(parents=True)
+    monkeypatch.setattr(build, "ROOT", tmp_path / "root")
+    assert card != build.fingerprint(chapter, {"DATASET": str(tmp_path)})
+    write_chapter(chapter, "1")
+    assert card != build.fingerprint(chapter, {"DATASET": str(tmp_path)})
+
+
+def test_a_warning_keeps_the_published_book_as_it_was(book, capsys):
+    assert run(book) == 0
+    (book / "intro.md").write_text("# Tiny\n\n{doc}`missing`\n")
+    assert run(book) == 2
+    assert "missing" in capsys.readouterr().err
+    assert "Nothing." in (book.parent / "out" / "html" / "intro.html").read_text()
+    assert run(book) == 2  # a page that was not changed since warns again
+
+
+def test_removed_chapters_leave_the_book(book):
+    pages = book.parent / "pages"
+    build.collect(book, pages)
+    (pages / "09_old.ipynb").write_text("{}")
+    build.collect(book, pages)
+    assert not (pages / "09_old.ipynb").exists()
+
+
+def test_an_executed_copy_appears_only_when_it_is_complete(book, tmp_path):
+    out = tmp_path / "pages" / "02_two.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError):
+        build.execute(book / "02_two.ipynb", out, {"STEPS": 13})
+    assert not out.exists()
+
+
+def test_rules_that_are_no_plain_expressions_are_left_to_the_chapter(tmp_path):
+    write_chapter(tmp_path / "c.ipynb", "parameters.check(globals(), A=(1, 2), B=known, C=str)")
+    assert build.declared(tmp_path / "c.ipynb") == {"A": (1, 2), "C": str}

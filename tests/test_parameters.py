@@ -1,0 +1,140 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from hallulib import UserError
+from hallulib.parameters import check
+
+
+def refused(value, rule):
+    with pytest.raises(UserError, match=r"parameter NAME = .* must be .*") as error:
+        check({"NAME": value}, NAME=rule)
+    assert repr(value) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (1, (1, 9)),
+        (9, (1, 9)),
+        (10**9, (1, None)),
+        (-3, (None, 0)),
+        (1, (0.0, 1.0)),
+        (0.5, (0.0, 1.0)),
+        (1e-4, (0.0, None)),
+        (7, (None, None)),
+        ("phantom", str),
+        (False, bool),
+        ("isup", {"isup", "grade2"}),
+        (64, [32, 64]),
+        (None, [None, 3]),
+    ],
+)
+def test_a_value_within_its_rule_passes(value, rule):
+    check({"NAME": value}, NAME=rule)
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (0, (1, 9)),
+        (10, (1, 9)),
+        (2000.0, (1, 9000)),  # a float where whole numbers count
+        (True, (0, 1)),  # True is an int in Python
+        ("2000", (1, 9000)),  # YAML and -r give text
+        (None, (1, 9)),
+        (float("nan"), (0.0, 1.0)),
+        (float("inf"), (0.0, None)),
+        ("0.5", (0.0, 1.0)),
+        (2024, str),
+        ("  ", str),
+        (1, bool),
+        ("no", bool),
+        ("isp", {"isup", "grade2"}),
+        (1, [True]),
+        (64.0, [32, 64]),
+        ([64], [32, 64]),
+    ],
+)
+def test_an_impossible_value_is_named_with_what_is_allowed(value, rule):
+    assert "\n" not in refused(value, rule)
+
+
+def test_the_sentence_tells_the_allowed_values():
+    assert refused(0, (1, 9)).endswith("a whole number from 1 to 9")
+    assert refused(-1.0, (0.0, None)).endswith("a finite number of at least 0.0")
+    assert refused(2, (None, 1)).endswith("a whole number of at most 1")
+    assert refused("x", {"b", "a"}).endswith("one of 'a', 'b'")
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest_one():
+    with pytest.raises(UserError, match=r"unknown parameter STPES; did you mean STEPS\? known: "):
+        check({"STEPS": 1, "STPES": 2}, STEPS=(1, 9))
+    with pytest.raises(UserError, match="unknown parameter QQQ; known: STEPS"):
+        check({"STEPS": 1, "QQQ": 2}, STEPS=(1, 9))
+
+
+def test_a_name_injected_in_small_letters_is_unknown_too():
+    cells = ["STEPS = 1", "# Parameters\nsteps = 2\n"]
+    with pytest.raises(UserError, match=r"unknown parameter steps; did you mean STEPS\?"):
+        check({"STEPS": 1, "steps": 2, "In": cells}, STEPS=(1, 9))
+
+
+def test_imported_classes_and_small_names_are_no_parameters():
+    check({"STEPS": 1, "VPSDE": Path, "In": ["x = 1"], "x": 1, "_A": 2}, STEPS=(1, 9))
+
+
+def test_a_declared_name_must_be_set():
+    with pytest.raises(UserError, match="SEED is checked but not set"):
+        check({}, SEED=(0, None))
+
+
+@pytest.mark.parametrize("rule", [3, "isup", int, (1, 2, 3)])
+def test_an_author_who_writes_no_rule_is_told(rule):
+    with pytest.raises((TypeError, ValueError)):
+        check({"NAME": 1}, NAME=rule)
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    chapter = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}},
+        cells=[
+            nbformat.v4.new_code_cell("STEPS = 5  # steps", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(
+                "from hallulib import parameters\nparameters.check(globals(), STEPS=(1, 10_000))"
+            ),
+            nbformat.v4.new_code_cell("print('ran', STEPS)"),
+        ],
+    )
+    path = tmp_path_factory.mktemp("notebook") / "chapter.ipynb"
+    nbformat.write(chapter, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"STPES": 7}, "unknown parameter STPES; did you mean STEPS? known: STEPS"),
+        ({"steps": 7}, "unknown parameter steps; did you mean STEPS? known: STEPS"),
+        ({"STEPS": 0}, "parameter STEPS = 0 must be a whole number from 1 to 10000"),
+    ],
+)
+def test_papermill_stops_with_the_sentence_alone(notebook, tmp_path, given, sentence):
+    with pytest.raises(papermill.PapermillExecutionError) as error:
+        papermill.execute_notebook(notebook, tmp_path / "out.ipynb", given, progress_bar=False)
+    assert (error.value.ename, error.value.evalue) == ("UserError", sentence)
+    assert error.value.traceback == [f"UserError: {sentence}"]
+
+
+def test_the_papermill_command_runs_a_chapter_with_another_value(notebook, tmp_path):
+    command = [Path(sys.executable).parent / "papermill", notebook, tmp_path / "out.ipynb"]
+    done = subprocess.run([*command, "-p", "STEPS", "2000"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search("ran 2000", (tmp_path / "out.ipynb").read_text())

@@ -1,0 +1,139 @@
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import environment
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+CODE = sorted(p for d in ("hallulib", "data_prep", "book") for p in (ROOT / d).rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+# A module imports only what stands before it.
+ORDER = """__init__ shapes integrity phantom data sde mixture score unet sample metrics train
+    artifacts parameters figures""".split()
+TOP = set(
+    """.ci .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE
+    Makefile README.md _config.yml book conftest.py data_prep environment.yml hallulib
+    pyproject.toml requirements.in requirements.lock tests""".split()
+)
+
+
+def lock() -> dict[str, str]:
+    pins = map(Requirement, environment.pins((ROOT / "requirements.lock").read_text()))
+    # the version for Python 3.11, where Pythons differ
+    held = [pin for pin in pins if not pin.marker or pin.marker.evaluate({"extra": ""})]
+    return {pin.name.lower(): str(pin.specifier).removeprefix("==") for pin in held}
+
+
+def sources(path: Path) -> list[str]:
+    if path.suffix == ".py":
+        return [path.read_text()]
+    return [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+
+
+def trees():
+    for path in [*CODE, *NOTEBOOKS]:
+        for source in sources(path):
+            code = "\n".join(line for line in source.splitlines() if not line.startswith("%"))
+            yield path, ast.parse(code)
+
+
+def test_every_line_of_the_lock_has_a_hash_and_none_names_a_host():
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"https?://|--(extra-)?index-url|--find-links", text)
+    entries = re.split(r"\n(?=[A-Za-z0-9])", text[re.search(r"^[a-z]", text, re.M).start() :])
+    assert len(entries) > 100
+    assert [e.splitlines()[0] for e in entries if "--hash=sha256:" not in e] == []
+
+
+def test_the_lock_holds_what_the_project_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [line.split("#")[0].strip() for line in (ROOT / "requirements.in").open()]
+    for line in [*project["dependencies"], *filter(None, asked)]:
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(lock()[wanted.name.lower()]), line
+
+
+def test_conda_users_and_binder_get_the_versions_of_the_lock():
+    text = (ROOT / "environment.yml").read_text()
+    assert text == environment.environment((ROOT / "requirements.lock").read_text())
+    parsed = yaml.safe_load(text)
+    assert set(parsed) == {"name", "channels", "dependencies"}
+    python, pip, packages = parsed["dependencies"]
+    assert (python, pip, packages["pip"][-1]) == ("python=3.11", "pip", "-e .")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=" + python.removeprefix("python=")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_stored_without_outputs(notebook):
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("module", sorted(p.stem for p in (ROOT / "hallulib").glob("*.py")))
+def test_a_module_imports_only_the_modules_before_it(module):
+    tree = ast.parse((ROOT / "hallulib" / f"{module}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hallulib":
+            inner = node.module.removeprefix("hallulib").strip(".")
+            names = [inner] if inner else [a.name for a in node.names if a.name in ORDER]
+        elif isinstance(node, ast.Import):
+            names = [a.name[9:] for a in node.names if a.name.startswith("hallulib.")]
+        else:
+            continue
+        for name in names:
+            assert ORDER.index(name) < ORDER.index(module), f"{module} imports {name}"
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    check = (
+        "import sys, hallulib; print(*sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
+def test_nothing_that_can_run_code_is_read_from_a_file():
+    unsafe = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve"}
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+                assert not unsafe & set(names), path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"torch.load", "yaml.load", "yaml.unsafe_load"}, path
+                allowed = [k for k in node.keywords if k.arg == "allow_pickle"]
+                assert all(ast.unparse(k.value) == "False" for k in allowed), path
+
+
+def tracked() -> list[str]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout: cannot tell which files belong to the project")
+    return done.stdout.splitlines()
+
+
+def test_the_top_level_holds_only_its_fixed_entries():
+    assert {name.split("/")[0] for name in tracked()} <= TOP
+
+
+def test_library_files_are_short_enough_to_hold_one_idea():
+    long = {p.name: n for p in CODE if (n := len(p.read_text().splitlines())) > 300}
+    assert long == {}
+
+
+def test_code_and_notebooks_keep_the_style():
+    ruff = Path(sys.executable).parent / "ruff"
+    for command in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run([ruff, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,135 @@
+"""Noise, score and denoised image are one; guidance and the loss do what their equations say."""
+
+import pytest
+import torch
+from torch import nn
+
+from hallulib import UserError
+from hallulib.mixture import GaussianMixture
+from hallulib.score import (
+    ScoreModel,
+    classifier_guided,
+    denoised_of_eps,
+    denoising_loss,
+    eps_of_denoised,
+    eps_of_score,
+    guided,
+    score_of_eps,
+    stratified_times,
+)
+from hallulib.sde import SDES, VESDE, VPSDE, SubVPSDE
+
+all_sdes = pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE()], ids=list(SDES))
+
+
+class ClassIsValue(nn.Module):
+    """A network that answers the class index everywhere, and counts its calls."""
+
+    calls = 0
+
+    def forward(self, x, timesteps, y):
+        self.calls += 1
+        return y.view(-1, 1, 1, 1).expand_as(x).to(x)
+
+
+def model(labels=("low", "high")):
+    return ScoreModel(VPSDE(), ClassIsValue(), labels)
+
+
+@all_sdes
+def test_conversions_undo_each_other(sde):
+    x, eps, t = torch.randn(4, 1, 3, 3), torch.randn(4, 1, 3, 3), torch.rand(4) * 0.8 + 0.1
+    torch.testing.assert_close(eps_of_score(sde, score_of_eps(sde, eps, t), t), eps)
+    x_0 = denoised_of_eps(sde, x, eps, t)
+    torch.testing.assert_close(eps_of_denoised(sde, x, x_0, t), eps, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sde.diffuse(x_0, t, eps), x, rtol=1e-3, atol=1e-3)
+
+
+@all_sdes
+def test_score_is_the_gradient_of_the_log_density(sde):
+    law = GaussianMixture(torch.randn(3, 1, 1, 2), torch.eye(2).repeat(3, 1, 1) * 0.1)
+    x, t = torch.randn(5, 1, 1, 2, requires_grad=True), torch.full((5,), 0.3)
+    (gradient,) = torch.autograd.grad(law.log_prob(sde, x, t).sum(), x)
+    torch.testing.assert_close(
+        score_of_eps(sde, law.eps(sde, x, t), t).detach(), gradient, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_guidance_is_unconditional_at_0_conditional_at_1_and_linear_between():
+    x, t, y = torch.zeros(2, 1, 2, 2), torch.full((2,), 0.5), torch.tensor([0, 1])
+    at = lambda w: guided(model(), y, w)(x, t)[:, 0, 0, 0].tolist()
+    assert at(0.0) == [2, 2]
+    assert at(1.0) == [0, 1]
+    assert at(0.5) == [1, 1.5]
+    assert at(3.0) == [-4, -1]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_guidance_is_one_network_call(scale):
+    m = model()
+    guided(m, torch.tensor([1]), scale)(torch.zeros(1, 1, 2, 2), torch.tensor([0.5]))
+    assert m.network.calls == 1
+
+
+def test_classifier_guidance_at_1_is_bayes_rule():
+    """eps of the mixture plus the gradient of its posterior is eps of the component."""
+    sde, means = VPSDE(), torch.randn(2, 1, 1, 2)
+    law = GaussianMixture(means, torch.eye(2).repeat(2, 1, 1) * 0.2)
+    component = GaussianMixture(means[1:], torch.eye(2)[None] * 0.2)
+    x, t = torch.randn(6, 1, 1, 2), torch.full((6,), 0.4)
+    log_prob = lambda x, t: law.posterior(sde, x, t)[:, 1].log()
+    eps = lambda x, t: law.eps(sde, x, t)
+    torch.testing.assert_close(
+        classifier_guided(sde, eps, log_prob)(x, t), component.eps(sde, x, t), rtol=1e-3, atol=1e-4
+    )
+    assert torch.equal(classifier_guided(sde, eps, log_prob, 0.0)(x, t), eps(x, t))
+
+
+def test_the_exact_noise_minimises_the_loss():
+    """No prediction beats the conditional mean of the noise, which the mixture knows."""
+    sde = VPSDE()
+    law = GaussianMixture(torch.randn(2, 1, 1, 2), torch.eye(2).repeat(2, 1, 1) * 0.05)
+    x_0, _ = law.sample(4000, torch.Generator().manual_seed(0))
+    t, noise = torch.full((4000,), 0.3), torch.randn(4000, 1, 1, 2)
+
+    class Exact(nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, x, timesteps, y):
+            return law.eps(sde, x, timesteps / 999) + self.shift
+
+    def loss_of(shift):
+        return denoising_loss(ScoreModel(sde, Exact(shift)), x_0, t, noise).mean()
+
+    best = loss_of(0.0)
+    for shift in (0.05, -0.05):
+        # E|e + c|^2 = E|e|^2 + c^2, because the error of the conditional mean is centred
+        assert loss_of(shift).item() == pytest.approx(best.item() + shift**2, abs=3e-3)
+
+
+def test_a_silent_network_has_loss_one():
+    m = ScoreModel(VPSDE(), ClassIsValue(), ())
+    eps = torch.randn(2000, 1, 8, 8)
+    loss = denoising_loss(m, torch.zeros_like(eps), torch.full((2000,), 0.5), eps)
+    assert loss.shape == (2000,)
+    assert loss.mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_stratified_times_fill_every_stratum_and_are_uniform_alone():
+    rng = torch.Generator().manual_seed(0)
+    draws = torch.stack([stratified_times(16, 0.0, rng) for _ in range(2000)])
+    strata = (draws.sort(1).values * 16).floor()
+    assert (strata.diff(dim=1) >= 1).all() or (strata.diff(dim=1) >= 0).float().mean() > 0.99
+    first = draws[:, 0].sort().values
+    assert (first - torch.linspace(0, 1, 2000)).abs().max() < 0.05  # Kolmogorov-Smirnov
+    assert stratified_times(8, 0.1, rng).min() >= 0.1
+
+
+def test_unknown_label_lists_the_known_ones():
+    assert model().index(["high", "low"]).tolist() == [1, 0]
+    with pytest.raises(UserError, match="does not know the label 'medium'; it knows low, high"):
+        model().index(["medium"])
+    with pytest.raises(UserError, match="trained without labels"):
+        model(()).index(["low"])

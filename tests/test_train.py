@@ -1,0 +1,172 @@
+"""Training: it learns, it resumes to the same bytes, and it refuses what it cannot use."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hallulib import UserError, unet
+from hallulib.train import CHECKPOINT, LOG, pretrain
+
+
+def model(**kw):
+    return unet.build(size=8, labels=("a", "b"), width=8, **kw)
+
+
+def images(n=32):
+    return torch.randn((n, 1, 8, 8), generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+
+SETTINGS = dict(batch_size=8, warmup=5, every=4)
+
+
+def run(folder=None, stop=None, labels=None, **kw):
+    loop = pretrain(model(), images(), labels, folder=folder, **{**SETTINGS, "steps": 12, **kw})
+    for state in loop:
+        if state.step == stop:
+            loop.close()
+            break
+    return state
+
+
+def same(a, b):
+    a, b = a.tensors(), b.tensors()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_same_seed_trains_the_same_weights_and_another_seed_others():
+    assert same(run(), run())
+    assert not same(run(), run(seed=1))
+
+
+def test_the_global_random_state_is_neither_used_nor_changed():
+    before = torch.get_rng_state()
+    first = run()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert same(first, run())
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 11])
+def test_a_stopped_training_resumes_to_the_same_bytes(tmp_path, stop):
+    run(tmp_path, stop=stop, labels=torch.arange(32) % 3 - 1)
+    resumed = run(tmp_path, labels=torch.arange(32) % 3 - 1)
+    assert same(resumed, run(labels=torch.arange(32) % 3 - 1))
+
+
+def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
+    """SIGKILL at arbitrary moments, a write of the checkpoint included."""
+    script = textwrap.dedent(
+        """
+        import sys, torch
+        sys.path.insert(0, sys.argv[2])
+        from test_train import run
+        torch.set_num_threads(1)
+        run(sys.argv[1], steps=60, every=1)
+        """
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), os.path.dirname(__file__)]
+    for delay in (0.05, 0.2):
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 60
+        before = (
+            (tmp_path / CHECKPOINT).stat().st_mtime_ns if (tmp_path / CHECKPOINT).exists() else 0
+        )
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / CHECKPOINT).exists() and (
+                tmp_path / CHECKPOINT
+            ).stat().st_mtime_ns > before:
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        process.wait()
+    subprocess.run(command, check=True)
+    uninterrupted = tmp_path / "whole"
+    subprocess.run([*command[:3], str(uninterrupted), command[4]], check=True)
+    killed, whole = (load_file(f / CHECKPOINT) for f in (tmp_path, uninterrupted))
+    assert killed.keys() == whole.keys()
+    assert all(torch.equal(killed[k], whole[k]) for k in whole)
+    assert (tmp_path / LOG).read_bytes() == (uninterrupted / LOG).read_bytes()
+
+
+def test_a_finished_training_does_nothing_more(tmp_path):
+    run(tmp_path)
+    stamp = (tmp_path / CHECKPOINT).stat().st_mtime_ns
+    assert list(pretrain(model(), images(), folder=tmp_path, steps=12, **SETTINGS)) == []
+    assert (tmp_path / CHECKPOINT).stat().st_mtime_ns == stamp
+
+
+def test_training_learns_a_constant_image():
+    """All training images alike: the denoised image must become that image."""
+    m, x = model(), torch.full((16, 1, 8, 8), 0.5)
+    *_, state = pretrain(m, x, steps=300, batch_size=32, lr=3e-3, warmup=10, ema_decay=0.95)
+    assert state.losses[-50:].mean() < 0.35 * state.losses[:5].mean()
+    t, eps = torch.full((16,), 0.5), torch.randn(16, 1, 8, 8)
+    x_0 = (m.sde.diffuse(x, t, eps) - 0.9597 * state.ema(m.sde.diffuse(x, t, eps), t)) / 0.2812
+    assert (x_0 - 0.5).abs().mean() < 0.6
+
+
+def test_weights_decide_what_is_drawn():
+    weights = torch.zeros(32)
+    weights[3] = 1.0
+    only = pretrain(model(), images(), steps=2, weights=weights, **SETTINGS)
+    repeated = pretrain(
+        model(), images()[3:4].repeat(32, 1, 1, 1), steps=2, weights=weights, **SETTINGS
+    )
+    assert same(list(only)[-1], list(repeated)[-1])
+
+
+def test_labels_reach_the_class_vectors_and_dropping_all_of_them_does_not():
+    start = model().network.classes.weight.detach()
+    y = torch.zeros(32, dtype=torch.int64)
+    moved = run(labels=y).model.network.classes.weight.detach() - start
+    assert moved[0].abs().max() > 0
+    assert (moved[1:] == 0).all()
+    dropped = run(labels=y, p_uncond=1.0).model.network.classes.weight
+    assert torch.equal(dropped.detach(), start)
+
+
+def test_the_log_has_one_line_per_step(tmp_path):
+    state = run(tmp_path)
+    lines = (tmp_path / LOG).read_text().splitlines()
+    assert lines[0] == "step,loss"
+    assert len(lines) == 13
+    assert float(lines[-1].split(",")[1]) == pytest.approx(state.losses[-1].item())
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    run(tmp_path, stop=4)
+    with pytest.raises(UserError, match=r"trained with lr = 0.0002, not 0.1; give another folder"):
+        run(tmp_path, lr=0.1)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    run(tmp_path, stop=4)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is not a checkpoint of this model"):
+        run(tmp_path)
+
+
+def test_a_diverging_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    broken = images()
+    broken[:] = torch.nan
+    loop = pretrain(model(), broken, steps=4, folder=tmp_path, **{**SETTINGS, "every": 2})
+    with pytest.raises(UserError, match="not finite from step 1 on"):
+        list(loop)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_on_a_gpu_learns():
+    m, x = model().cuda(), torch.full((16, 1, 8, 8), 0.5, device="cuda")
+    *_, state = pretrain(m, x, steps=300, batch_size=32, lr=3e-3, warmup=10)
+    assert state.losses[-50:].mean() < 0.35 * state.losses[:5].mean()

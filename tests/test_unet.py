@@ -1,0 +1,97 @@
+"""The network: its null class, its folder, and stock diffusers reading that folder."""
+
+import pytest
+import torch
+
+from hallulib import UserError, unet
+from hallulib.sde import VESDE, VPSDE, SubVPSDE
+
+
+def small(sde=None, labels=("2", "3"), **kw):
+    return unet.build(sde, **{"size": 16, "labels": labels, "width": 8, **kw})
+
+
+@pytest.fixture
+def x_t():
+    return torch.randn(3, 1, 16, 16), torch.tensor([0.1, 0.5, 0.9])
+
+
+def test_the_label_changes_the_prediction_and_null_is_no_label(x_t):
+    m = small()
+    torch.nn.init.normal_(m.network.classes.weight[:2])
+    answers = [m(*x_t, torch.full((3,), y)) for y in (0, 1, m.null)]
+    assert not torch.allclose(answers[0], answers[1])
+    assert torch.equal(m(*x_t), answers[2])
+
+
+def test_the_null_class_stays_zero_in_training(x_t):
+    m = small()
+    optimizer = torch.optim.Adam(m.parameters(), lr=1e-2)
+    for _ in range(3):
+        m(*x_t, torch.tensor([0, 1, 2])).square().mean().backward()
+        optimizer.step()
+    assert (m.network.classes.weight[m.null] == 0).all()
+
+
+def test_an_embedding_may_stand_for_the_class(x_t):
+    m = small()
+    y = torch.tensor([0, 1, 2])
+    assert torch.equal(m(*x_t, m.network.classes.weight[y]), m(*x_t, y))
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), VPSDE(0.2, 10.0), SubVPSDE(), VESDE(0.02, 20.0)])
+def test_a_saved_model_is_the_same_model(sde, x_t, tmp_path):
+    m = small(sde, channels=1).eval()
+    unet.save(m, tmp_path)
+    again = unet.load(tmp_path)
+    assert again.sde == m.sde
+    assert again.labels == m.labels
+    y = torch.tensor([0, 1, 2])
+    torch.testing.assert_close(again(*x_t, y), m(*x_t, y))
+
+
+def test_stock_diffusers_samples_from_the_folder(x_t, tmp_path):
+    from diffusers import DDPMPipeline
+
+    m = small().eval()
+    unet.save(m, tmp_path)
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(pipeline.unet(x_t[0], 999 * x_t[1]).sample, m(*x_t))
+    images = pipeline(batch_size=2, num_inference_steps=4, output_type="np").images
+    assert images.shape == (2, 16, 16, 1)
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_a_ve_model_is_no_ddpm_pipeline(tmp_path):
+    unet.save(small(VESDE()), tmp_path)
+    assert not (tmp_path / "model_index.json").exists()
+
+
+def test_initial_weights_follow_the_seed_and_leave_the_global_state_alone():
+    before = torch.get_rng_state()
+    a, b, c = small(seed=1), small(seed=1), small(seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    weight = lambda m: m.network.unet.conv_in.weight
+    assert torch.equal(weight(a), weight(b))
+    assert not torch.equal(weight(a), weight(c))
+
+
+def test_colour_images_are_predicted_too():
+    m = unet.build(size=16, channels=3, width=8)
+    assert m(torch.zeros(2, 3, 16, 16), torch.zeros(2)).shape == (2, 3, 16, 16)
+
+
+def test_a_size_that_cannot_be_halved_is_explained():
+    with pytest.raises(UserError, match="side 34 do not suit .* stopped at 17: a multiple of 8"):
+        unet.build(size=34)
+
+
+def test_a_folder_that_is_no_model_is_explained(tmp_path):
+    with pytest.raises(UserError, match="is not a score model that hallulib saved"):
+        unet.load(tmp_path / "nothing")
+    unet.save(small(), tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is not a score model"):
+        unet.load(tmp_path)

@@ -1,0 +1,277 @@
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy_archive
+from toy_archive import CARD, SPLITS, Patient, make, read
+
+from data_prep import staging, writer
+from data_prep.__main__ import main
+from data_prep.writer import prepare
+from hallulib import UserError, data
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_is_written_is_an_image_set_in_the_order_of_the_items(tmp_path):
+    report = make(tmp_path / "set")
+    opened = data.open(tmp_path / "set")
+    expected = [image for n in range(24) for image in read(Patient(n)).images]
+    assert np.array_equal(opened.images, expected)
+    assert (report.images, report.patients) == (36, 18)
+    assert report.counts == opened.card["report"] == {"study without image": 6}
+    assert sum(sum(classes.values()) for classes in report.splits.values()) == 36
+    assert list(opened.table.columns) == ["patient", "split", "grade", "slice"]
+    assert os.listdir(tmp_path) == ["set"]
+    assert "6  study without image" in str(report)
+
+
+def test_one_process_or_two_write_the_same_bytes(tmp_path):
+    make(tmp_path / "one")
+    make(tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_splits_can_be_given_by_patient(tmp_path):
+    by_patient = {f"p{n:03d}": "train" if n < 12 else "test" for n in range(24)}
+    make(tmp_path / "set", splits=by_patient)
+    table = data.open(tmp_path / "set").table
+    assert (table["patient"].map(by_patient) == table["split"]).all()
+    with pytest.raises(UserError, match="patient p001 has no split"):
+        make(tmp_path / "other", splits={})
+
+
+def test_exact_copies_are_counted_across_splits(tmp_path):
+    prints = ["a", "b", "a", "c", "b", "b"]
+    odd = writer._copies(prints, ["train", "train", "test", "val", "train", "val"])
+    assert odd["image that is an exact copy of another"] == 3
+    assert odd["image with an exact copy in another split"] == 2
+
+
+def start(out: Path, workers: int, **options) -> subprocess.Popen:
+    command = [sys.executable, toy_archive.__file__, str(out), str(workers)]
+    path = os.pathsep.join(sys.path)
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, start_new_session=True, env=environment, **options
+    )
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the process did not get there"
+        time.sleep(0.005)
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+    (tmp_path / "a").mkdir()
+    items = [Patient(n, sleep=0.02) for n in range(40)]
+    make(tmp_path / "whole", items)
+    out, rng = tmp_path / "a" / "set", np.random.default_rng()
+    staged = out.with_name("set.partial")
+    for count in sorted(rng.integers(1, 36, 2)):
+        run = start(out, workers=2)
+        wait_for(lambda n=count: len(list(staged.glob("*.npz"))) >= n)
+        run.kill()
+        run.communicate()
+        assert staged.is_dir()
+        assert not out.exists()
+    before = {f.name: f.stat().st_mtime_ns for f in staged.glob("*.npz")}
+    next(staged.glob("*.npz")).write_bytes(b"half")  # as after a power failure
+    run = start(out, workers=2)
+    assert run.wait(60) == 0
+    assert len(before) > 1
+    assert contents(out) == contents(tmp_path / "whole")
+    assert os.listdir(tmp_path / "a") == ["set"]
+
+
+def test_an_interrupted_run_keeps_what_it_read(tmp_path, monkeypatch):
+    items = [Patient(n) for n in range(8)]
+
+    def interrupted(item):
+        if item.number == 5:
+            raise KeyboardInterrupt
+        return read(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "set", items, interrupted, CARD, splits=SPLITS, workers=1)
+    assert len(list((tmp_path / "set.partial").glob("*.npz"))) == 5
+
+    def fresh(item):
+        assert item.number >= 5, "was staged already"
+        return read(item)
+
+    prepare(tmp_path / "set", items, fresh, CARD, splits=SPLITS, workers=1)
+    make(tmp_path / "whole", items)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_other_settings_do_not_take_over_staged_studies(tmp_path):
+    other = CARD | {"processing": {"steps": ["others"], "versions": {}}}
+    names = []
+    for card in (CARD, other):
+        (tmp_path / "staged").mkdir(exist_ok=True)
+        complete = writer._complete(card)
+        names += staging.stage([Patient(1), Patient(2, 9)], read, complete, tmp_path / "staged", 1)
+    names += staging.stage([Patient(1, 9)], read, complete, tmp_path / "staged", 1)
+    assert len(set(names)) == 5
+
+
+FAULTS = {
+    "crash": (Patient(1, fault="crash"), r"study 1: cannot be read \(ValueError: odd header with"),
+    "identifier": (Patient(1, fault="identifier"), "study 1: field 'patient_name' is not on the"),
+    "label": (Patient(1, fault="label"), "study 1: grade is 'worse'; known labels are low, high"),
+    "float": (Patient(1, fault="float"), "study 1: image is float64"),
+    "size": (Patient(1, size=9), r"study 1 has .* \(1, 9, 9\) but study 2 of \(1, 8, 8\)"),
+    "channels": (Patient(1, channels=3), r"study 1 has .* \(3, 8, 8\) but study 2 of \(1, 8, 8\)"),
+    "twice": (Patient(2), "study 2 is listed twice"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "workers"), [*((fault, 1) for fault in FAULTS), ("crash", 2), ("label", 2)]
+)
+def test_a_bad_study_is_one_sentence_and_leaves_nothing(tmp_path, fault, workers):
+    item, told = FAULTS[fault]
+    with pytest.raises(UserError, match=told) as error:
+        make(tmp_path / "new" / "set", [item, Patient(2), Patient(3)], workers=workers)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_patient_in_two_splits_is_refused(tmp_path):
+    def leaking(item):
+        study = read(item)
+        for row, split in zip(study.rows, ("train", "test", "val"), strict=False):
+            row["split"] = split
+        return study
+
+    with pytest.raises(UserError, match="set/table.csv: patient p002 is in train and test"):
+        prepare(tmp_path / "set", [Patient(2)], leaking, CARD, workers=1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_worker_is_told_and_the_rest_is_kept(tmp_path):
+    items = [Patient(n) for n in range(1, 4)] + [Patient(9, fault="die")]
+    with pytest.raises(UserError, match="a worker was killed, most likely for lack of memory"):
+        make(tmp_path / "set", items, workers=2)
+    assert (tmp_path / "set.partial").is_dir()
+
+
+def test_workers_die_with_a_killed_parent(tmp_path):
+    out = tmp_path / "set"
+    run = start(out, workers=2)
+    wait_for(lambda: len(list(tmp_path.glob("set.partial/*.npz"))) > 0)
+    run.kill()
+    run.wait()
+
+    def alive():
+        stats = (Path(f"/proc/{p}/stat") for p in os.listdir("/proc") if p.isdigit())
+        texts = [s.read_text() for s in stats if s.exists()]
+        return any(int(t.rsplit(")", 1)[1].split()[3]) == run.pid for t in texts)  # session id
+
+    wait_for(lambda: not alive(), 20)
+
+
+@pytest.mark.parametrize(
+    ("items", "told"),
+    [([], "nothing to prepare"), ([Patient(0), Patient(4)], "study 0: no image")],
+)
+def test_an_empty_archive_is_told(tmp_path, items, told):
+    with pytest.raises(UserError, match=told):
+        make(tmp_path / "set", items)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_set_is_kept_unless_told_otherwise(tmp_path):
+    make(tmp_path / "set")
+    before = contents(tmp_path / "set")
+    with pytest.raises(UserError, match="set exists already; name another output or pass --over"):
+        make(tmp_path / "set", [Patient(1)])
+    with pytest.raises(UserError, match="cannot be read"):
+        make(tmp_path / "set", [Patient(1, fault="crash")], overwrite=True)
+    assert contents(tmp_path / "set") == before
+    make(tmp_path / "set", [Patient(1)], overwrite=True)
+    assert len(data.open(tmp_path / "set")) == 1
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    def small_files_only():  # the limit of the system itself, without filling a disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
+
+    (tmp_path / "a").mkdir()
+    run = start(tmp_path / "a" / "set", 1, preexec_fn=small_files_only)
+    _, told = run.communicate(timeout=60)
+    assert b"UserError" in told
+    assert b"cannot write (File too large)" in told
+    assert os.listdir(tmp_path / "a") == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("where", ["mkdir", "replace", "fsync"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, code, where):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(*{"mkdir": (Path, "mkdir")}.get(where, (os, where)), refuse)
+    with pytest.raises(UserError, match=rf"cannot write \({os.strerror(code)}\); a writable"):
+        make(tmp_path / "set", [Patient(1)])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/set: cannot write"):
+        make(tmp_path / "file" / "set")
+
+
+def test_workers_below_one_are_refused(tmp_path):
+    with pytest.raises(UserError, match="workers is 0; at least 1"):
+        make(tmp_path / "set", workers=0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_card_tells_versions_counts_and_sums(tmp_path):
+    make(tmp_path / "set", [Patient(1), Patient(2)])
+    card = json.loads((tmp_path / "set" / "card.json").read_text())
+    assert set(card) >= {*CARD, "counts", "report", "sha256"}
+    assert set(card["processing"]["versions"]) >= {"python", "numpy", "hallulib"}
+
+
+@pytest.mark.parametrize("archive", ["folder", "npz", "medmnist"])
+def test_help_tells_what_an_archive_needs(archive, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([archive, "--help"])
+    told = capsys.readouterr().out
+    assert "python -m data_prep" in told
+    assert "OUT" in told
+
+
+def test_help_lists_the_archives_and_a_wrong_name_exits_with_2(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "medmnist" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["nothing"])
+
+
+def test_an_interrupt_is_one_sentence_and_130(monkeypatch, capsys, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.folder.run", interrupt)
+    assert main(["folder", "in", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
