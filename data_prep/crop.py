@@ -1,5 +1,7 @@
 r"""Square in-plane crops at a set spacing, and their grey values as bytes."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 
@@ -15,48 +17,61 @@ def centre_of(mask: np.ndarray) -> np.ndarray:
     return np.percentile(place, [1, 99], axis=1).mean(axis=0)
 
 
-def cut(
-    pixels: np.ndarray, centre: np.ndarray, spacing: np.ndarray, target: float, size: int
-) -> np.ndarray:
-    r"""Crop of every slice around one place, by linear interpolation.
-
-    .. math:: y_i = \frac{\sum_j w_{ij} x_j}{\sum_j w_{ij}},
-        \quad w_{ij} = \max(0, 1 - |c_i - j| / \max(1, r))
-
-    along rows and columns, with :math:`c_i` the place of pixel i in the slice and r the target
-    over the given spacing: plain linear where pixels get smaller, a wider tent against aliasing
-    where they get larger. Beyond the border the outermost pixel is repeated. The sums have a fixed
-    order, so the result does not depend on the machine.
+@dataclass(frozen=True)
+class Window:
+    """Where a square crop lies in the slices of a volume.
 
     Args:
-        pixels: (slices, rows, columns).
-        centre: (2,) row and column in the middle of the crop.
-        spacing: (2,) mm between rows and between columns.
+        centre: (2,) row and column in its middle.
+        spacing: (2,) mm between rows and between columns of the volume.
         target: mm between pixels of the crop.
         size: pixels per side of the crop.
-
-    Returns:
-        float64 (slices, size, size).
     """
-    x = pixels.astype(float)
-    for axis, (middle, step) in enumerate(zip(centre, spacing, strict=True), 1):
-        x = _resampled(x, axis, middle, target / step, size)
-    return x
+
+    centre: np.ndarray
+    spacing: np.ndarray
+    target: float
+    size: int
+
+    @property
+    def reach(self) -> np.ndarray:
+        """Rows and columns from the centre to the border (2,)."""
+        return self.target * self.size / 2 / self.spacing
+
+    def shows(self, place: np.ndarray) -> np.ndarray:
+        """Whether rows and columns ``place`` (2, n) lie in the crop; bool (n,)."""
+        return (np.abs(place.T - self.centre) <= self.reach).all(axis=1)
+
+    def reaches_beyond(self, shape: tuple[int, ...]) -> bool:
+        """Whether a part of the crop lies outside slices of this shape."""
+        first, last = self.centre - self.reach, self.centre + self.reach
+        return bool((first < -0.5).any() or (last > np.array(shape) - 0.5).any())
+
+    def cut(self, pixels: np.ndarray) -> np.ndarray:
+        r"""Crop of every slice, by linear interpolation.
+
+        .. math:: y_i = \frac{\sum_j w_{ij} x_j}{\sum_j w_{ij}},
+            \quad w_{ij} = \max(0, 1 - |c_i - j| / \max(1, r))
+
+        along rows and columns, with :math:`c_i` the place of pixel i in the slice and r the target
+        over the given spacing: plain linear where pixels get smaller, a wider tent against
+        aliasing where they get larger. Beyond the border the outermost pixel is repeated. The sums
+        have a fixed order, so the result does not depend on the machine.
+
+        Args:
+            pixels: (slices, rows, columns).
+
+        Returns:
+            float64 (slices, size, size).
+        """
+        x = pixels.astype(float)
+        for axis, middle, step in zip((1, 2), self.centre, self.spacing, strict=True):
+            x = _resampled(x, axis, middle, self.target / step, self.size)
+        return x
 
 
-def inside(
-    place: np.ndarray, centre: np.ndarray, spacing: np.ndarray, target: float, size: int
-) -> np.ndarray:
-    """Whether rows and columns ``place`` (2, n) are inside the crop of `cut`; bool (n,)."""
-    off = np.abs(place - np.reshape(centre, (2, 1))) * np.reshape(spacing, (2, 1))
-    return (off <= target * size / 2).all(axis=0)
-
-
-def to_bytes(x: np.ndarray, low: float, high: float) -> np.ndarray | None:
-    """Grey values between two percentiles of all of them as 0 to 255; None without contrast."""
-    black, white = np.percentile(x, [low, high])
-    if not white > black:
-        return None
+def to_bytes(x: np.ndarray, black: float, white: float) -> np.ndarray:
+    """Grey values from black to white as 0 to 255, uint8; what is beyond is clipped."""
     return np.rint(np.clip((x - black) / (white - black), 0, 1) * 255).astype(np.uint8)
 
 

@@ -121,31 +121,9 @@ def read_block(block: Block, size: int, fit: str, channels: int, to_grey: bool) 
 
 
 def _from_folders(root: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The plan of class folders: columns file, patient, label, split; index = position + 1."""
-    tops = _folders(root)
-    split_names = {"train", "val", "test"}
+    """The plan of class folders: columns file, patient, label, split; index = place."""
     rows, notes = [], []
-    if split_names & {f.name for f in tops}:
-        strange = [f.name for f in tops if f.name not in split_names | {"unlabelled"}]
-        if strange:
-            raise UserError(
-                f"{root / strange[0]}: a class beside train, val or test; classes go inside them"
-            )
-        pairs = [
-            (split.name, c) for split in tops if split.name in split_names for c in _folders(split)
-        ]
-        pairs += [("", f) for f in tops if f.name == "unlabelled"]
-        loose = [root, *(f for f in tops if f.name in split_names)]
-    else:
-        pairs, loose = [("", folder) for folder in tops], [root]
-    for folder in loose:
-        first, _ = _images(folder)
-        if first:
-            raise UserError(
-                f"{first[0]}: an image outside a class folder; put it in a folder named by its"
-                " class (or unlabelled), or give --csv"
-            )
-    for split, folder in pairs:
+    for split, folder in _class_folders(root):
         if _folders(folder):
             raise UserError(
                 f"{_folders(folder)[0]}: a folder in a class folder; images must lie directly in"
@@ -158,41 +136,58 @@ def _from_folders(root: Path) -> tuple[pd.DataFrame, list[str]]:
     return _plan(rows, root), notes
 
 
+def _class_folders(root: Path) -> list[tuple[str, Path]]:
+    """(split, folder) of each class; the split is "" where the folders do not tell."""
+    tops = _folders(root)
+    splits = [folder for folder in tops if folder.name in ("train", "val", "test")]
+    for folder in (root, *splits):
+        loose, _ = _images(folder)
+        if loose:
+            raise UserError(
+                f"{loose[0]}: an image outside a class folder; put it in a folder named by its"
+                " class (or unlabelled), or give --csv"
+            )
+    others = [folder for folder in tops if folder not in splits]
+    strange = [folder for folder in others if splits and folder.name != "unlabelled"]
+    if strange:
+        raise UserError(f"{strange[0]}: a class beside train, val or test; classes go inside them")
+    inside = [(split.name, folder) for split in splits for folder in _folders(split)]
+    return inside + [("", folder) for folder in others]
+
+
 def _from_csv(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
-    """The plan of a table; index = line number in the file."""
-    try:
-        table = pd.read_csv(args.csv, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.csv}: not a readable CSV ({error}); give another --csv") from error
-    missing = [name for name in ("file", args.label) if name not in table]
-    if missing:
-        raise UserError(
-            f"{args.csv}: no column {missing[0]!r} among {list(table.columns)}; file and"
-            f" {args.label} are needed (--label names the label column)"
-        )
-    table = table.apply(lambda column: column.str.strip())
-    table.index += 2
+    """The plan of a table; index = line of the file."""
+    table = _table(args.csv, args.label)
     for line, name in table["file"].items():
         _check_path(name, line, args)
-    twice = table["file"].duplicated()
-    if twice.any():
-        line = table.index[twice][0]
+    twice = table.index[table["file"].duplicated()]
+    if len(twice):
+        name = table["file"][twice[0]]
+        raise UserError(f"{args.csv}: line {twice[0]} lists {name} again; once is needed")
+    wanted = ["file", "patient", args.label, "split"]
+    notes = ["column of the CSV left out"] * len(set(table.columns) - set(wanted))
+    listed = {args.source / name for name in table["file"]}
+    for folder, _, _ in os.walk(args.source):
+        found = _images(Path(folder))[0]
+        notes += ["image not in the CSV left out"] * sum(file not in listed for file in found)
+    plan = table.reindex(columns=wanted, fill_value="")
+    return _plan(plan.set_axis(["file", "patient", "label", "split"], axis=1), args.csv), notes
+
+
+def _table(file: Path, label: str) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable CSV ({error}); give another --csv") from error
+    missing = [name for name in ("file", label) if name not in table]
+    if missing:
         raise UserError(
-            f"{args.csv}: line {line} lists {table['file'][line]} again; once is needed"
+            f"{file}: no column {missing[0]!r} among {list(table.columns)}; file and {label} are"
+            " needed (--label names the label column)"
         )
-    empty = pd.Series("", index=table.index)
-    columns = {c: table.get(c, empty) for c in ("file", "patient", "split")}
-    taken = {"file", args.label, "patient", "split"}
-    notes = ["column of the CSV left out"] * len(set(table.columns) - taken)
-    files = {PurePosixPath(name) for name in table["file"]}
-    found = sum(
-        PurePosixPath(f.relative_to(args.source).as_posix()) not in files
-        for folder, _, _ in os.walk(args.source)
-        for f in _images(Path(folder))[0]
-    )
-    notes += ["image not in the CSV left out"] * found
-    plan = pd.DataFrame({**columns, "label": table[args.label]})
-    return _plan(plan[["file", "patient", "label", "split"]], args.csv), notes
+    table = table.apply(lambda column: column.str.strip())
+    table.index += 2  # lines, below the line of names
+    return table
 
 
 def _check_path(name: str, line: int, args: argparse.Namespace) -> None:

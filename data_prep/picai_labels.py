@@ -162,7 +162,7 @@ def check_values(mask: np.ndarray, source: str, key: str) -> None:
         Fault: names the value.
     """
     known = (0, 2, 3, 4, 5) if source == "expert" else (0, 1)
-    strange = np.setdiff1d(mask, known)
+    strange = mask[~np.isin(mask, known)]
     if len(strange):
         raise Fault(
             f"{key}: the {source} mask has value {strange[0]}; known values are {known}",
@@ -221,9 +221,15 @@ def _entry(row: Mapping[str, str], alone: bool, where: str) -> Entry:
             f" case_ISUP {row['case_ISUP']!r}; lists of the same length without N/A are needed"
         ) from error
     wrong = next((s for g, s in lesions if g >= 2 and GLEASON.get(s) != g), None)
-    if wrong or isup != max(grades, default=isup) or row["case_csPCa"] != ("NO", "YES")[isup >= 2]:
+    significant = "YES" if isup >= 2 else "NO"
+    if (
+        wrong
+        or isup not in range(6)
+        or isup != max(grades, default=isup)
+        or row["case_csPCa"] != significant
+    ):
         raise UserError(
-            f"{where} has lesions {lesions}, case_ISUP {isup} and csPCa {row['case_csPCa']!r}, which"
-            " contradict each other; the published marksheet is needed"
+            f"{where} has lesions {lesions}, case_ISUP {isup} and csPCa {row['case_csPCa']!r},"
+            " that contradict each other; the published marksheet is needed"
         )
     return Entry(row["patient_id"], row["study_id"], isup, lesions, alone)

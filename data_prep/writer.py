@@ -95,11 +95,10 @@ def prepare(
             removed. A run that was killed or interrupted keeps it.
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; name another output or pass --overwrite")
     if not items:
         raise UserError(f"{out}: nothing to prepare; at least one image is needed")
     staging = out.with_name(out.name + ".partial")
+    _check_free(out, staging, overwrite)
     made = [folder for folder in (staging, *staging.parents) if not folder.exists()]
     card = _complete(card)
     try:
@@ -141,6 +140,19 @@ def _divide(table: pd.DataFrame, scheme: str, fractions: Mapping[str, float], se
 
     todo = table[table["split"] == ""]
     return split_patients(list(todo["patient"]), list(todo[scheme]), fractions, seed)
+
+
+def _check_free(out: Path, staging: Path, overwrite: bool) -> None:
+    """Nothing but an image set is ever replaced, nothing but staged work removed."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; name another output or pass --overwrite")
+    own = {"images.npy", "table.csv", "card.json"}
+    if out.exists() and not (out.is_dir() and {f.name for f in out.iterdir()} == own):
+        raise UserError(f"{out} is not an image set, so it is not replaced; name another output")
+    if staging.exists():
+        strange = [f for f in staging.glob("*") if f.suffix not in (".npz", ".tmp")]
+        if any(f.name not in ("set", "replaced") for f in strange):
+            raise UserError(f"{staging} holds files of others; name another output or move it")
 
 
 def _complete(card: dict) -> dict:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def load_or_train(
     an interrupted call stopped.
 
     Args:
-        name: of the model, a word.
+        name: of the model; characters that do not suit a folder become hyphens.
         train: writes its model into the folder it is given.
         from_scratch: train even if a finished run or shipped weights are there.
         settings: everything the result depends on; what JSON can hold.
@@ -58,6 +59,7 @@ def load_or_train(
     Raises:
         UserError: a file of the found run differs from its checksum.
     """
+    name = re.sub(r"[^\w-]+", "-", name)  # a name may come from a data set: it stays one folder
     folder = runs_folder() / f"{name}-{_key(settings)}"
     if from_scratch:
         (folder / CARD).unlink(missing_ok=True)

@@ -46,6 +46,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from hallulib import UserError
+from hallulib.anatomy import FIELD_OF_VIEW, SLICE_SPACING, WAVES, WINDOW, half_axes, render
 
 GS = ("3+4", "4+3", "4+4", "3+5", "5+3", "4+5", "5+4", "5+5")
 FREQUENCY = np.array([0.50, 0.25, 0.08, 0.02, 0.01, 0.09, 0.04, 0.01])
@@ -72,18 +73,7 @@ SHIFT = np.array(  # (score, parameter)
     ]
 )
 SLICE_SHARE = 0.1  # part of the variance of u that differs between the slices of a patient
-FIELD_OF_VIEW = 64.0  # mm, the side of every image
-SLICE_SPACING = 3.0  # mm
-WINDOW = 215.0  # grey levels per unit of signal, about that of urine
 SPLITS = ("unlabelled", "train", "val", "test")
-WAVES = {  # random texture: shortest and longest wave in mm, number of waves
-    "bias": (60.0, 140.0, 4),
-    "bend_x": (18.0, 45.0, 8),
-    "bend_y": (18.0, 45.0, 8),
-    "nodules": (8.0, 16.0, 20),
-    "fine": (4.0, 12.0, 24),
-    "lesion": (4.0, 9.0, 24),
-}
 
 
 class Estimate(float):
@@ -222,7 +212,7 @@ def prostate(
 
     def draw(first):
         group = patients[first : first + step]
-        images[ends[first] : ends[first + len(group)], 0] = _render(group, size)
+        images[ends[first] : ends[first + len(group)], 0] = render(group, size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(draw, range(0, len(patients), step)))
@@ -294,156 +284,9 @@ def _lesion(rng, score, z, level, anatomy):
     side, peripheral = rng.choice([-1, 1]), rng.random() < 0.7
     angle = np.radians(rng.uniform(25, 68) if peripheral else rng.uniform(115, 160))  # from behind
     reach = rng.uniform(0.70, 0.80) if peripheral else rng.uniform(0.40, 0.55)
-    a, b = _half_axes(level, anatomy)
+    a, b = half_axes(level, anatomy)
     columns = (*theta.T, side * a * reach * np.sin(angle), b * reach * np.cos(angle) - 2)
     return np.stack([c.round(d) for c, d in zip(columns, DECIMALS, strict=True)], 1)
-
-
-def _half_axes(level, anatomy):
-    """Half width and half depth of the gland in mm; ``level`` runs from -1, apex, to 1, base."""
-    narrow = np.sqrt(1 - 0.42 * (level - 0.15) ** 2)
-    return (23 + 1.8 * anatomy[0]) * narrow, (16.5 + 1.5 * anatomy[1]) * narrow
-
-
-def _render(patients, size):
-    """The slices of some patients ``(slices, size, size)`` uint8."""
-    pixel = FIELD_OF_VIEW / size
-    axis = ((np.arange(size) + 0.5) * pixel - FIELD_OF_VIEW / 2).astype(np.float32)
-    n_slices = [len(p["z"]) for p in patients]
-
-    def per_slice(rows):  # (slices, numbers) -> numbers that multiply the slices
-        return np.asarray(rows, np.float32).T[..., None, None]
-
-    def joined(key):
-        return np.concatenate([p[key] for p in patients])
-
-    anatomy = per_slice(np.repeat([p["anatomy"] for p in patients], n_slices, 0))
-    waves = np.repeat([p["waves"] for p in patients], n_slices, 0)
-    texture = _textures(waves, joined("z"), axis, pixel)
-    level, lesion = per_slice(joined("level")), per_slice(joined("lesion"))
-    signal = _signal(axis, pixel, level, anatomy, texture, lesion)
-    noise = np.concatenate(
-        [p["rng"].standard_normal((len(p["z"]), 2, size, size), np.float32) for p in patients]
-    )
-    # pixels above 1 mm average noise away; smaller ones keep that of 1 mm, as a longer scan would
-    noise *= (0.030 + 0.005 * np.tanh(anatomy[-1]))[:, None] * min(1.0, 1 / pixel)
-    magnitude = np.sqrt((signal + noise[:, 0]) ** 2 + noise[:, 1] ** 2)  # Rician
-    return np.clip(magnitude * WINDOW, 0, 255).astype(np.uint8)
-
-
-def _textures(waves, z, axis, pixel):
-    """Smooth random fields of unit variance: sums of waves, each averaged over the pixels.
-
-    ``cos(a + b) = cos a cos b - sin a sin b`` makes a sum of plane waves one matrix product.
-    """
-    fields, first = {}, 0
-    for name, (shortest, longest, count) in WAVES.items():
-        u = waves[:, first : first + count]
-        first += count
-        k = 2 * np.pi / (shortest + (longest - shortest) * u[..., 0])
-        kx, ky = k * np.cos(2 * np.pi * u[..., 1]), k * np.sin(2 * np.pi * u[..., 1])
-        phase = 2 * np.pi * u[..., 2] + 0.12 * (2 * u[..., 3] - 1) * z[:, None]
-        blur = np.sinc(kx * pixel / (2 * np.pi)) * np.sinc(ky * pixel / (2 * np.pi))
-        height = (np.sqrt(2 / count) * blur)[..., None].astype(np.float32)
-        a = (kx[..., None] * axis).astype(np.float32)
-        b = (ky[..., None] * axis + phase[..., None]).astype(np.float32)
-        rows = np.concatenate([height * np.cos(b), -height * np.sin(b)], 1)
-        fields[name] = rows.transpose(0, 2, 1) @ np.concatenate([np.cos(a), np.sin(a)], 1)
-    return fields
-
-
-class _Brush:
-    """Edges and lines of a given width in mm that pixels can show without aliasing."""
-
-    def __init__(self, pixel):
-        self.pixel = pixel
-
-    def inside(self, distance, width):
-        """From 0 outside to 1 inside of a signed distance."""
-        return 0.5 + 0.5 * np.tanh(distance * (1.4 / (width**2 + (0.35 * self.pixel) ** 2) ** 0.5))
-
-    def line(self, distance, width):
-        """A ridge where the distance is 0; what the pixels widen they make fainter."""
-        wide = (width**2 + (0.4 * self.pixel) ** 2) ** 0.5
-        return (width / wide) * np.exp(-((distance / wide) ** 2))
-
-
-def _length(u, v):
-    return np.sqrt(u * u + v * v)  # several times faster than np.hypot
-
-
-def _over(canvas, value, mask):
-    canvas += mask * (value - canvas)
-
-
-def _signal(axis, pixel, level, anatomy, texture, lesion):
-    """The noiseless slices, painted from the back to the front; x to the right, y to the rear."""
-    brush, draw = _Brush(pixel), iter(anatomy[2:])
-    x0, y0 = axis[None, None, :], axis[None, :, None]
-    x, y = x0 + 1.1 * texture["bend_x"], y0 + 1.1 * texture["bend_y"]
-    canvas = _pelvis(brush, draw, x, y, level, texture)
-
-    a, b = _half_axes(level, anatomy)
-    across = (x / a) ** 2
-    depth = y + 2.0 + (2.2 + 0.7 * next(draw)) * (0.5 - across)  # hollow in the rear midline
-    gland = (1 - np.sqrt(across + (depth / b) ** 2)) * b  # mm to the capsule, positive inside
-    tissue, zone = _gland(brush, draw, x, depth, (a, b), level, texture)
-
-    diameter, contrast, edge, grain, xl, yl = lesion
-    bent = x0 - xl + 0.7 * texture["bend_y"], 1.15 * (y0 - yl) + 0.6 * texture["nodules"]
-    mask = brush.inside(diameter / 2 - _length(*bent), edge) * (diameter > 0)
-    _over(tissue, zone * (1 - contrast) + grain * texture["lesion"], mask)
-    _over(canvas, tissue, brush.inside(gland, 0.5))
-    canvas -= 0.30 * brush.line(gland, 0.7) * brush.inside(depth + 0.7 * b, 3.0)  # capsule
-    coil = 0.10 * texture["bias"] + 0.004 * next(draw) * x0 + 0.005 * next(draw) * y0
-    return np.maximum(canvas, 0.02) * (1 + coil)
-
-
-def _pelvis(brush, draw, x, y, level, texture):
-    """All that surrounds the gland."""
-    nodule, fine, side = texture["nodules"], texture["fine"], np.abs(x)
-    canvas = (0.55 + 0.04 * next(draw)) + 0.07 * fine + 0.06 * nodule  # fat and its vessels
-    bone = -26.5 + 1.0 * next(draw) + 0.28 * side
-    _over(canvas, 0.30 + 0.02 * nodule, brush.inside(bone - y, 1.2))
-    wall = 28.0 + 1.0 * next(draw) + 0.006 * (y + 4) ** 2 - 0.06 * y
-    _over(canvas, 0.20 + 0.02 * fine, brush.inside(side - wall, 0.8))  # obturator muscle
-    sling = (1 - _length(x / (24.5 + 0.8 * next(draw)), (y - 6) / 29)) * 24.5
-    _over(canvas, 0.20, brush.line(sling, 1.2) * brush.inside(y + 13, 3.0))  # levator ani
-
-    bladder = 46 * (level - 0.62 + 0.05 * next(draw)) - _length(x, y + 19)
-    _over(canvas, 0.24, brush.inside(bladder + 2.5, 0.8))
-    _over(canvas, 0.98, brush.inside(bladder, 0.8))
-    rx, ry = 11.0 + 1.5 * next(draw), 8.5 + 1.0 * next(draw)
-    xr, yr = x - 1.5 * next(draw), y - 24.0 - 0.7 * next(draw)
-    rectum = (1 - _length(xr / rx, yr / ry)) * ry
-    _over(canvas, 0.26, brush.inside(rectum + 1.5, 0.7))
-    _over(canvas, 0.52 + 0.06 * fine, brush.inside(rectum - 0.8, 0.6))  # mucosa
-    content = np.where(next(draw) > -0.2, np.float32(0.05), 0.36 + 0.08 * nodule)  # gas or stool
-    _over(canvas, content, brush.inside(rectum - 2.0 + 0.5 * nodule, 0.7))
-    vesicle = np.exp(-(((side - 11) / 8) ** 2) - ((y - 13) / 3.5) ** 2)
-    _over(canvas, 0.62 + 0.25 * np.tanh(2 * fine), vesicle * brush.inside(level - 0.70, 0.12))
-    return canvas
-
-
-def _gland(brush, draw, x, depth, half_axes, level, texture):
-    """Healthy tissue, and the mean signal of the zone each pixel lies in."""
-    nodule, fine, (a, b) = texture["nodules"], texture["fine"], half_axes
-    bright, dull = 0.78 + 0.045 * next(draw), 0.41 + 0.03 * next(draw)
-    at = 0.66 * a * (0.60 + 0.05 * next(draw)) * (1 + 0.16 * level)
-    bt = b * (0.66 + 0.04 * next(draw)) * (1 + 0.12 * level)
-    lobe = np.sqrt(x * x + 4.0) - 0.55 * at  # left and right
-    inner = (1 - _length(lobe / at, (depth + 0.22 * b) / bt)) * bt
-    core = brush.inside(inner, 0.6)
-    tissue = bright + 0.055 * fine - 0.05 * np.maximum(nodule - 0.4, 0)
-    swirl = 0.11 * np.tanh(1.6 * nodule) + 0.03 * fine - 0.09 * brush.line(nodule, 0.22)
-    _over(tissue, dull + swirl, core)
-    tissue -= 0.20 * brush.line(inner, 0.8)  # surgical capsule
-    front = np.exp(-((x / (0.42 * a)) ** 2) - ((depth + 0.95 * b) / (0.36 * b)) ** 2)
-    _over(tissue, 0.20, front)  # anterior fibromuscular stroma
-    tube = _length(x, depth + 0.5 - 3.5 * level)
-    _over(tissue, 0.27, 0.8 * brush.line(tube - 3.0, 1.2))
-    _over(tissue, 0.80, brush.line(tube, 1.9))  # urethra
-    return tissue, bright + core * (dull - bright)
 
 
 def _table(patients):

@@ -74,6 +74,11 @@ def test_shipped_weights_are_used_where_their_settings_match(runs):
     assert train.calls == 2
 
 
+def test_a_name_cannot_leave_the_folder_of_the_runs(runs):
+    folder = artifacts.load_or_train("../../net of/mine", Training(), steps=3)
+    assert folder.parent == runs
+
+
 def test_a_wrong_checksum_is_refused():
     folder = artifacts.load_or_train("net", Training(), steps=3)
     (folder / "unet" / "weights").write_text("tampered")

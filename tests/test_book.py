@@ -91,7 +91,9 @@ parameters.check(globals(), STEPS=(1, 10_000), SCHEME={"isup", "grade2"}, RATE=(
 
 def write_chapter(path, *code):
     new = nbformat.v4
-    head = 'STEPS = 5  # steps (test: 2)\nSCHEME = "isup"  # labels (test: "isup")\nRATE = 0.1  # (test: 0.1)'
+    head = """STEPS = 5  # steps (test: 2)
+SCHEME = "isup"  # labels (test: "isup")
+RATE = 0.1  # per step (test: 0.1)"""
     parameters = new.new_code_cell(head, metadata={"tags": ["parameters"]})
     cells = [new.new_markdown_cell("# Tiny"), parameters]
     cells += [new.new_code_cell(source) for source in code]
@@ -114,6 +116,12 @@ def book(tmp_path):
     return source
 
 
+@pytest.fixture
+def unpublished(monkeypatch):
+    """Builds that end before the pages, which take longer than these chapters."""
+    monkeypatch.setattr(build, "publish", lambda pages, html: None)
+
+
 def run(book, *options):
     return build.main([*options, "--source", str(book), "--target", str(book.parent / "out")])
 
@@ -123,9 +131,9 @@ def ran(book):
     return file.read_text().split() if file.exists() else []
 
 
+@pytest.mark.usefixtures("unpublished")
 def test_a_second_build_executes_only_what_changed(book, capsys):
     assert run(book) == 0
-    assert (book.parent / "out" / "html" / "index.html").exists()
     assert run(book) == 0
     assert ran(book) == ["5"]
     assert capsys.readouterr().out.count("unchanged") == 2
@@ -203,12 +211,15 @@ def test_the_outcome_depends_on_cells_parameters_library_and_data(book, tmp_path
 
 
 def test_a_warning_keeps_the_published_book_as_it_was(book, capsys):
+    for chapter in build.chapters(book):
+        chapter.unlink()
+    (book / "_toc.yml").write_text("format: jb-book\nroot: intro\n")
     assert run(book) == 0
     (book / "intro.md").write_text("# Tiny\n\n{doc}`missing`\n")
-    assert run(book) == 2
-    assert "missing" in capsys.readouterr().err
+    for _ in range(2):  # a page that was not changed since warns again
+        assert run(book) == 2
+        assert "missing" in capsys.readouterr().err
     assert "Nothing." in (book.parent / "out" / "html" / "intro.html").read_text()
-    assert run(book) == 2  # a page that was not changed since warns again
 
 
 def test_removed_chapters_leave_the_book(book):

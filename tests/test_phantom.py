@@ -9,7 +9,7 @@ from scipy.stats import kstest
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
-from hallulib import UserError, phantom
+from hallulib import UserError, anatomy, phantom
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_slice_does_not_depend_on_how_many_others_are_drawn(small):
 
 
 def test_pixels_do_not_depend_on_the_block_they_are_drawn_in(small):
-    together = phantom._render(phantom._patients(0, "unlabelled", 120), 64)
+    together = anatomy.render(phantom._patients(0, "unlabelled", 120), 64)
     assert np.array_equal(together, small[0][:120, 0])
 
 
