@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ T2W = re.compile(r"(\d+_\d+)_t2w\.mha")
 STUDY = re.compile(r"\d+_\d+")
 PROSTATEX = re.compile(r"prostatex-(\d{4})", re.IGNORECASE)
 DATE = re.compile(r"\d\d-\d\d-\d{4}")
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, NotImplementedError)
 SECOND = "second T2W image of a study: left out"
 
 
@@ -150,7 +152,7 @@ def _in_zip(path: Path, notes: list[str]) -> Iterator[tuple[str, tuple, Source]]
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if info.filename.endswith(".mha")]
-    except (zipfile.BadZipFile, OSError) as error:
+    except BAD_ZIP as error:
         raise _bad_zip(str(path), error) from error
     file = File.of(path)
     for info in members:
@@ -159,8 +161,12 @@ def _in_zip(path: Path, notes: list[str]) -> Iterator[tuple[str, tuple, Source]]
 
 
 def _is_dicom(path: Path) -> bool:
-    with path.open("rb") as file:
-        marked = file.read(132)[128:] == b"DICM"
+    try:
+        with path.open("rb") as file:
+            marked = file.read(132)[128:] == b"DICM"
+    except OSError as error:
+        told = f"{path}: cannot be read ({error.strerror}); a readable file is needed"
+        raise Fault(told, "unreadable file") from error
     if path.suffix == ".dcm" and not marked:
         raise Fault(f"{path}: is not a DICOM file; it is damaged", "unreadable DICOM file")
     return marked and path.name != "DICOMDIR"
@@ -178,9 +184,7 @@ def _placed(found, mapping: Mapping[str, str], notes: list[str]):
     header, files = found
     folder = Path(files[0].path).parent
     text = f"{header.get('SeriesDescription', '')} {folder.name}".lower()
-    directions = np.array(header.get("ImageOrientationPatient") or np.zeros(6), float)
-    normal = np.abs(np.cross(directions[:3], directions[3:]))
-    axial = normal.argmax() == 2 and normal.any()
+    axial, finest = _frame(header, folder)
     if header.get("Modality") != "MR" or "t2" not in text or "loc" in text or not axial:
         notes.append("DICOM series that is not axial T2W: left out")
         return
@@ -188,9 +192,20 @@ def _placed(found, mapping: Mapping[str, str], notes: list[str]):
     if key == "":
         notes.append("ProstateX series that is not part of PI-CAI: left out")
         return
-    finest = max(float(step) for step in header.get("PixelSpacing") or [np.inf])
     rank = (1, -len(files), finest, str(header.get("SeriesNumber", "")), str(folder))
     yield key, rank, Source("dicom", tuple(files))
+
+
+def _frame(header, folder: Path) -> tuple[bool, float]:
+    """Whether slices are axial, and the larger pixel spacing."""
+    try:
+        directions = np.array(header.get("ImageOrientationPatient") or np.zeros(6), float)
+        normal = np.abs(np.cross(*directions.reshape(2, 3)))
+        spacing = np.array(header.get("PixelSpacing") or np.inf, float)
+    except (TypeError, ValueError):  # its text may hold what a tag says
+        told = f"{folder}: orientation or spacing cannot be read; DICOM with numbers is needed"
+        raise Fault(told, "unreadable DICOM file") from None
+    return bool(normal.any() and normal.argmax() == 2), float(spacing.max())
 
 
 def _study_of(folder: Path, mapping: Mapping[str, str]) -> str:

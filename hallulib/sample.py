@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hallulib import UserError
-from hallulib.score import EpsFn, ScoreModel, guided, score_of_eps
+from hallulib.score import EpsFn, ScoreModel, clipped, guided, score_of_eps
 from hallulib.sde import SDE
 from hallulib.shapes import Images, Labels
 
@@ -238,10 +238,11 @@ def draw(
     sampler: str = "dpm_solver",
     steps: int = 20,
     guidance_scale: float = 1.0,
+    clip: bool = True,
     seed: int = 0,
     batch_size: int = 256,
 ) -> Images:
-    """Images of the given classes from a trained model, clipped to [-1, 1].
+    """Images of the given classes from a trained model.
 
     Args:
         model: a trained model, on the device to sample on.
@@ -249,6 +250,7 @@ def draw(
         sampler: a name in ``SAMPLERS``.
         steps: steps of the sampler.
         guidance_scale: see :func:`hallulib.score.guided`.
+        clip: keep denoised images in [-1, 1] on the way (:func:`hallulib.score.clipped`).
         seed: of the noise.
         batch_size: images that go through the network together.
 
@@ -264,9 +266,10 @@ def draw(
     drawn = []
     for part in y.split(batch_size):
         noise = model.sde.prior((len(part), *model.network.shape), rng)
-        for state in SAMPLERS[sampler](
-            model.sde, guided(model, part, guidance_scale), noise, levels, rng
-        ):
-            last = state.x
-        drawn.append(last.clamp(-1, 1))
+        eps = guided(model, part, guidance_scale)
+        if clip:
+            eps = clipped(model.sde, eps)
+        for state in SAMPLERS[sampler](model.sde, eps, noise, levels, rng):
+            x = state.x
+        drawn.append(x)
     return torch.cat(drawn)

@@ -1,6 +1,6 @@
 r"""What a score model is: noise, score and denoised image, guidance, and the training loss.
 
-A network predicts the noise :math:`\epsilon` in :math:`x_t = \alpha_t x_0 + \sigma_t\epsilon`.
+A score model predicts the noise :math:`\epsilon` in :math:`x_t = \alpha_t x_0 + \sigma_t\epsilon`.
 That one prediction is three things:
 
 .. math:: \nabla\log p_t(x_t) = -\epsilon / \sigma_t, \qquad
@@ -22,6 +22,7 @@ from hallulib.sde import SDE, per_image
 from hallulib.shapes import Images, Labels, PerImage, Times
 
 EpsFn = Callable[[Images, Times], Images]
+Condition = Labels | Float[Tensor, "batch embedding"] | None
 
 
 def score_of_eps(sde: SDE, eps: Images, t: Times) -> Images:
@@ -47,12 +48,26 @@ def eps_of_denoised(sde: SDE, x_t: Images, x_0: Images, t: Times) -> Images:
 
 
 class ScoreModel(nn.Module):
-    """A noise-predicting network with the diffusion and the labels it was trained for.
+    r"""A network with the diffusion and the labels it was trained for; it predicts the noise.
+
+    Inside, the network answers the *velocity* :math:`v = \cos\phi\,\epsilon - \sin\phi\,x_0`
+    at the angle :math:`\tan\phi = \sigma / \alpha`, from which
+
+    .. math:: \epsilon = \sin\phi\;c\,x_t + \cos\phi\;v, \qquad
+              x_0 = \cos\phi\;c\,x_t - \sin\phi\;v, \qquad c = (\alpha^2 + \sigma^2)^{-1/2}.
+
+    A network that answered :math:`\epsilon` itself would have to repeat its input ever more
+    exactly as :math:`t \to 1`, because :math:`x_0 = (x_t - \sigma\epsilon)/\alpha` divides its error by
+    :math:`\alpha_1 = 0.0066`; the error of the velocity is never enlarged.
 
     Args:
         sde: the forward diffusion.
         network: ``network(x, timesteps, y) -> Images``; timesteps run to 999 as in DDPM.
         labels: the strings of the label scheme; class ``i`` is ``labels[i]``.
+
+    Source:
+        Salimans & Ho, *Progressive Distillation for Fast Sampling of Diffusion Models*, 2022,
+        section 4 and appendix D. https://arxiv.org/abs/2202.00512
     """
 
     def __init__(self, sde: SDE, network: nn.Module, labels: Sequence[str] = ()):
@@ -66,19 +81,22 @@ class ScoreModel(nn.Module):
         """The index that stands for "no class"."""
         return len(self.labels)
 
-    def forward(
-        self, x_t: Images, t: Times, y: Labels | Float[Tensor, "batch embedding"] | None = None
-    ) -> Images:
-        """Predict the noise in ``x_t``; this is the one place that calls the network.
+    def velocity(self, x_t: Images, t: Times, y: Condition = None) -> Images:
+        """The network's own answer; this is the one place that calls it."""
+        if y is None:
+            y = torch.full((len(x_t),), self.null, device=x_t.device)
+        return self.network(x_t * per_image(self.sde.angle(t)[2], x_t), 999 * t, y)
+
+    def forward(self, x_t: Images, t: Times, y: Condition = None) -> Images:
+        """Predict the noise in ``x_t``.
 
         Args:
             x_t: noisy images.
             t: times in [0, 1].
             y: class indices (``null`` where there is none), or embeddings; ``None`` is all null.
         """
-        if y is None:
-            y = torch.full((len(x_t),), self.null, device=x_t.device)
-        return self.network(x_t * per_image(self.sde.input_scale(t), x_t), 999 * t, y)
+        cos, sin, scale = (per_image(a, x_t) for a in self.sde.angle(t))
+        return sin * scale * x_t + cos * self.velocity(x_t, t, y)
 
     def index(self, labels: Sequence[str]) -> Labels:
         """Class indices of label strings.
@@ -156,6 +174,22 @@ def classifier_guided(
     return steered
 
 
+def clipped(sde: SDE, eps: EpsFn) -> EpsFn:
+    r"""The noise whose denoised image stays in [-1, 1], where images live.
+
+    Near :math:`t = 1` a small error of the noise is divided by a small :math:`\alpha`; without
+    this, a briefly trained model throws some samples far outside, and they never come back.
+
+    Source: Ho et al. 2020 (their released sampler clips; the paper does not say so).
+    """
+
+    def within(x: Images, t: Times) -> Images:
+        x_0 = denoised_of_eps(sde, x, eps(x, t), t).clamp(-1, 1)
+        return eps_of_denoised(sde, x, x_0, t)
+
+    return within
+
+
 def stratified_times(n: int, t_min: float, rng: torch.Generator) -> Times:
     """Times in ``[t_min, 1]``, one in each of ``n`` equal strata, all shifted together.
 
@@ -171,14 +205,18 @@ def stratified_times(n: int, t_min: float, rng: torch.Generator) -> Times:
 def denoising_loss(
     model: ScoreModel, x_0: Images, t: Times, eps: Images, y: Labels | None = None
 ) -> PerImage:
-    r"""Denoising score matching, mean squared error of the noise per image.
+    r"""Denoising score matching: mean squared error of the velocity, per image.
 
-    .. math:: \tfrac1d\,\lVert \epsilon_\theta(\alpha_t x_0 + \sigma_t\epsilon, t, y)
-              - \epsilon \rVert^2
+    .. math:: \tfrac1d\,\lVert v_\theta(x_t, t, y) - v \rVert^2
+              = \tfrac1d\,(1 + s^2)\,\lVert \epsilon_\theta(x_t, t, y) - \epsilon \rVert^2,
+              \qquad s = \sigma_t / \alpha_t
 
-    1 for a network that answers nothing; weighting the score's error by :math:`\sigma_t^2`.
+    The factor :math:`1 + s^2` gives the noisiest images the weight they need to be denoised well.
 
-    Source: Song et al. 2021, eq. (7) with :math:`\lambda = \sigma^2`; Ho et al. 2020, eq. (14).
+    Source:
+        Song et al. 2021, eq. (7) with :math:`\lambda = \sigma^2 (1 + s^2)`; Salimans & Ho 2022,
+        section 4 ("SNR + 1 weighting").
     """
-    error = model(model.sde.diffuse(x_0, t, eps), t, y) - eps
+    cos, sin, _ = (per_image(a, x_0) for a in model.sde.angle(t))
+    error = model.velocity(model.sde.diffuse(x_0, t, eps), t, y) - (cos * eps - sin * x_0)
     return error.square().flatten(1).mean(1)

@@ -61,9 +61,15 @@ class SDE(ABC):
         alpha, sigma = self.alpha_sigma(t)
         return sigma / alpha
 
-    def input_scale(self, t: Times) -> Times:
-        """Factor that keeps the network's input near unit variance; 1 unless noise explodes."""
-        return torch.ones_like(t)
+    def angle(self, t: Scalars) -> tuple[Scalars, Scalars, Scalars]:
+        """Shares of image and noise in ``x_t`` once it is scaled to unit variance, and that scale.
+
+        Cosine, sine and ``c`` such that ``c x_t = cos x_0 + sin eps`` with ``cos^2 + sin^2 = 1``;
+        for VP, ``c`` is 1.
+        """
+        alpha, sigma = self.alpha_sigma(t)
+        scale = (alpha**2 + sigma**2).rsqrt()
+        return alpha * scale, sigma * scale, scale
 
     def marginal_prob(self, x_0: Images, t: Times) -> tuple[Images, Times]:
         """Mean and standard deviation of ``x_t`` given ``x_0``."""
@@ -203,10 +209,6 @@ class VESDE(SDE):
     def time_of(self, noise_level: Scalars) -> Scalars:
         """Inverse of ``noise_level``, a logarithm."""
         return torch.log(noise_level / self.sigma_min) / self._log_ratio()
-
-    def input_scale(self, t: Times) -> Times:
-        """Brings images of any noise scale back to about unit variance."""
-        return (1 + self.alpha_sigma(t)[1] ** 2).rsqrt()
 
 
 SDES = {"vp": VPSDE, "sub-vp": SubVPSDE, "ve": VESDE}

@@ -116,7 +116,7 @@ def save(model: ScoreModel, folder: Path) -> None:
     unet = model.network.unet
     unet.register_to_config(class_embed_type=None)  # the null class needs no class input
     if model.sde == VPSDE():
-        scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02)
+        scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
         DDPMPipeline(unet, scheduler).save_pretrained(folder)
     else:
         unet.save_pretrained(Path(folder) / "unet")

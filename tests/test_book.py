@@ -33,18 +33,18 @@ def test_a_chapter_runs_at_its_test_size(name, executed):
 
 
 @each_chapter
-def test_a_chapter_has_at_most_eight_parameters_each_with_meaning_and_test_size(name):
+def test_a_chapter_has_at_most_eight_parameters_each_with_its_meaning(name):
     (cell,) = tagged(name, "parameters")
     names = [ast.unparse(a.targets[0]) for a in ast.parse(cell.source).body]
     assert 1 <= len(names) <= 8
     assert all(re.fullmatch("[A-Z][A-Z0-9_]*", n) for n in names)
-    assert set(size_for_tests(BOOK / f"{name}.ipynb")) == set(names)
-    assert all(re.search(r"# .+ \(test: .+\)$", line) for line in cell.source.splitlines())
+    assert all(re.search(r"  # \w.+$", line) for line in cell.source.splitlines())
+    assert set(size_for_tests(BOOK / f"{name}.ipynb")) & set(names)
 
 
 @each_chapter
 def test_a_chapter_checks_exactly_its_parameters(name):
-    calls = [c.source for c in cells(name, "code") if "parameters.check(globals()" in c.source]
+    calls = [c.source for c in cells(name, "code") if "parameters.check(" in c.source]
     assert len(calls) == 1
     words = {
         word.arg
@@ -52,7 +52,7 @@ def test_a_chapter_checks_exactly_its_parameters(name):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "parameters.check"
         for word in call.keywords
     }
-    assert words == set(size_for_tests(BOOK / f"{name}.ipynb"))
+    assert words == set(build.defaults(BOOK / f"{name}.ipynb"))
 
 
 @each_chapter
@@ -63,8 +63,8 @@ def test_a_chapter_follows_the_pattern_of_the_book(name):
     assert all(f"**{word}" in texts[1] for word in ("You will", "Before", "Cost"))
     assert "figures.style()" in code
     assert "explore(" in code
-    assert sum("{exercise}" in t for t in texts) >= 3
-    assert sum("{solution}" in t for t in texts) >= 3
+    assert "\n".join(texts).count("{exercise}") >= 3
+    assert "\n".join(texts).count("{solution}") >= 3
     assert "{bibliography}" in texts[-1]
     assert ":filter: docname in docnames" in texts[-1]
 

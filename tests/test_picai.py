@@ -364,7 +364,25 @@ def dicom_of_nobody(images, labels):
     write_dicom(images / "someone", image_of("10003_1000003"))
 
 
+def damaged_member(images, labels):
+    file = images / "10003" / "10003_1000003_t2w.mha"
+    with zipfile.ZipFile(images / "fold.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(file, file.name)
+    file.unlink()
+    whole = bytearray((images / "fold.zip").read_bytes())
+    whole[2000:2100] = bytes(100)
+    (images / "fold.zip").write_bytes(whole)
+
+
+def words_for_numbers(images, labels):
+    change = lambda k, found: found.add_new("PixelSpacing", "LO", "JANSEN")
+    shutil.rmtree(images / "10003")
+    write_dicom(images / "10003_1000003" / "1", image_of("10003_1000003"), change=change)
+
+
 FAULTS = {
+    damaged_member: "unreadable zip",
+    words_for_numbers: "unreadable DICOM file",
     nan: "pixels not finite",
     truncated_image: "truncated or damaged file",
     truncated_mask: "truncated or damaged file",
@@ -397,6 +415,7 @@ def test_a_fault_stops_with_one_sentence_or_is_left_out_by_name(two, tmp_path, c
     sentence = [line for line in told.err.splitlines() if line and "item" not in line]
     assert len(sentence) == 1
     assert told.out == ""
+    assert "JANSEN" not in told.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "labels"]
 
     assert run(*two, tmp_path / "set", "--on-fault", "skip") == 0
@@ -525,7 +544,7 @@ def test_the_real_repeat_of_a_series_is_the_one_its_masks_were_drawn_on():
 def test_the_real_expert_masks_have_the_lesion_slices_of_the_list():
     entries = read_marksheet(REAL / "picai_labels")
     with (REAL / "subset_40.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))[::4]  # ten of them, every grade
     for row in rows:
         path = REAL / "picai_labels" / LESIONS["expert"] / f"{row['case']}.nii.gz"
         mask = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))

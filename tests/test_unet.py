@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hallulib import UserError, unet
+from hallulib.score import denoised_of_eps
 from hallulib.sde import VESDE, VPSDE, SubVPSDE
 
 
@@ -57,10 +58,29 @@ def test_stock_diffusers_samples_from_the_folder(x_t, tmp_path):
     unet.save(m, tmp_path)
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(pipeline.unet(x_t[0], 999 * x_t[1]).sample, m(*x_t))
+    torch.testing.assert_close(pipeline.unet(x_t[0], 999 * x_t[1]).sample, m.velocity(*x_t))
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
     images = pipeline(batch_size=2, num_inference_steps=4, output_type="np").images
     assert images.shape == (2, 16, 16, 1)
     assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_the_pipeline_denoises_as_the_model_does(x_t, tmp_path):
+    """One step of the stock scheduler from time index i is our denoised image at t = i / 999."""
+    from diffusers import DDPMPipeline
+
+    m = small().eval()
+    unet.save(m, tmp_path)
+    scheduler = DDPMPipeline.from_pretrained(tmp_path).scheduler
+    x, i = x_t[0][:1], 600
+    t = torch.tensor([i / 999])
+    stock = scheduler.step(m.velocity(x, t), i, x).pred_original_sample
+    ours = clipped_image(m, x, t)
+    torch.testing.assert_close(stock, ours, atol=0.01, rtol=0)
+
+
+def clipped_image(m, x, t):
+    return denoised_of_eps(m.sde, x, m(x, t), t).clamp(-1, 1)
 
 
 def test_a_ve_model_is_no_ddpm_pipeline(tmp_path):
