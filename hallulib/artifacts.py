@@ -16,6 +16,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from hallulib import UserError, __version__
@@ -118,33 +119,56 @@ def ship(folder: Path, name: str) -> Path:
     return SHIPPED / name
 
 
-def record(
-    name: str,
-    value: float,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    n: int,
-    seed: int,
-    seconds: float,
-    **settings,
-) -> float:
-    """Keep a measured number with what it takes to trust it, and return it.
+class Ledger:
+    """The numbers that a chapter measured, each kept with what it takes to trust it.
 
     Args:
-        name: where to keep it: ``runs/results/<name>.json``.
-        value: the number.
-        low: lower end of its 95 % interval, where it has one.
-        high: upper end.
-        n: how many things it was measured on.
-        seed: of the measurement.
-        seconds: the measurement took.
-        settings: parameters of the measurement.
+        chapter: folder below ``runs/results`` for one JSON file per number.
+        seed: of the chapter.
+        settings: parameters of the chapter that its numbers depend on.
     """
-    result = {"value": value, "low": low, "high": high, "n": n, "seed": seed}
-    result |= {"settings": settings, "seconds": round(seconds, 2), "made_with": provenance()}
-    write_json(runs_folder() / "results" / f"{name}.json", result)
-    return value
+
+    def __init__(self, chapter: str, *, seed: int, **settings):
+        self.chapter, self.seed, self.settings = chapter, seed, settings
+        self.measured: dict[str, dict] = {}
+        self._since = time.monotonic()
+
+    def keep(
+        self,
+        name: str,
+        value: float,
+        *,
+        n: int,
+        low: float | None = None,
+        high: float | None = None,
+        **settings,
+    ) -> None:
+        """Write down a number; the seconds it took run from the one before.
+
+        Args:
+            name: of the number.
+            value: the number.
+            n: how many things it was measured on.
+            low: lower end of its 95 % interval, where it has one.
+            high: upper end.
+            settings: of this measurement alone.
+        """
+        value, low, high = (None if v is None or v != v else float(v) for v in (value, low, high))
+        now = time.monotonic()
+        self.measured[name] = {"value": value, "low": low, "high": high, "n": n}
+        told = {"seed": self.seed, "settings": self.settings | settings}
+        told |= {"seconds": round(now - self._since, 2), "made_with": provenance()}
+        path = runs_folder() / "results" / self.chapter / f"{name}.json"
+        write_json(path, self.measured[name] | told)
+        self._since = now
+
+    def values(self) -> dict[str, float]:
+        """Name and value of every number, to be glued into the text."""
+        return {name: row["value"] for name, row in self.measured.items()}
+
+    def table(self) -> pd.DataFrame:
+        """One row per number: value, ends of its interval, n."""
+        return pd.DataFrame(self.measured).T.rename_axis("number").astype(float)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -9,7 +9,8 @@ download, no random numbers. On features of real and generated images
 and `memorisation` compares pixels: the `nearest` training image of every sample, against the
 same distance for held-out real images. Values compare only at equal image size and numbers of
 images: the Frechet distance of finite samples is biased upwards, so quote it beside that of two
-real halves.
+real halves, split by patient: slices of one patient are alike, and a split between them looks
+several times too close.
 """
 
 import math
@@ -215,7 +216,8 @@ def kernel_distance(real: AnyFeatures, generated: AnyFeatures, *, blocks: int = 
         real: features of real images.
         generated: features of samples; the two may be exchanged.
         blocks: the standard error is the jackknife that leaves out one block of both sets at a
-            time; blocks follow the order of the rows. Memory: one block by one block.
+            time. Blocks follow the order of the rows: rows sorted by patient keep slices of one
+            patient together and the error honest. Memory: one block by one block.
 
     Raises:
         UserError: fewer than two rows per block, other numbers of features, or not finite.

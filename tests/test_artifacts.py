@@ -86,11 +86,13 @@ def test_a_wrong_checksum_is_refused():
         artifacts.load_or_train("net", Training(), steps=3)
 
 
-def test_a_result_keeps_where_it_came_from(runs):
-    assert (
-        artifacts.record("auc", 0.8, low=0.7, high=0.9, n=40, seed=1, seconds=2.0, steps=5) == 0.8
-    )
-    result = json.loads((runs / "results" / "auc.json").read_text())
-    assert (result["low"], result["high"], result["n"], result["seed"]) == (0.7, 0.9, 40, 1)
-    assert result["settings"] == {"steps": 5}
-    assert "torch" in result["made_with"]
+def test_a_number_keeps_where_it_came_from(runs):
+    ledger = artifacts.Ledger("05_test", seed=1, dataset="phantom")
+    ledger.keep("auc", 0.8, low=0.7, high=float("nan"), n=40, steps=5)
+    result = json.loads((runs / "results" / "05_test" / "auc.json").read_text())
+    assert (result["value"], result["low"], result["high"]) == (0.8, 0.7, None)
+    assert (result["n"], result["seed"]) == (40, 1)
+    assert result["settings"] == {"dataset": "phantom", "steps": 5}
+    assert {"hallulib", "torch", "device"} <= set(result["made_with"])
+    assert ledger.values() == {"auc": 0.8}
+    assert ledger.table().loc["auc", "n"] == 40
