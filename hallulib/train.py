@@ -130,6 +130,8 @@ def pretrain(
     loss_of = torch.compile(denoising_loss) if on_gpu else denoising_loss
     averaged, trained = list(state.ema.parameters()), list(model.parameters())
 
+    if state.step == steps:  # killed between its last step and what the caller does with it
+        yield state
     while state.step < steps:
         rng, n = state.rng, batch_size
         if weights is None:
@@ -268,9 +270,12 @@ def pretrained(
             seed=seed,
             folder=folder,
         )
-        bar = tqdm(total=steps, desc=f"pretraining on {images.name}", unit="step")
+        bar = None
         for state in loop:
-            bar.update(state.step - bar.n)
+            if bar is None:  # a resumed run starts where its checkpoint left it
+                done = state.step - 1
+                bar = tqdm(total=steps, initial=done, desc=f"training on {images.name}")
+            bar.update()
         bar.close()
         unet.save(state.ema, folder)
 
