@@ -109,7 +109,7 @@ def pretrain(
         seed: of every draw in the run.
         folder: where the checkpoint and ``losses.csv`` are kept; a checkpoint found there is
             resumed, to the same bytes on a CPU as if it had never stopped.
-        every: steps between checkpoints.
+        every: steps between checkpoints, and between looks at whether the loss is finite.
 
     Raises:
         UserError: a checkpoint of other settings, or a loss that is no longer finite.
@@ -155,8 +155,10 @@ def pretrain(
             torch._foreach_lerp_(averaged, trained, 1 - decay)
         state.losses[state.step] = loss.detach()
         state.step += 1
-        if folder is not None and (state.step % every == 0 or state.step == steps):
-            save_checkpoint(state, Path(folder), settings)
+        if state.step % every == 0 or state.step == steps:
+            _check_finite(state)
+            if folder is not None:
+                save_checkpoint(state, Path(folder), settings)
         yield state
 
 
@@ -170,18 +172,18 @@ def _start(model: ScoreModel, steps: int, lr: float, seed: int, device: torch.de
     return State(model, ema, optimizer, rng, torch.full((steps,), torch.nan, device=device))
 
 
-def save_checkpoint(state: State, folder: Path, settings: dict) -> None:
-    """Write the whole state and the losses beside their place, then rename them into it.
-
-    Raises:
-        UserError: the loss is not finite; the checkpoint before it is kept.
-    """
-    losses = state.losses[: state.step].tolist()
-    if losses and not torch.isfinite(torch.tensor(losses[-1])):
-        first = next(i for i, loss in enumerate(losses) if not loss < float("inf"))
+def _check_finite(state: State) -> None:
+    bad = (~torch.isfinite(state.losses[: state.step])).nonzero()
+    if len(bad):
         raise UserError(
-            f"the loss is not finite from step {first + 1} on; a lower learning rate is needed"
+            f"the loss is not finite from step {int(bad[0]) + 1} on; "
+            "a lower learning rate or images without holes are needed"
         )
+
+
+def save_checkpoint(state: State, folder: Path, settings: dict) -> None:
+    """Write the whole state and the losses beside their place, then rename them into it."""
+    losses = state.losses[: state.step].tolist()
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"step": str(state.step), "settings": json.dumps(settings, sort_keys=True)}
     partial = folder / (CHECKPOINT + ".partial")
