@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env book serve test chapters lint lock clean
+.PHONY: help env book serve test chapters weights lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,11 @@ test: $(READY)  ## all tests: library, chapters at test size, the published page
 
 chapters: $(READY)  ## only the chapters at test size
 	@$(BIN)/python -m pytest -m chapter
+
+weights: $(READY)  ## train the weights that ship with the library anew (an hour or more)
+	@$(BIN)/python -c "from hallulib import artifacts, data, train; \
+		run = train.pretrained(data.open('phantom', 32), scheme='isup', steps=4000, width=24, \
+		from_scratch=True)[1]; print(artifacts.ship(run, 'score-phantom'))"
 
 lint: $(READY)  ## style of code and notebooks, outputs in notebooks
 	@$(BIN)/ruff check .

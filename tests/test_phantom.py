@@ -104,7 +104,7 @@ def test_the_table_is_text_and_the_card_is_json(small):
     _, table, card = small
     assert all(isinstance(value, str) for value in table.to_numpy().ravel())
     assert json.loads(json.dumps(card)) == card
-    assert card["spacing_mm"] == 1.0
+    assert card["spacing_mm"] == [1.0, 1.0]
     assert list(card["labels"]) == ["isup", "gs", "grade2"] == list(table.columns[2:5])
 
 
@@ -137,7 +137,7 @@ def test_any_size_can_be_drawn(size):
     images, table, card = phantom.prostate(size, n_unlabelled=3, n_train=3, n_val=1, n_test=1)
     assert images.shape == (8, 1, size, size)
     assert len(table) == 8
-    assert card["spacing_mm"] == 64 / size
+    assert card["spacing_mm"] == [64 / size] * 2
     assert images.std() > 20
 
 
