@@ -19,7 +19,8 @@ OWN_PATIENT = (
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Options of every archive."""
     parser.add_argument("out", type=Path, metavar="OUT", help="the image set, a folder to create")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels (default %(default)s)")
+    size = "side in pixels (default %(default)s)"  # an archive may set another default
+    parser.add_argument("--size", type=int, default=64, help=size)
     parser.add_argument("--name", help="name of the set (default: name of OUT)")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")

@@ -57,8 +57,8 @@ class ScoreModel(nn.Module):
               x_0 = \cos\phi\;c\,x_t - \sin\phi\;v, \qquad c = (\alpha^2 + \sigma^2)^{-1/2}.
 
     A network that answered :math:`\epsilon` itself would have to repeat its input ever more
-    exactly as :math:`t \to 1`, because :math:`x_0 = (x_t - \sigma\epsilon)/\alpha` divides its error by
-    :math:`\alpha_1 = 0.0066`; the error of the velocity is never enlarged.
+    exactly as :math:`t \to 1`, because :math:`x_0 = (x_t - \sigma\epsilon)/\alpha` divides its
+    error by :math:`\alpha_1 = 0.0066`; the error of the velocity is never enlarged.
 
     Args:
         sde: the forward diffusion.
