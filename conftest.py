@@ -49,7 +49,10 @@ def executed(tmp_path_factory):
         build.execute(chapter, pages / chapter.name, size_for_tests(chapter))
         return pages / chapter.name
 
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        # numbers of test size must not replace those of the user's own runs
+        patch.setenv("HALLULIB_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import papermill
 import pytest
 
 from conftest import CHAPTERS, ROOT, size_for_tests
+from hallulib import artifacts
 
 BOOK = ROOT / "book"
 each_chapter = pytest.mark.parametrize("name", CHAPTERS)
@@ -30,6 +31,14 @@ def test_a_chapter_runs_at_its_test_size(name, executed):
     notebook = nbformat.read(executed(name), 4)
     assert all(c.execution_count for c in notebook.cells if c.cell_type == "code" and c.source)
     assert "widgets" not in notebook.metadata
+
+
+@pytest.mark.chapter
+@each_chapter
+def test_numbers_of_test_size_stay_out_of_the_runs_of_the_user(name, executed):
+    executed(name)
+    assert any((artifacts.runs_folder() / "results" / name).glob("*.json"))
+    assert not artifacts.runs_folder().is_relative_to(ROOT)
 
 
 @each_chapter

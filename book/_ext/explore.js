@@ -4,7 +4,9 @@
 function fitted(id, layout) {
   const { height, frame, aspect } = layout.meta ?? {};
   if (!aspect) return layout;
-  const width = document.getElementById(id).clientWidth - 24;
+  const figure = document.getElementById(id);
+  // what the row labels leave of it, once it is drawn
+  const width = figure._fullLayout?._size?.w ?? figure.clientWidth - 24;
   return { ...layout, height: Math.min(height, Math.round(width * aspect) + frame) };
 }
 
@@ -30,6 +32,7 @@ for (const event of ["load", "resize"]) {
       const { height } = fitted(figure.id, figure.layout);
       if (height === figure.layout.height) continue;
       figure.style.height = `${height}px`;
+      figure.parentElement.style.height = "auto"; // Plotly's wrapper has the height of a wide page
       Plotly.relayout(figure, { height });
     }
   });
