@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env book serve test chapters weights lint lock clean
+.PHONY: help env book serve test chapters grid weights lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,10 @@ test: $(READY)  ## all tests: library, chapters at test size, the published page
 
 chapters: $(READY)  ## only the chapters at test size
 	@$(BIN)/python -m pytest -m chapter
+
+grid: $(READY)  ## run a chapter with each cell of a grid (GRID=book/grids/NAME.yaml)
+	@$(BIN)/python -m hallulib.grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS)) \
+		$(if $(ADDRESS),--address "$(ADDRESS)")
 
 weights: $(READY)  ## train the weights that ship with the library anew (an hour or more)
 	@$(BIN)/python -c "from hallulib import artifacts, data, train; \

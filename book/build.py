@@ -6,11 +6,9 @@ build goes on where it was, and a repeated one only publishes.
 """
 
 import argparse
-import ast
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,22 +19,15 @@ import nbformat
 import papermill
 import yaml
 
-from hallulib import UserError, parameters
+from hallulib import UserError, notebooks, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
-TIMEOUT = 12 * 3600  # seconds for one cell: a training run on a real data set is one cell
 
 
 def chapters(source: Path) -> list[Path]:
     """The notebooks of the book, in reading order."""
     return sorted(source.glob("[0-9][0-9]_*.ipynb"))
-
-
-def defaults(chapter: Path) -> dict[str, str]:
-    """Name and text of the values in the chapter's parameters cell."""
-    found = papermill.inspect_notebook(str(chapter))
-    return {name: entry["default"] for name, entry in found.items()}
 
 
 def read_parameters(file: Path | None, pairs: list, source: Path) -> dict[str, dict]:
@@ -51,9 +42,9 @@ def read_parameters(file: Path | None, pairs: list, source: Path) -> dict[str, d
     Raises:
         UserError: if a name is a parameter of no chapter, or a value is impossible.
     """
-    given = _read_yaml(file) if file else {}
+    given = notebooks.read_yaml(file) if file else {}
     given |= {name: yaml.safe_load(text) for name, text in pairs}
-    known = {chapter.stem: list(defaults(chapter)) for chapter in chapters(source)}
+    known = {chapter.stem: list(notebooks.defaults(chapter)) for chapter in chapters(source)}
     chosen = {chapter: {} for chapter in known}
     for name, value in sorted(given.items(), key=lambda item: isinstance(item[1], dict)):
         targets = [name] if isinstance(value, dict) else list(known)
@@ -66,59 +57,11 @@ def read_parameters(file: Path | None, pairs: list, source: Path) -> dict[str, d
                 names = dict.fromkeys(n for chapter in targets for n in known[chapter])
                 raise UserError(parameters.unknown(str(entry), list(names)))
             for chapter in takers:
-                chosen[chapter][entry] = _number(setting)
+                chosen[chapter][entry] = notebooks.number(setting)
     for chapter in chapters(source):
-        _check(chapter, chosen[chapter.stem])
+        rules = notebooks.declared(chapter)
+        notebooks.check_before(chapter.stem, rules, chosen[chapter.stem])
     return chosen
-
-
-def _read_yaml(file):
-    try:
-        given = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the parameters in {file}: {reason}") from error
-    if not isinstance(given, dict):
-        raise UserError(f"{file} must hold lines NAME: value, found {type(given).__name__}")
-    return given
-
-
-def _number(value):
-    # YAML 1.1 reads 1e-3 as text because it has no point
-    exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if exponent else value
-
-
-def _check(chapter, chosen):
-    """Apply the rules of the chapter's own call of parameters.check, as far as they are plain."""
-    rules = declared(chapter)
-    named = {name: rules[name] for name in chosen if name in rules}
-    try:
-        parameters.check({name: chosen[name] for name in named}, **named)
-    except UserError as error:
-        raise UserError(f"{chapter.stem}: {error}") from None
-
-
-def declared(chapter: Path) -> dict[str, object]:
-    """The rules in the chapter's call of ``parameters.check`` that are plain expressions."""
-    sources = [c.source for c in nbformat.read(chapter, 4).cells if c.cell_type == "code"]
-    rules = {}
-    for source in sources:
-        if "parameters.check(" not in source:
-            continue
-        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
-            if ast.unparse(call.func) == "parameters.check":
-                rules |= {word.arg: _plain(word.value) for word in call.keywords}
-    return {name: rule for name, rule in rules.items() if rule is not None}
-
-
-def _plain(expression):
-    if isinstance(expression, ast.Name):
-        return {"str": str, "bool": bool}.get(expression.id)
-    try:
-        return ast.literal_eval(expression)
-    except ValueError:
-        return None
 
 
 def fingerprint(chapter: Path, chosen: dict) -> str:
@@ -146,23 +89,13 @@ def execute(chapter: Path, out: Path, chosen: dict, title: str | None = None) ->
     mark = fingerprint(chapter, chosen)  # before: the library may be edited while this runs
     running = out.parent.parent / "running" / chapter.name
     running.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        notebook = papermill.execute_notebook(
-            chapter,
-            running,
-            chosen,
-            kernel_name="python3",
-            cwd=ROOT,
-            execution_timeout=TIMEOUT,
-            progress_bar={"desc": title or chapter.stem},
-            stderr_file=sys.stderr,
-            # the kernel warns at each start that it talks to us over TCP on this machine
-            extra_arguments=["--IPKernelApp.log_level=40"],
-        )
-    except papermill.PapermillExecutionError as error:
-        if error.ename == "UserError":
-            raise UserError(f"{chapter.stem}: {error.evalue}") from None
-        raise
+    notebook = notebooks.execute(
+        chapter,
+        running,
+        chosen,
+        progress_bar={"desc": title or chapter.stem},
+        stderr_file=sys.stderr,
+    )
     # widgets of a stopped kernel: the page would ask another host for their scripts
     notebook.metadata.pop("widgets", None)
     notebook.metadata["fingerprint"] = mark
@@ -179,7 +112,8 @@ def is_current(chapter: Path, out: Path, chosen: dict) -> bool:
 
 def collect(source: Path, target: Path) -> None:
     """Copy the pages, the references and the pictures beside the executed chapters."""
-    skip = shutil.ignore_patterns("*.ipynb", "*.py", "_ext", "params", "__pycache__", ".*")
+    folders = "_ext", "params", "grids", "results", "__pycache__"
+    skip = shutil.ignore_patterns("*.ipynb", "*.py", *folders, ".*")
     shutil.copytree(source, target, ignore=skip, dirs_exist_ok=True)
     kept = {path.name for path in chapters(source)}
     for old in chapters(target):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from hallulib import UserError, __version__
 
@@ -28,6 +29,11 @@ CARD = "run.json"
 def runs_folder() -> Path:
     """Where this machine keeps its runs."""
     return Path(os.environ.get("HALLULIB_RUNS", "runs"))
+
+
+def results_folder() -> Path:
+    """Where chapters write down their numbers; each cell of a grid has a folder of its own."""
+    return Path(os.environ.get("HALLULIB_RESULTS", runs_folder() / "results"))
 
 
 def provenance() -> dict[str, str]:
@@ -69,9 +75,12 @@ def load_or_train(
             if is_finished(found, settings):
                 return found
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    train(folder, **settings)
-    finish(folder, settings, time.monotonic() - start)
+    # of several processes that need one model, the first trains it and the others wait
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if from_scratch or not is_finished(folder, settings):
+            start = time.monotonic()
+            train(folder, **settings)
+            finish(folder, settings, time.monotonic() - start)
     return folder
 
 
@@ -123,7 +132,7 @@ class Ledger:
     """The numbers that a chapter measured, each kept with what it takes to trust it.
 
     Args:
-        chapter: folder below ``runs/results`` for one JSON file per number.
+        chapter: folder below `results_folder` for one JSON file per number.
         seed: of the chapter.
         settings: parameters of the chapter that its numbers depend on.
     """
@@ -158,7 +167,7 @@ class Ledger:
         self.measured[name] = {"value": value, "low": low, "high": high, "n": n}
         told = {"seed": self.seed, "settings": self.settings | settings}
         told |= {"seconds": round(now - self._since, 2), "made_with": provenance()}
-        path = runs_folder() / "results" / self.chapter / f"{name}.json"
+        path = results_folder() / self.chapter / f"{name}.json"
         write_json(path, self.measured[name] | told)
         self._since = now
 

@@ -26,9 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hallulib import UserError
-from hallulib.score import EpsFn, ScoreModel, clipped, guided, score_of_eps
+from hallulib.score import Condition, EpsFn, ScoreModel, clipped, guided, score_of_eps
 from hallulib.sde import SDE
-from hallulib.shapes import Images, Labels
+from hallulib.shapes import Images
 
 Levels = Float[Tensor, " levels"]
 
@@ -49,8 +49,14 @@ class State(NamedTuple):
     evaluations: int
 
 
-def noise_levels(sde: SDE, steps: int, rho: float | None = 7.0, to_zero: bool = True) -> Levels:
-    """Falling noise levels from pure noise to ``sde.t_min``, then 0.
+def noise_levels(
+    sde: SDE,
+    steps: int,
+    rho: float | None = 7.0,
+    to_zero: bool = True,
+    start_time: float | int = 1.0,
+) -> Levels:
+    """Falling noise levels from ``start_time`` to ``sde.t_min``, then 0.
 
     Args:
         sde: the forward diffusion.
@@ -58,13 +64,18 @@ def noise_levels(sde: SDE, steps: int, rho: float | None = 7.0, to_zero: bool = 
         rho: levels uniform in ``s ** (1 / rho)`` (Karras et al. 2022, eq. 5, small steps where
             the image takes shape); ``None`` makes them uniform in time, as DDPM does.
         to_zero: end at the clean image; without it the walk ends at ``sde.t_min``.
+        start_time: of the first level; 1 is pure noise.
 
     Raises:
-        UserError: fewer than one step.
+        UserError: fewer than one step, or a start outside of ``(t_min, 1]``.
     """
     if steps < 1:
         raise UserError(f"a sampler cannot take {steps} steps; it needs at least 1")
-    ends = torch.tensor([1.0, sde.t_min], dtype=torch.float64)
+    if not sde.t_min < start_time <= 1:
+        raise UserError(
+            f"a sampler cannot start at time {start_time}; above {sde.t_min} to 1 is needed"
+        )
+    ends = torch.tensor([start_time, sde.t_min], dtype=torch.float64)
     stops = steps if to_zero else steps + 1
     part = torch.linspace(0, 1, stops, dtype=torch.float64)
     if rho is None:
@@ -233,12 +244,14 @@ SAMPLERS: dict[str, Sampler] = {
 
 def draw(
     model: ScoreModel,
-    y: Labels,
+    y: Condition,
     *,
     sampler: str = "dpm_solver",
     steps: int = 20,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | int = 1.0,
     clip: bool = True,
+    images: Images | None = None,
+    start_time: float | int = 1.0,
     seed: int = 0,
     batch_size: int = 256,
 ) -> Images:
@@ -246,30 +259,41 @@ def draw(
 
     Args:
         model: a trained model, on the device to sample on.
-        y: one class index per wanted image, ``model.null`` for none.
+        y: one class index per wanted image, ``model.null`` for none; or one embedding each.
         sampler: a name in ``SAMPLERS``.
         steps: steps of the sampler.
         guidance_scale: see :func:`hallulib.score.guided`.
         clip: keep denoised images in [-1, 1] on the way (:func:`hallulib.score.clipped`).
+        images: what the walk starts from, one per wanted image, noised to ``start_time``: the
+            later, the less of them is left. Pure noise unless given.
+        start_time: where the walk starts, up to 1.
         seed: of the noise.
         batch_size: images that go through the network together.
 
     Raises:
-        UserError: an unknown sampler.
+        UserError: an unknown sampler; a start before time 1 without images to start from.
     """
+    if images is None and start_time < 1:
+        raise UserError(f"starting at time {start_time} needs images; pure noise is at time 1")
     if sampler not in SAMPLERS:
         raise UserError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
     y = y.to(next(model.parameters()).device)
     rng = torch.Generator(y.device).manual_seed(seed)
     rho = 7.0 if sampler in ("heun", "dpm_solver") else None
-    levels = noise_levels(model.sde, steps, rho)
-    drawn = []
-    for part in y.split(batch_size):
-        noise = model.sde.prior((len(part), *model.network.shape), rng)
+    levels = noise_levels(model.sde, steps, rho, start_time=start_time)
+    starts, drawn = None if images is None else images.to(y.device).split(batch_size), []
+    for i, part in enumerate(y.split(batch_size)):
+        shape = (len(part), *model.network.shape)
+        if starts is None:
+            x = model.sde.prior(shape, rng)
+        else:
+            noise = torch.randn(shape, generator=rng, device=y.device)
+            t = torch.full((len(part),), float(start_time), device=y.device)
+            x = model.sde.diffuse(starts[i], t, noise)
         eps = guided(model, part, guidance_scale)
         if clip:
             eps = clipped(model.sde, eps)
-        for state in SAMPLERS[sampler](model.sde, eps, noise, levels, rng):
+        for state in SAMPLERS[sampler](model.sde, eps, x, levels, rng):
             x = state.x
         drawn.append(x)
     return torch.cat(drawn)

@@ -113,14 +113,14 @@ class ScoreModel(nn.Module):
         return torch.tensor([self.labels.index(label) for label in labels], dtype=torch.int64)
 
 
-def guided(model: ScoreModel, y: Labels, guidance_scale: float = 1.0) -> EpsFn:
+def guided(model: ScoreModel, y: Condition, guidance_scale: float = 1.0) -> EpsFn:
     r"""Classifier-free guidance: the noise of a class, or more of what sets the class apart.
 
     .. math:: \epsilon = \epsilon_\varnothing + w\,(\epsilon_y - \epsilon_\varnothing)
 
     Args:
         model: a model trained with dropped labels.
-        y: one class per image.
+        y: one class, or one ready embedding, per image.
         guidance_scale: 0 unconditional, 1 conditional, above 1 exaggerated. The paper's own
             weight is ``guidance_scale - 1``.
 
@@ -132,7 +132,8 @@ def guided(model: ScoreModel, y: Labels, guidance_scale: float = 1.0) -> EpsFn:
         Ho & Salimans, *Classifier-Free Diffusion Guidance*, 2022, eq. (6).
         https://arxiv.org/abs/2207.12598
     """
-    null = torch.full_like(y, model.null)
+    # the vector of the null class is zero
+    null = torch.zeros_like(y) if y.is_floating_point() else torch.full_like(y, model.null)
     if guidance_scale in (0, 1):
         return lambda x, t: model(x, t, y if guidance_scale else null)
 

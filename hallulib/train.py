@@ -1,26 +1,19 @@
 """Training loops as generators of their state, and checkpoints that resume to the same bytes."""
 
 import copy
-import csv
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hallulib import UserError, artifacts, unet
+from hallulib import UserError, artifacts, checkpoint, unet
 from hallulib.data import ImageSet
 from hallulib.score import ScoreModel, denoising_loss, stratified_times
 from hallulib.shapes import Images, Labels
-
-CHECKPOINT, LOG = "checkpoint.safetensors", "losses.csv"
 
 
 @dataclass
@@ -45,27 +38,16 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as named tensors."""
-        found = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        found |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        found = checkpoint.named("model", self.model.state_dict())
+        found |= checkpoint.named("ema", self.ema.state_dict())
+        found |= checkpoint.named("optimizer", checkpoint.moments(self.optimizer))
         return found | {"rng": self.rng.get_state(), "losses": self.losses}
 
     def load_tensors(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take on a state that ``tensors`` wrote."""
-
-        def part(name: str) -> dict[str, Tensor]:
-            start = name + "."
-            return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-
-        self.model.load_state_dict(part("model"))
-        self.ema.load_state_dict(part("ema"))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in part("optimizer").items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.model.load_state_dict(checkpoint.part("model", tensors))
+        self.ema.load_state_dict(checkpoint.part("ema", tensors))
+        checkpoint.load_moments(self.optimizer, checkpoint.part("optimizer", tensors))
         self.rng.set_state(tensors["rng"].cpu())
         self.losses.copy_(tensors["losses"])
         self.step = step
@@ -123,7 +105,7 @@ def pretrain(
     settings |= dict(ema_decay=ema_decay, clip=clip, seed=seed, images=list(images.shape))
     state = _start(model, steps, lr, seed, device)
     if folder is not None:
-        _resume(state, Path(folder), settings)
+        checkpoint.resume(state, Path(folder), settings)
     y = torch.full((len(images),), -1, device=device) if labels is None else labels
     y = torch.where(y < 0, model.null, y)
     on_gpu = device.type == "cuda"
@@ -158,7 +140,8 @@ def pretrain(
         if state.step % every == 0 or state.step == steps:
             _check_finite(state)
             if folder is not None:
-                save_checkpoint(state, Path(folder), settings)
+                log = {"loss": state.losses[: state.step].tolist()}
+                checkpoint.write(Path(folder), state.tensors(), state.step, settings, log)
         yield state
 
 
@@ -179,44 +162,6 @@ def _check_finite(state: State) -> None:
             f"the loss is not finite from step {int(bad[0]) + 1} on; "
             "a lower learning rate or images without holes are needed"
         )
-
-
-def save_checkpoint(state: State, folder: Path, settings: dict) -> None:
-    """Write the whole state and the losses beside their place, then rename them into it."""
-    losses = state.losses[: state.step].tolist()
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"step": str(state.step), "settings": json.dumps(settings, sort_keys=True)}
-    partial = folder / (CHECKPOINT + ".partial")
-    save_file({k: v.contiguous() for k, v in state.tensors().items()}, partial, metadata)
-    os.replace(partial, folder / CHECKPOINT)
-    partial = folder / (LOG + ".partial")
-    with partial.open("w", newline="") as file:
-        csv.writer(file).writerows([("step", "loss"), *enumerate(losses, start=1)])
-    os.replace(partial, folder / LOG)
-
-
-def _resume(state: State, folder: Path, settings: dict) -> None:
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            found = json.loads(metadata["settings"])
-            differing = [k for k, v in settings.items() if found.get(k) != v]
-            if differing:
-                k = differing[0]
-                raise UserError(
-                    f"{path} was trained with {k} = {found.get(k)}, not {settings[k]}; "
-                    "give another folder or delete it"
-                )
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        state.load_tensors(tensors, int(metadata["step"]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as fault:
-        raise UserError(
-            f"{path} is not a checkpoint of this model ({str(fault).splitlines()[0]}); "
-            "delete it to start again"
-        ) from fault
 
 
 def pretrained(

@@ -1,6 +1,8 @@
 """Runs are found by their settings and trusted by their checksum."""
 
 import json
+import time
+from multiprocessing.pool import ThreadPool
 
 import pytest
 
@@ -55,6 +57,19 @@ def test_an_interrupted_run_is_resumed_in_its_folder():
         steps=3,
     )
     assert seen == ["half"]
+
+
+def test_two_processes_that_need_one_model_train_it_once():
+    train = Training()
+
+    def slow(folder, **settings):
+        time.sleep(0.3)
+        train(folder, **settings)
+
+    with ThreadPool(2) as pool:  # a lock of the file system holds threads apart as processes
+        found = pool.map(lambda _: artifacts.load_or_train("net", slow, steps=3), range(2))
+    assert found[0] == found[1]
+    assert train.calls == 1
 
 
 def test_from_scratch_trains_again():

@@ -8,7 +8,7 @@ import papermill
 import pytest
 
 from conftest import CHAPTERS, ROOT, size_for_tests
-from hallulib import artifacts
+from hallulib import artifacts, notebooks
 
 BOOK = ROOT / "book"
 each_chapter = pytest.mark.parametrize("name", CHAPTERS)
@@ -61,7 +61,7 @@ def test_a_chapter_checks_exactly_its_parameters(name):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "parameters.check"
         for word in call.keywords
     }
-    assert words == set(build.defaults(BOOK / f"{name}.ipynb"))
+    assert words == set(notebooks.defaults(BOOK / f"{name}.ipynb"))
 
 
 @each_chapter
@@ -248,4 +248,4 @@ def test_an_executed_copy_appears_only_when_it_is_complete(book, tmp_path):
 
 def test_rules_that_are_no_plain_expressions_are_left_to_the_chapter(tmp_path):
     write_chapter(tmp_path / "c.ipynb", "parameters.check(globals(), A=(1, 2), B=known, C=str)")
-    assert build.declared(tmp_path / "c.ipynb") == {"A": (1, 2), "C": str}
+    assert notebooks.declared(tmp_path / "c.ipynb") == {"A": (1, 2), "C": str}

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from hallulib import UserError, unet
+from hallulib.checkpoint import CHECKPOINT, LOG
 from hallulib.score import denoised_of_eps
-from hallulib.train import CHECKPOINT, LOG, pretrain
+from hallulib.train import pretrain
 
 
 def model(**kw):

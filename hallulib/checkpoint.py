@@ -1,0 +1,124 @@
+"""Checkpoints: all state of a training as named tensors, written at once and read back checked.
+
+A checkpoint is written beside its place and renamed into it, so a run that is killed at any
+moment leaves the last whole one. It carries the settings of its run and is refused by others.
+"""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hallulib import UserError
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "losses.csv"
+
+
+def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under names that begin with ``prefix`` and a point."""
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that ``named`` put under this prefix, under their own names."""
+    start = prefix + "."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimiser remembers of each weight, as ``index.name``."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{k}": v for i, entries in state.items() for k, v in entries.items()}
+
+
+def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give an optimiser back what ``moments`` wrote."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def write(
+    folder: Path, tensors: dict[str, Tensor], step: int, settings: dict, log: dict[str, list]
+) -> None:
+    """Write a checkpoint and the log of the run.
+
+    Args:
+        folder: made if it is not there.
+        tensors: the whole state.
+        step: steps taken.
+        settings: what JSON can hold; a run with others cannot resume from here.
+        log: column name -> one number per step so far, for ``losses.csv``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
+    partial = folder / (CHECKPOINT + ".partial")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+    os.replace(partial, folder / CHECKPOINT)
+    partial = folder / (LOG + ".partial")
+    with partial.open("w", newline="") as file:
+        rows = enumerate(zip(*log.values(), strict=True), start=1)
+        csv.writer(file).writerows([("step", *log), *((i, *row) for i, row in rows)])
+    os.replace(partial, folder / LOG)
+
+
+def read(folder: Path, settings: dict) -> tuple[dict[str, Tensor], int] | None:
+    """The tensors and the step of a checkpoint; ``None`` where there is none.
+
+    Raises:
+        UserError: the file is damaged, or was written with other settings.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            found, step = json.loads(metadata["settings"]), int(metadata["step"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as fault:
+        raise _foreign(path, fault) from fault
+    told = json.loads(json.dumps(settings))
+    differing = [k for k in told if found.get(k) != told[k]]
+    if differing:
+        k = differing[0]
+        raise UserError(
+            f"{path} was trained with {k} = {found.get(k)}, not {told[k]}; "
+            "give another folder or delete it"
+        )
+    return tensors, step
+
+
+def resume(state, folder: Path, settings: dict) -> None:
+    """Let a state take on the checkpoint of its run, if there is one.
+
+    Args:
+        state: with ``load_tensors(tensors, step)``, as it comes from a fresh start.
+        folder: of the run.
+        settings: of the run.
+
+    Raises:
+        UserError: as `read`, or the tensors are those of another model.
+    """
+    found = read(folder, settings)
+    if found is None:
+        return
+    try:
+        state.load_tensors(*found)
+    except (RuntimeError, ValueError, KeyError) as fault:
+        raise _foreign(folder / CHECKPOINT, fault) from fault
+
+
+def _foreign(path: Path, fault: Exception) -> UserError:
+    return UserError(
+        f"{path} is not a checkpoint of this model ({str(fault).splitlines()[0]}); "
+        "delete it to start again"
+    )

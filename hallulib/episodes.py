@@ -1,0 +1,279 @@
+r"""One-shot tasks: a few images to learn from, others to be classified, no patient on both sides.
+
+Slices of one lesion are near copies, so an episode deals *patients*, not images. Each patient of
+the split plays at most one part in an episode: its images are support, spare or query. A class of
+P patients with one support each therefore has at most P - 1 patients to ask about, and a class of
+a single patient cannot be drawn at all. Episode i comes from the numbers (seed, i) alone:
+resuming a run needs no state and every method sees the same episodes.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from hallulib import UserError
+from hallulib.data import ImageSet
+from hallulib.integrity import SPLITS
+
+Draw = np.random.Generator
+
+
+class Episode(NamedTuple):
+    """Positions in the image set that make one task.
+
+    Attributes:
+        classes: the classes to tell apart, in the order of the card.
+        support: (n_way, k_shot) images to learn from; row c shows ``classes[c]``.
+        query: (n_queries,) images to classify, each once, class by class.
+        answers: (n_queries,) their positions in ``classes``.
+        spare: (n_way, n_spare) other real images of each class, for an oracle that may add real
+            supports where another method adds generated ones.
+    """
+
+    classes: tuple[str, ...]
+    support: Int[np.ndarray, "n_way k_shot"]
+    query: Int[np.ndarray, " n_queries"]
+    answers: Int[np.ndarray, " n_queries"]
+    spare: Int[np.ndarray, "n_way n_spare"]
+
+
+class _Class(NamedTuple):
+    """The images of one class: row i of the image set belongs to patient ``patients[i]``."""
+
+    name: str
+    rows: np.ndarray
+    patients: np.ndarray
+
+    def images_of(self, patient: int, rng: Draw) -> np.ndarray:
+        return rng.permutation(self.rows[self.patients == patient])
+
+
+class Episodes:
+    """An endless sequence of tasks from one split of an image set; ``episodes[i]`` is the i-th.
+
+    For the support a patient is drawn first and then one of its images, so that a patient with
+    many slices is not favoured; the supports of one class come from different patients. Spare
+    images come from as many patients as there are spare images, but at most from half of those
+    that the support leaves and from no more than the queries can do without; one such patient may
+    then give several images, and an image comes twice only when all of them are used. Queries are
+    drawn from all images of the remaining patients, each image at most once.
+
+    Args:
+        images: an open image set.
+        scheme: the label column that names the classes.
+        split: whose images are used; positions nevertheless refer to all of ``images``.
+        n_way: classes per episode, at least 2; all of the scheme unless given. Fewer than
+            there are: each episode draws its own, and classes with too few patients are never
+            drawn.
+        k_shot: support images per class.
+        n_query: queries per class, or their mean if ``frequencies`` is natural.
+        n_spare: spare images per class.
+        seed: of every draw.
+        share_patients: deal images as if each came from a patient of its own, as though slices
+            of one patient were independent: the leak that makes results too good.
+        frequencies: of the classes among the queries: ``"balanced"``, or ``"natural"`` as among
+            the images of the split, rounded, with at least one query of each class.
+
+    Attributes:
+        classes: the classes that episodes draw from, in the order of the card.
+        left_out: the classes that have too few patients or images.
+
+    Raises:
+        UserError: unknown scheme or split, numbers out of range, or fewer classes with enough
+            patients than ``n_way``. Enough means enough for every draw: whichever patients
+            are support or spare (for other classes too, where patients have several classes),
+            the others hold all queries.
+
+    Example:
+        >>> from hallulib.data import ImageSet
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"patient": list("aabbccdd"), "split": "test"})
+        >>> table["g"] = list("xyxyxyxy")
+        >>> card = {"name": "toy", "labels": {"g": {"values": ["x", "y"]}}}
+        >>> toy = ImageSet(np.zeros((8, 1, 4, 4), np.uint8), table, card)
+        >>> task = Episodes(toy, "g", split="test", n_query=1)[0]
+        >>> task.classes, task.support.shape, task.answers.tolist()
+        (('x', 'y'), (2, 1), [0, 1])
+        >>> set(table.patient[task.support.flat]) & set(table.patient[task.query])
+        set()
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        scheme: str,
+        *,
+        split: str,
+        n_way: int | None = None,
+        k_shot: int = 1,
+        n_query: int = 5,
+        n_spare: int = 0,
+        seed: int = 0,
+        share_patients: bool = False,
+        frequencies: Literal["balanced", "natural"] = "balanced",
+    ):
+        self.n_way = len(images.classes(scheme)) if n_way is None else n_way
+        self.k_shot, self.n_query, self.n_spare, self.seed = k_shot, n_query, n_spare, seed
+        self.share_patients, self.frequencies = share_patients, frequencies
+        self._check_numbers()
+        patient = np.arange(len(images)) if share_patients else images.table["patient"]
+        self._patient = np.unique(patient, return_inverse=True)[1]
+        found = self._grouped(images, scheme, split)
+        faults = self._faults(found)
+        if len(found) - len(faults) < self.n_way:
+            raise UserError(
+                f"{images.name}: {len(found) - len(faults)} of the {len(found)} classes of scheme"
+                f" {scheme} can serve in split {split} and n_way is {self.n_way}:"
+                f" {next(iter(faults.values()))}"
+            )
+        self._found = [c for c in found if c.name not in faults]
+        self.classes = tuple(c.name for c in self._found)
+        self.left_out = tuple(faults)
+
+    def __getitem__(self, index: int) -> Episode:
+        if index < 0:
+            raise UserError(f"episode {index} asked for; they are numbered from 0 without end")
+        rng = np.random.default_rng([self.seed, index])
+        # in the order of the card, so that a position means the same class in every full episode
+        drawn = np.sort(rng.choice(len(self._found), self.n_way, replace=False))
+        classes = [self._found[i] for i in drawn]
+        taken = np.zeros(len(self._patient), bool)
+        support = np.stack([self._support(c, rng) for c in classes])
+        taken[self._patient[support]] = True
+        spare = self._spare(classes, taken, rng)
+        counts = self._counts(classes)
+        query = [
+            rng.choice(c.rows[~taken[c.patients]], count, replace=False)
+            for c, count in zip(classes, counts, strict=True)
+        ]
+        answers = np.repeat(np.arange(self.n_way), counts)
+        names = tuple(c.name for c in classes)
+        return Episode(names, support, np.concatenate(query), answers, spare)
+
+    def take(self, n: int) -> Iterator[Episode]:
+        """The first n episodes."""
+        return (self[index] for index in range(n))
+
+    def _support(self, c: _Class, rng: Draw) -> np.ndarray:
+        patients = rng.choice(np.unique(c.patients), self.k_shot, replace=False)
+        return np.array([c.images_of(patient, rng)[0] for patient in patients.tolist()])
+
+    def _spare(self, classes: list[_Class], taken: Bool[np.ndarray, " n"], rng: Draw):
+        """Spare images (n_way, n_spare); their patients are marked in ``taken``."""
+        if not self.n_spare:
+            return np.empty((self.n_way, 0), np.int64)
+        unused = [np.unique(c.patients[~taken[c.patients]]) for c in classes]
+        free = [rng.permutation(patients).tolist() for patients in unused]
+        kept = [patients[:1] for patients in free]
+        taken[np.concatenate(kept)] = True
+        counts = self._counts(classes)
+        # one patient each is always there; further ones only while all queries are
+        for turn in range(1, self.n_spare):
+            for patients, mine in zip(free, kept, strict=True):
+                if turn >= len(patients) // 2:
+                    continue
+                before, taken[patients[turn]] = taken[patients[turn]], True
+                left = [np.count_nonzero(~taken[c.patients]) for c in classes]
+                if np.all(left >= counts):
+                    mine.append(patients[turn])
+                else:
+                    taken[patients[turn]] = before
+        spare = [_in_turns(c, mine, rng) for c, mine in zip(classes, kept, strict=True)]
+        return np.stack([np.resize(rows, self.n_spare) for rows in spare])
+
+    def _counts(self, classes: list[_Class]) -> np.ndarray:
+        """Queries of each class."""
+        if self.frequencies == "balanced":
+            return np.full(self.n_way, self.n_query)
+        return apportion(np.array([len(c.rows) for c in classes]), self.n_way * self.n_query)
+
+    def _check_numbers(self) -> None:
+        least = {"n_way": 2, "k_shot": 1, "n_query": 1, "n_spare": 0, "seed": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
+        if self.frequencies not in ("balanced", "natural"):
+            raise UserError(f"frequencies is {self.frequencies!r}; known: balanced, natural")
+
+    def _grouped(self, images: ImageSet, scheme: str, split: str) -> list[_Class]:
+        known, labels = images.classes(scheme), images.labels(scheme).numpy()
+        if split not in SPLITS:
+            raise UserError(
+                f"{images.name}: no split {split!r}; known splits: {', '.join(SPLITS)}"
+            )
+        if self.n_way > len(known):
+            raise UserError(
+                f"{images.name}: n_way is {self.n_way}; scheme {scheme} has {len(known)} classes"
+            )
+        used = (images.table["split"] == split).to_numpy()
+        rows = [np.flatnonzero(used & (labels == index)) for index in range(len(known))]
+        return [_Class(name, r, self._patient[r]) for name, r in zip(known, rows, strict=True)]
+
+    def _faults(self, found: list[_Class]) -> dict[str, str]:
+        """What is wrong with each class that cannot serve in every draw."""
+        seen = np.zeros((len(found), len(self._patient)), bool)
+        for mine, c in zip(seen, found, strict=True):
+            mine[c.patients] = True
+        several = seen.sum(0) > 1
+        spare, faults = int(self.n_spare > 0), {}
+        for c in found:
+            patients, images = np.unique(c.patients, return_counts=True)
+            left = _left_at_worst(images, several[patients], self.k_shot + spare, self.n_way - 1)
+            need = self._most_queries(c, found)
+            if left < need:
+                owners = "patient" if len(patients) == 1 else "patients"
+                whose = "" if self.share_patients else f" of {len(patients)} {owners}"
+                faults[c.name] = (
+                    f"class {c.name!r} has {images.sum()} images{whose}; with {self.k_shot} set"
+                    f" aside for the support and {spare} for spare images, {left} images are sure"
+                    f" to remain for {need} queries"
+                )
+        return faults
+
+    def _most_queries(self, c: _Class, found: list[_Class]) -> int:
+        if self.frequencies == "balanced":
+            return self.n_query
+        # its share is largest beside the rarest of those that may be drawn with it
+        apart = self.k_shot + (self.n_spare > 0)
+        able = [o for o in found if o is not c and len(np.unique(o.patients)) > apart]
+        others = sorted(len(o.rows) for o in able)[: self.n_way - 1]
+        share = len(c.rows) / max(1, len(c.rows) + sum(others))
+        return max(1, int(np.ceil(share * self.n_way * self.n_query)))
+
+
+def apportion(sizes: Int[np.ndarray, " classes"], total: int) -> Int[np.ndarray, " classes"]:
+    """Whole numbers that sum to ``total``, proportional to ``sizes``, each at least 1.
+
+    Source:
+        Hamilton's method of largest remainders, with a floor of 1.
+
+    Example:
+        >>> apportion(np.array([126, 55, 21, 36]), 20).tolist()
+        [10, 5, 2, 3]
+    """
+    quota = total * sizes / sizes.sum()
+    counts = np.maximum(np.floor(quota).astype(np.int64), 1)
+    while counts.sum() < total:
+        counts[np.argmax(quota - counts)] += 1
+    while counts.sum() > total:
+        counts[np.argmin(np.where(counts > 1, quota - counts, np.inf))] -= 1
+    return counts
+
+
+def _in_turns(c: _Class, patients: list[int], rng: Draw) -> np.ndarray:
+    """All images of the patients: the first of each, then the second of each, and so on."""
+    images = [c.images_of(patient, rng) for patient in patients]
+    turn = np.concatenate([np.arange(len(rows)) for rows in images])
+    return np.concatenate(images)[np.argsort(turn, kind="stable")]
+
+
+def _left_at_worst(images: np.ndarray, several: np.ndarray, own: int, others: int) -> int:
+    """Images left when the largest patients go: ``own``, and ``own`` for each of the others.
+
+    Another class takes away only patients that have ``several`` classes.
+    """
+    shared = np.sort(images[several])[::-1]
+    rest = np.concatenate([shared[own * others :], images[~several]])
+    return int(np.sort(rest)[::-1][own:].sum())

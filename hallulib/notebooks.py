@@ -1,0 +1,223 @@
+"""Chapters seen from outside: what their parameters may be, and how each is executed.
+
+Whoever runs chapters (the book, a grid) reads their parameters and the rules for them out of the
+notebook, and so refuses a wrong value before anything runs.
+"""
+
+import ast
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from hallulib import UserError, parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 12 * 3600  # seconds for one code cell: a training run on real data is one of them
+
+
+def read_yaml(file: Path) -> dict:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    import yaml
+
+    try:
+        given = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the parameters in {file}: {reason}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{file} must hold lines NAME: value, found {type(given).__name__}")
+    return given
+
+
+def number(value: Any) -> Any:
+    """A value as YAML 1.2 reads it: YAML 1.1 takes 1e-3 for text because it has no point."""
+    exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if exponent else value
+
+
+def defaults(chapter: Path) -> dict[str, str]:
+    """Name and text of the values in the chapter's parameters cell."""
+    import papermill  # it takes seconds
+
+    found = papermill.inspect_notebook(str(chapter))
+    return {name: entry["default"] for name, entry in found.items()}
+
+
+def own_values(chapter: Path) -> dict[str, Any]:
+    """Name and value of the parameters that the chapter itself sets.
+
+    Raises:
+        UserError: one is an expression, so that its value is known only when the chapter runs.
+    """
+    values = {}
+    for name, text in defaults(chapter).items():
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            raise UserError(f"{name} = {text} in {chapter.name} is no plain value") from None
+    return values
+
+
+def fill(own: Mapping[str, Any], chosen: Mapping) -> dict[str, Any]:
+    """All parameters of a chapter: what was chosen, and for the rest its own values.
+
+    Raises:
+        UserError: a name is unknown, or a value is none of those that JSON can hold.
+
+    Example:
+        >>> fill({"STEPS": 5, "RATE": 0.1}, {"RATE": 1})
+        {'STEPS': 5, 'RATE': 1.0}
+    """
+    filled = dict(own)
+    for name, value in chosen.items():
+        if name not in own:
+            raise UserError(parameters.unknown(str(name), list(own)))
+        value = number(value)
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise UserError(f"parameter {name} = {value!r} must be a plain value") from None
+        # 1 and 1.0 are one learning rate
+        whole = isinstance(own[name], float) and type(value) is int
+        filled[name] = float(value) if whole else value
+    return filled
+
+
+def choices(common: Any = None, grid: Any = None, cells: Any = None) -> list[dict]:
+    """What is set in each cell of a grid: every combination of its values, then single cells.
+
+    Args:
+        common: ``{NAME: value}`` for all cells.
+        grid: ``{NAME: [values]}``; the last name changes fastest.
+        cells: ``[{NAME: value}]``, which win over ``common``.
+
+    Raises:
+        UserError: one of them has another form, or there is no cell.
+
+    Example:
+        >>> choices(grid={"A": [1, 2]}, cells=[{"B": 3}])
+        [{'A': 1}, {'A': 2}, {'B': 3}]
+    """
+    common, axes = _mapping("common", common), _mapping("grid", grid)
+    if not isinstance(cells, list | None):
+        raise UserError(f"cells must be a list of {{NAME: value}}, found {cells!r}")
+    singles = [_mapping("each of cells", single) for single in cells or []]
+    for name, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{name} in grid must be a list of values, found {values!r}")
+        if name in common:
+            raise UserError(f"{name} is set in common and in grid; keep one of them")
+    products = itertools.product(*axes.values()) if axes else ()
+    found = [dict(zip(axes, values, strict=True)) for values in products] + singles
+    if not found:
+        raise UserError("there is neither grid nor cells: nothing to run")
+    return [common | chosen for chosen in found]
+
+
+def _mapping(part, value):
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise UserError(f"{part} must hold NAME: value, found {value!r}")
+    return value
+
+
+def check_before(
+    chapter: str, rules: Mapping[str, parameters.Rule], chosen: Mapping[str, Any]
+) -> None:
+    """Apply the `declared` rules of a chapter to some of its parameters.
+
+    Raises:
+        UserError: naming the chapter, the parameter, what was found and what is allowed.
+    """
+    named = {name: rules[name] for name in chosen if name in rules}
+    try:
+        parameters.check({name: chosen[name] for name in named}, **named)
+    except UserError as error:
+        raise UserError(f"{chapter}: {error}") from None
+
+
+def declared(chapter: Path) -> dict[str, parameters.Rule]:
+    """The rules in the chapter's call of ``parameters.check`` that are plain expressions."""
+    sources = [c.source for c in nbformat.read(chapter, 4).cells if c.cell_type == "code"]
+    rules = {}
+    for source in sources:
+        if "parameters.check(" not in source:
+            continue
+        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) == "parameters.check":
+                rules |= {word.arg: _plain(word.value) for word in call.keywords}
+    return {name: rule for name, rule in rules.items() if rule is not None}
+
+
+def _plain(expression):
+    if isinstance(expression, ast.Name):
+        return {"str": str, "bool": bool}.get(expression.id)
+    try:
+        return ast.literal_eval(expression)
+    except ValueError:
+        return None
+
+
+def execute(
+    chapter: Path, out: Path, values: dict, *, progress_bar: bool | dict = False, stderr_file=None
+) -> nbformat.NotebookNode:
+    """Execute a notebook with papermill as all chapters are: at the root of the project.
+
+    Args:
+        chapter: the notebook.
+        out: where papermill keeps the executed notebook, cell by cell.
+        values: parameters to inject.
+        progress_bar: of papermill.
+        stderr_file: where the standard error of the chapter is echoed.
+
+    Raises:
+        UserError: the chapter stopped with one; its sentence, after the chapter's name.
+        papermill.PapermillExecutionError: it failed otherwise.
+    """
+    import papermill
+
+    try:
+        return papermill.execute_notebook(
+            chapter,
+            out,
+            values,
+            kernel_name="python3",
+            cwd=ROOT,
+            execution_timeout=TIMEOUT,
+            progress_bar=progress_bar,
+            stderr_file=stderr_file,
+            # the kernel warns at each start that it talks to us over TCP on this machine
+            extra_arguments=["--IPKernelApp.log_level=40"],
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "UserError":
+            raise UserError(f"{chapter.stem}: {error.evalue}") from None
+        raise
+
+
+def glued(notebook: nbformat.NotebookNode, name: str) -> Any:
+    """What an executed chapter glued under a name as a text of JSON, None if it did not.
+
+    Raises:
+        UserError: it glued something else.
+    """
+    texts = []
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        label = output.get("metadata", {}).get("scrapbook", {})
+        if label.get("name") == name:
+            texts.append(output["data"][label["mime_prefix"] + "text/plain"])
+    if not texts:
+        return None
+    try:
+        return json.loads(ast.literal_eval(texts[-1]))
+    except (ValueError, SyntaxError, TypeError):
+        raise UserError(f"{name} must be glued as a text of JSON, found {texts[-1]:.60}") from None

@@ -1,0 +1,300 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from distributed import LocalCluster
+
+from conftest import ROOT
+from hallulib import UserError, grid
+
+HEAD = """STEPS = 5  # steps (test: 2)
+RATE = 0.1  # per step (test: 0.1)
+SCHEME = "isup"  # labels (test: "isup")"""
+CHECK = """\
+import json, os, time
+from myst_nb import glue
+from hallulib import UserError, parameters
+parameters.check(globals(), STEPS=(0, 1000), RATE=(0.0, 1.0), SCHEME={"isup", "grade2"})"""
+GLUE = """\
+row = {"value": STEPS * RATE, "low": 0.0, "high": None, "n": 3}
+glue("measured", json.dumps({"product": row}), display=False)
+glue("series", json.dumps({"mine": [1.5, STEPS]}), display=False)
+glue("claim", STEPS, display=False)"""
+
+
+class Tiny:
+    """A chapter that leaves a mark at each run, a grid of it, and the folder of its cells."""
+
+    def __init__(self, home):
+        self.home, self.chapter = home, home / "01_tiny.ipynb"
+        self.file, self.cells, self.ran_file = home / "tiny.yaml", home / "cells", home / "ran"
+        self.write("")
+
+    def write(self, code):
+        new = nbformat.v4
+        mark = f"open({str(self.ran_file)!r}, 'a').write(f'{{STEPS}} ')"
+        cells = [new.new_code_cell(HEAD, metadata={"tags": ["parameters"]})]
+        cells += [new.new_code_cell(source) for source in (CHECK, mark, code, GLUE)]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = new.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(notebook, self.chapter)
+
+    def ask(self, text):
+        self.file.write_text(f"chapter: {self.chapter}\n{text}\n")
+        return self.file
+
+    def run(self, *options):
+        return grid.main([str(self.file), "--out", str(self.cells), *options])
+
+    def ran(self):
+        return sorted(self.ran_file.read_text().split()) if self.ran_file.exists() else []
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return Tiny(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The scheduler of a cluster that was there before, as one of SSH or SLURM would be."""
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster.scheduler_address
+
+
+# --- the cells of a grid ----------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_and_then_the_single_cells(tiny):
+    tiny.ask(
+        "common: {SCHEME: grade2}\n"
+        "grid: {STEPS: [1, 2], RATE: [1e-3, 1]}\n"
+        "cells: [{STEPS: 7}, {SCHEME: isup}]"
+    )
+    rows = [(c["STEPS"], c["RATE"], c["SCHEME"]) for c in grid.read(tiny.file)]
+    product = [(s, r, "grade2") for s in (1, 2) for r in (0.001, 1.0)]
+    assert rows == [*product, (7, 0.1, "grade2"), (5, 0.1, "isup")]
+
+
+def test_one_setting_in_two_spellings_is_one_cell(tiny):
+    tiny.ask("grid: {RATE: [1, 1.0, 1e-0]}\ncells: [{RATE: 1.0, STEPS: 5}]")
+    assert [c["RATE"] for c in grid.read(tiny.file)] == [1.0]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "book" / "grids").glob("*.yaml")), ids=str)
+def test_the_grids_of_the_book_fit_its_chapters(file):
+    assert grid.read(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("grid: {STPES: [1]}", "unknown parameter STPES; did you mean STEPS? known: STEPS, RATE"),
+        ("cells: [{3: 1}]", "unknown parameter 3; known: STEPS, RATE, SCHEME"),
+        ("grid: {STEPS: [1, -1]}", "01_tiny: parameter STEPS = -1 must be a whole number from 0"),
+        ("common: {SCHEME: isp}\ncells: [{}]", "SCHEME = 'isp' must be one of 'grade2', 'isup'"),
+        ("grid: {RATE: [.nan]}", "parameter RATE = nan must be a finite number from 0.0 to 1.0"),
+        ("cells: [{SCHEME: 2020-02-02}]", "must be a plain value"),
+        ("grid: {STEPS: 3}", "STEPS in grid must be a list of values, found 3"),
+        ("grid: {STEPS: []}", "STEPS in grid must be a list of values, found []"),
+        ("grid: [STEPS]", "grid must hold NAME: value, found ['STEPS']"),
+        ("common: 3\ncells: [{}]", "common must hold NAME: value, found 3"),
+        ("cells: {STEPS: 1}", "cells must be a list of {NAME: value}, found {'STEPS': 1}"),
+        ("cells: [STEPS]", "each of cells must hold NAME: value, found 'STEPS'"),
+        ("common: {STEPS: 1}\ngrid: {STEPS: [2]}", "STEPS is set in common and in grid"),
+        ("common: {STEPS: 1}", "there is neither grid nor cells: nothing to run"),
+        ("gird: {STEPS: [1]}", "'gird' is no part of a grid; those are chapter, common, grid"),
+        ("chapter: 77_none\ncells: [{}]", "there is no chapter 77_none"),
+        ("chapter: [1]\ncells: [{}]", "it must name its chapter, such as chapter: 06_hallucin"),
+        ("grid: [", "cannot read the parameters in"),
+        ("cells: !!python/object/apply:os.getcwd []", "cannot read the parameters in"),
+    ],
+)
+def test_a_wrong_grid_is_refused_in_one_sentence_before_anything_runs(
+    tiny, capsys, text, sentence
+):
+    tiny.ask(text)
+    assert tiny.run() == 2
+    printed = capsys.readouterr().err.strip()
+    assert sentence in printed
+    assert str(tiny.file) in printed
+    assert "\n" not in printed
+    assert not tiny.cells.exists()
+
+
+def test_a_default_that_only_running_tells_is_refused(tiny):
+    notebook = nbformat.read(tiny.chapter, 4)
+    notebook.cells[0].source = "STEPS = max(1, 2)  # steps"
+    nbformat.write(notebook, tiny.chapter)
+    with pytest.raises(UserError, match=r"STEPS = max\(1, 2\) in 01_tiny.ipynb is no plain value"):
+        grid.read(tiny.ask("cells: [{}]"))
+
+
+# --- running them -----------------------------------------------------------------------------
+
+
+def test_two_workers_of_this_machine_fill_the_table(tiny, capsys):
+    tiny.ask("grid: {STEPS: [2, 10], RATE: [0.5, 0.25]}\ncommon: {SCHEME: grade2}")
+    assert tiny.run("--workers", "2") == 0
+    assert "4 of 4 cells are finished" in capsys.readouterr().out
+    table = grid.collect(tiny.cells)
+    assert table["STEPS"].tolist() == [2, 10, 2, 10]
+    assert table["RATE"].tolist() == [0.25, 0.25, 0.5, 0.5]
+    assert (table["product"] == table["STEPS"] * table["RATE"]).all()
+    assert (table["product.low"] == 0).all()
+    assert table["product.high"].isna().all()
+    assert (table["product.n"] == 3).all()
+    assert set(table["SCHEME"]) == {"grade2"}
+    assert set(table["chapter"]) == {"01_tiny"}
+    assert table["error"].isna().all()
+    cells = grid.load(tiny.cells)
+    assert [cell["series"] for cell in cells] == [{"mine": [1.5, s]} for s in (2, 10, 2, 10)]
+    assert all(cell["seconds"] > 0 and cell["made_with"]["torch"] for cell in cells)
+    assert {path.suffix for path in tiny.cells.iterdir()} == {".json"}
+
+
+def test_a_finished_cell_never_runs_twice(tiny, address):
+    tiny.ask("cells: [{STEPS: 1}, {STEPS: 2}]")
+    assert tiny.run("--address", address) == 0
+    assert tiny.ran() == ["1", "2"]
+    tiny.ask("cells: [{STEPS: 3}, {STEPS: 2, RATE: 0.1}]\ngrid: {SCHEME: [isup], STEPS: [1]}")
+    assert tiny.run("--address", address) == 0
+    assert tiny.ran() == ["1", "2", "3"]
+    tiny.ask("cells: [{STEPS: 3}]")
+    assert tiny.run("--address", "tcp://127.0.0.1:9") == 0  # with nothing to do, none is asked
+    assert len(grid.load(tiny.cells)) == 3
+
+
+def test_a_cell_that_fails_is_reported_and_tried_again_and_the_others_are_kept(
+    tiny, address, capsys
+):
+    tiny.ask("grid: {STEPS: [1, 13]}")
+    tiny.write("assert STEPS != 13, 'of all\\nnumbers'")
+    assert tiny.run("--address", address) == 1
+    printed = capsys.readouterr()
+    assert "the cell with STEPS=13 failed: AssertionError: of all numbers\n" in printed.err
+    assert "1 of 2 cells are finished" in printed.out
+    table = grid.collect(tiny.cells).set_index("STEPS")
+    assert table.loc[1, "product"] == 0.1
+    assert table.loc[13, ["product", "error"]].tolist()[1] == "AssertionError: of all numbers"
+    (kept,) = tiny.cells.glob("*.ipynb")
+    assert "AssertionError" in kept.read_text()
+    tiny.write("")
+    assert tiny.run("--address", address) == 0
+    assert tiny.ran() == ["1", "13", "13"]
+    assert grid.collect(tiny.cells)["error"].isna().all()
+    assert not list(tiny.cells.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("raise UserError('no such folder')", "01_tiny: no such folder"),
+        ("os._exit(1)", "DeadKernelError: Kernel died"),
+        ("os.kill(os.getppid(), 9)", "KilledWorker: Attempted to run task"),
+        (
+            "class json:\n    dumps = dict",
+            "measured must be glued as a text of JSON, found {'product'",
+        ),
+        (
+            "class json:\n    dumps = str",
+            "measured must be glued as a text of JSON, found \"{'prod",
+        ),
+        ("glue = lambda *_, **__: None", "must glue measured, a mapping from each number"),
+    ],
+    ids=["user", "kernel", "worker", "no-text", "no-json", "none"],
+)
+def test_whatever_stops_a_cell_is_told_in_one_sentence(tiny, address, code, sentence):
+    tiny.write(code)
+    # a worker that is lost must be one of our own cluster, which does not try a second time
+    where = None if "getppid" in code else address
+    (cell,) = grid.run(tiny.ask("cells: [{STEPS: 1}]"), tiny.cells, address=where, workers=1)
+    assert sentence in cell["error"]
+    assert "\n" not in cell["error"]
+    assert grid.load(tiny.cells) == [cell]
+
+
+def start(tiny):
+    command = [sys.executable, "-m", "hallulib.grid", str(tiny.file), "--out", str(tiny.cells)]
+    # a group of its own: Ctrl-C in a terminal reaches all processes of the group
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
+
+
+def wait_until(reached, seconds=240):
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def alive(pid):
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
+    kernels = tiny.home / "kernels"
+    tiny.ask("grid: {STEPS: [1, 2]}")
+    wait = f"open({str(kernels)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(3600)"
+    tiny.write(f"if STEPS == 2:\n    {wait}")
+    with start(tiny) as process:
+        try:
+            wait_until(lambda: kernels.exists() and list(tiny.cells.glob("*.json")))
+            os.killpg(process.pid, stop) if stop == signal.SIGINT else process.kill()
+            told = process.stderr.read().decode()
+        finally:
+            process.kill()
+    assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in told
+    wait_until(lambda: not any(map(alive, kernels.read_text().split())), 20)
+    (finished,) = tiny.cells.glob("*.json")
+    assert json.loads(finished.read_text())["parameters"]["STEPS"] == 1
+    tiny.write("")
+    assert tiny.run("--address", address) == 0
+    assert tiny.ran() == ["1", "2", "2"]
+    assert {path.suffix for path in tiny.cells.iterdir()} == {".json"}
+
+
+def test_an_address_without_a_scheduler_is_named(tiny, capsys):
+    tiny.ask("cells: [{}]")
+    for address in ("tcp://127.0.0.1:9", "nonsense://here"):
+        assert tiny.run("--address", address) == 2
+        printed = capsys.readouterr().err
+        assert f"no dask scheduler answers at {address}; give the address" in printed
+        assert "Traceback" not in printed
+
+
+def test_at_least_one_worker_is_needed(tiny, capsys):
+    tiny.ask("cells: [{}]")
+    assert tiny.run("--workers", "0") == 2
+    assert "at least 1 worker, found 0" in capsys.readouterr().err
+
+
+# --- the folder -------------------------------------------------------------------------------
+
+
+def test_a_folder_without_cells_or_with_another_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no cell of a grid"):
+        grid.collect(tmp_path / "nowhere")
+    for text in ('{"chapter": 1}', "[]", '{"half'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UserError, match=r"a\.json is no cell of a grid; delete it"):
+            grid.collect(tmp_path)
+
+
+def test_cells_are_ordered_by_the_size_of_their_numbers(tmp_path):
+    values = [10, 9, 2.5, True, "auto", None]
+    for i, value in enumerate(values):
+        cell = {"chapter": "c", "parameters": {"A": value}, "measured": {}, "error": None}
+        (tmp_path / f"{i}.json").write_text(json.dumps(cell))
+    found = [cell["parameters"]["A"] for cell in grid.load(tmp_path)]
+    assert found == [True, 2.5, 9, 10, "auto", None]
