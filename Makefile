@@ -32,10 +32,13 @@ grid: $(READY)  ## run a chapter with each cell of a grid (GRID=book/grids/NAME.
 	@$(BIN)/python -m hallulib.grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS)) \
 		$(if $(ADDRESS),--address "$(ADDRESS)")
 
-weights: $(READY)  ## train the weights that ship with the library anew (an hour or more)
-	@$(BIN)/python -c "from hallulib import artifacts, data, train; \
-		run = train.pretrained(data.open('phantom', 32), scheme='isup', steps=4000, width=24, \
-		from_scratch=True)[1]; print(artifacts.ship(run, 'score-phantom'))"
+weights: $(READY)  ## train the weights that ship with the library anew (two hours or more)
+	@$(BIN)/python -c "from hallulib import artifacts, data, oneshot, train; \
+		images = data.open('phantom', 32); \
+		run = train.pretrained(images, scheme='isup', steps=4000, width=24, from_scratch=True)[1]; \
+		print(artifacts.ship(run, 'score-phantom')); \
+		run = oneshot.run(images, oneshot.Trial('isup', 'isup'), from_scratch=True).folder; \
+		print(artifacts.ship(run, 'one-shot-phantom'))"
 
 lint: $(READY)  ## style of code and notebooks, outputs in notebooks
 	@$(BIN)/ruff check .

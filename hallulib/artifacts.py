@@ -90,9 +90,10 @@ def _key(settings: dict) -> str:
 
 
 def finish(folder: Path, settings: dict, seconds: float) -> None:
-    """Declare a run finished: drop its checkpoint and write its card, last and at once."""
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    """Declare a run finished: write its card at once, and only then drop its checkpoint."""
+    checkpoint = folder / "checkpoint.safetensors"
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD)
+    files = [p for p in files if p != checkpoint]
     card = {
         "settings": settings,
         "seconds": round(seconds, 1),
@@ -100,6 +101,7 @@ def finish(folder: Path, settings: dict, seconds: float) -> None:
         "sha256": {p.relative_to(folder).as_posix(): _sha256(p) for p in files},
     }
     write_json(folder / CARD, card)
+    checkpoint.unlink(missing_ok=True)
 
 
 def is_finished(folder: Path, settings: dict) -> bool:

@@ -31,19 +31,28 @@ def part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimiser remembers of each weight, as ``index.name``."""
+    """What an optimiser remembers of each weight, as ``index.name``; no copies."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{k}": v for i, entries in state.items() for k, v in entries.items()}
 
 
 def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimiser back what ``moments`` wrote."""
+    """Give an optimiser back what ``moments`` wrote; its learning rate stays as it is.
+
+    Raises:
+        ValueError: a name that ``moments`` does not give.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".")
         state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for p, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if key != "step" and value.shape == p.shape:
+                # in the layout of the weight, as before: it decides which kernels run
+                entries[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def write(
@@ -60,14 +69,15 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
-    partial = folder / (CHECKPOINT + ".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
-    os.replace(partial, folder / CHECKPOINT)
+    # the log first: a run that is killed between the two writes it again
     partial = folder / (LOG + ".partial")
     with partial.open("w", newline="") as file:
         rows = enumerate(zip(*log.values(), strict=True), start=1)
         csv.writer(file).writerows([("step", *log), *((i, *row) for i, row in rows)])
     os.replace(partial, folder / LOG)
+    partial = folder / (CHECKPOINT + ".partial")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+    os.replace(partial, folder / CHECKPOINT)
 
 
 def read(folder: Path, settings: dict) -> tuple[dict[str, Tensor], int] | None:
@@ -118,7 +128,7 @@ def resume(state, folder: Path, settings: dict) -> None:
 
 
 def _foreign(path: Path, fault: Exception) -> UserError:
+    what = (str(fault) or type(fault).__name__).splitlines()[0]
     return UserError(
-        f"{path} is not a checkpoint of this model ({str(fault).splitlines()[0]}); "
-        "delete it to start again"
+        f"{path} is not a checkpoint of this model ({what}); delete it to start again"
     )

@@ -17,23 +17,24 @@ Source:
 """
 
 import contextlib
-import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from hallulib import UserError, checkpoint
+from hallulib.adaptation import ADAPTS, SupportEncoder, adaptable, relabelled
 from hallulib.episodes import Episode
 from hallulib.sample import SAMPLERS, draw
 from hallulib.score import ScoreModel, denoising_loss, stratified_times
 from hallulib.shapes import Images, Labels
 from hallulib.supports import Shots, Source, check_support
-from hallulib.unet import ClassUNet
+
+__all__ = ["Hallucinator", "Pool", "Recipe", "check_pool", "relabelled"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Recipe:
         adapt_steps: Adam's steps per episode, at test too if the condition is the class; 0 keeps
             the generator as it is.
         lr: of Adam; the paper's "20^-4" is read as 2e-4.
-        copies: noised copies of each image in such a step.
+        copies: noised copies of each support image in such a step; a step that is conditioned on
+            the support takes each query once.
         p_uncond: chance that the condition is dropped there, which guidance needs.
         guidance_scale: see :func:`hallulib.score.guided`; 1 is plain conditional sampling.
         start_time: 1 generates from noise, less from the support noised to that time.
@@ -63,9 +65,9 @@ class Recipe:
     adapt: str = "all"
     rank: int = 4
     adapt_steps: int = 1
-    lr: float = 2e-4
+    lr: float | int = 2e-4
     copies: int = 2
-    p_uncond: float = 0.1
+    p_uncond: float | int = 0.1
     guidance_scale: float | int = 2.0
     start_time: float | int = 1.0
     sampler: str = "dpm_solver"
@@ -85,93 +87,13 @@ class Recipe:
             "sampler_steps": 1,
         }
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
-        for name in ("p_uncond", "start_time"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; 0 to 1 is needed")
-
-
-ADAPTS = ("all", "classes", "low_rank")
-
-
-def relabelled(model: ScoreModel, labels: Sequence[str], forget: bool = False) -> ScoreModel:
-    """A copy of a score model for other labels.
-
-    A label it knows keeps its class vector, a new one starts at the vector of the null class, so
-    the copy denoises it as an image of no class until it learns better.
-
-    Args:
-        model: any score model, one without labels included.
-        labels: of the copy.
-        forget: start all labels at the null class, as after a pretraining without labels.
-    """
-    network = ClassUNet(copy.deepcopy(model.network.unet), len(labels))
-    vectors = network.classes.weight.data.zero_()
-    for i, label in enumerate(labels):
-        if label in model.labels and not forget:
-            vectors[i] = model.network.classes.weight.data[model.labels.index(label)]
-    return ScoreModel(model.sde, network.to(vectors.device), labels)
-
-
-class LowRank(nn.Module):
-    """A weight plus a learnt matrix of low rank, which starts at zero. Source: Hu et al. 2021."""
-
-    def __init__(self, weight: Tensor, rank: int):
-        super().__init__()
-        rows, columns = weight.flatten(1).shape
-        rank = min(rank, rows, columns)
-        self.down = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
-        self.up = nn.Parameter(torch.zeros(rows, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight."""
-        return weight + (self.up @ self.down).view_as(weight)
-
-
-def adaptable(model: ScoreModel, adapt: str, rank: int = 4, seed: int = 0) -> list[nn.Parameter]:
-    """The weights of a model that an episode may change; all others are frozen.
-
-    Args:
-        model: changed in place; ``"low_rank"`` adds its matrices to it.
-        adapt: see `Recipe`.
-        rank: of the low-rank changes.
-        seed: of their initial values.
-    """
-    model.requires_grad_(adapt == "all")
-    if adapt == "low_rank":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for module in list(model.network.unet.modules()):
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    change = LowRank(module.weight, rank).to(module.weight.device)
-                    parametrize.register_parametrization(module, "weight", change)
-                    module.parametrizations.weight.original.requires_grad_(False)
-    model.network.classes.requires_grad_()
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-class SupportEncoder(nn.Sequential):
-    """An image of a class as a vector in the place of the class vector.
-
-    Args:
-        channels: of the images.
-        embedding: entries of the vector.
-        width: channels of the first of four convolutions that halve the image.
-        seed: of the initial weights; the last layer starts at zero, at the null class.
-    """
-
-    def __init__(self, channels: int, embedding: int, width: int = 24, seed: int = 0):
-        layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for before, after in zip((0, 1, 2, 4), (1, 2, 4, 4), strict=True):
-                layers.append(nn.Conv2d(before * width or channels, after * width, 3, 2, 1))
-                layers += [nn.GroupNorm(4, after * width), nn.SiLU()]
-            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, embedding)]
-            super().__init__(*layers)
-        nn.init.zeros_(self[-1].weight)
-        nn.init.zeros_(self[-1].bias)
+            value = getattr(self, name)
+            if not low <= value < math.inf:
+                raise UserError(f"{name} is {value}; a number of at least {low} is needed")
+        if not 0 <= self.p_uncond <= 1:
+            raise UserError(f"p_uncond is {self.p_uncond}; 0 to 1 is needed")
+        if not 0 < self.start_time <= 1:
+            raise UserError(f"start_time is {self.start_time}; above 0 to 1 is needed")
 
 
 class Hallucinator(Source):
@@ -201,7 +123,17 @@ class Hallucinator(Source):
     def learn(
         self, episode: Episode, support: Shots, query: Images, seed: int
     ) -> Float[Tensor, ""]:
-        """The steps of one training episode, which stay; the last denoising loss."""
+        """The steps of one training episode, which stay.
+
+        Conditioned on the class, the support is learnt; conditioned on the support, it is the
+        queries, each from the support of its class.
+
+        Returns:
+            The denoising loss before the last step, nan without steps.
+
+        Raises:
+            UserError: a class that the model does not know, a support that is not finite.
+        """
         if self.encoder is None:
             return self.adapt(episode, support, seed)
         check_support(episode, support)
@@ -212,9 +144,12 @@ class Hallucinator(Source):
         return loss
 
     def adapt(self, episode: Episode, support: Shots, seed: int) -> Float[Tensor, ""]:
-        """Steps on the support alone, images and their classes; the last denoising loss.
+        """Steps on the support alone, images and their classes.
 
         With the support itself as the condition there is nothing to learn from it.
+
+        Returns:
+            The denoising loss before the last step, nan without steps.
 
         Raises:
             UserError: a class that the model does not know, a support that is not finite.
@@ -230,8 +165,12 @@ class Hallucinator(Source):
             loss = self._step(x_0, y.repeat_interleave(copies), rng)
         return loss
 
+    @torch.no_grad()
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
         """Images of each class, hallucinated by the present weights.
+
+        The first images do not depend on ``n`` with ``heun`` and ``dpm_solver``, on a CPU; the
+        other samplers draw noise for all images on the way.
 
         Raises:
             UserError: a class that the model does not know, a support that is not finite.
@@ -244,7 +183,7 @@ class Hallucinator(Source):
             starts = support[:, torch.arange(n) % k_shot].transpose(0, 1).flatten(0, 1)
         made = draw(
             self.model,
-            condition.detach().repeat(n, *[1] * (condition.ndim - 1)),
+            condition.repeat(n, *[1] * (condition.ndim - 1)),
             sampler=recipe.sampler,
             steps=recipe.sampler_steps,
             guidance_scale=recipe.guidance_scale,
@@ -272,15 +211,18 @@ class Hallucinator(Source):
         return found | checkpoint.named("adam", checkpoint.moments(self.optimizer))
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take on what ``tensors`` wrote."""
+        """Take on what ``tensors`` wrote.
+
+        Raises:
+            RuntimeError: the tensors are of another model or another recipe.
+        """
         self.model.load_state_dict(checkpoint.part("model", tensors))
         if self.encoder is not None:
             self.encoder.load_state_dict(checkpoint.part("encoder", tensors))
         checkpoint.load_moments(self.optimizer, checkpoint.part("adam", tensors))
 
     def _classes(self, episode: Episode) -> Labels:
-        device = self.model.network.classes.weight.device
-        return self.model.index(episode.classes).to(device)
+        return self.model.index(episode.classes).to(self.model.network.classes.weight.device)
 
     def _embedding(self, support: Shots) -> Float[Tensor, "n_way embedding"]:
         return self.encoder(support.flatten(0, 1)).unflatten(0, support.shape[:2]).mean(1)
@@ -309,6 +251,20 @@ class Hallucinator(Source):
         return loss.detach()
 
 
+def check_pool(recipe: Recipe) -> None:
+    """Refuse a recipe whose images depend on more than the class.
+
+    Raises:
+        UserError: they depend on the episode.
+    """
+    if recipe.condition != "class" or recipe.adapt_steps or recipe.start_time < 1:
+        raise UserError(
+            f"a pool of images found with condition={recipe.condition}"
+            f" adapt_steps={recipe.adapt_steps} start_time={recipe.start_time}; its images are to"
+            " depend on nothing but the class: condition=class adapt_steps=0 start_time=1"
+        )
+
+
 class Pool(Source):
     """Draws from images that a hallucinator makes once, when they are first needed.
 
@@ -326,12 +282,7 @@ class Pool(Source):
     """
 
     def __init__(self, hallucinator: Hallucinator, size: int, seed: int = 0):
-        recipe = hallucinator.recipe
-        if recipe.condition != "class" or recipe.adapt_steps or recipe.start_time < 1:
-            raise UserError(
-                "a pool needs a hallucinator whose images depend on nothing but the class: "
-                "condition=class adapt_steps=0 start_time=1"
-            )
+        check_pool(hallucinator.recipe)
         self.hallucinator, self.size, self.seed = hallucinator, size, seed
         self.images: Shots | None = None
 
@@ -347,9 +298,9 @@ class Pool(Source):
             self.images = self._all(support)
         rng, classes = np.random.default_rng(seed), self.hallucinator.model.index(episode.classes)
         chosen = np.stack([rng.permutation(self.size)[:n] for _ in classes])
-        return self.images[classes[:, None], torch.as_tensor(chosen)]
+        return self.images[classes[:, None], torch.as_tensor(chosen)].to(support)
 
-    def _all(self, like: Shots) -> Shots:
+    def _all(self, like: Float[Tensor, "_ways _shots channels height width"]) -> Shots:
         """All images of the pool, class by class."""
         names = self.hallucinator.model.labels
         nothing = np.empty((len(names), 0), np.int64)

@@ -113,7 +113,11 @@ class ScoreModel(nn.Module):
         return torch.tensor([self.labels.index(label) for label in labels], dtype=torch.int64)
 
 
-def guided(model: ScoreModel, y: Condition, guidance_scale: float = 1.0) -> EpsFn:
+def guided(
+    model: ScoreModel,
+    y: Labels | Float[Tensor, "batch embedding"],
+    guidance_scale: float | int = 1.0,
+) -> EpsFn:
     r"""Classifier-free guidance: the noise of a class, or more of what sets the class apart.
 
     .. math:: \epsilon = \epsilon_\varnothing + w\,(\epsilon_y - \epsilon_\varnothing)
@@ -204,7 +208,7 @@ def stratified_times(n: int, t_min: float, rng: torch.Generator) -> Times:
 
 
 def denoising_loss(
-    model: ScoreModel, x_0: Images, t: Times, eps: Images, y: Labels | None = None
+    model: ScoreModel, x_0: Images, t: Times, eps: Images, y: Condition = None
 ) -> PerImage:
     r"""Denoising score matching: mean squared error of the velocity, per image.
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from hallulib import UserError
 from hallulib.data import ImageSet
 from hallulib.episodes import Episode
+from hallulib.shapes import Images
 
-Shots = Float[Tensor, "n_way n channels height width"]
+Shots = Float[Tensor, "n_way _shots channels height width"]
 
 
 class Source:
@@ -37,13 +38,27 @@ class Source:
             support: the real images of each class, in [-1, 1].
             n: images per class.
             seed: of every draw.
+
+        Raises:
+            UserError: it has not so many images of a class.
         """
         raise NotImplementedError
 
     def learn(
-        self, episode: Episode, support: Shots, query: Shots, seed: int
+        self, episode: Episode, support: Shots, query: Images, seed: int
     ) -> Float[Tensor, ""]:
-        """Learn from a training episode; the loss, or nan where nothing is learnt."""
+        """Learn from a training episode.
+
+        Args:
+            episode: the classes, and the classes of the queries.
+            support: the real images of each class, in [-1, 1].
+            query: (n_queries, ...) images that a test episode would not show; ``make`` is to
+                help with such ones.
+            seed: of every draw.
+
+        Returns:
+            The loss, or nan where nothing is learnt.
+        """
         return torch.tensor(torch.nan)
 
     def adapt(self, episode: Episode, support: Shots, seed: int) -> None:
@@ -63,6 +78,10 @@ class Source:
 
 def check_support(episode: Episode, support: Shots) -> None:
     """Refuse a support with holes.
+
+    Args:
+        episode: names its classes.
+        support: the real images of each class.
 
     Raises:
         UserError: a pixel is not a finite number.
@@ -157,16 +176,18 @@ class Changed(Source):
         return torch.stack(copies, 1)
 
 
-def _uniform(n: int, low: float, high: float, rng: torch.Generator, like: Tensor) -> Tensor:
+def _uniform(
+    n: int, low: float, high: float, rng: torch.Generator, like: Images
+) -> Float[Tensor, "n 1 1 1"]:
     return (low + (high - low) * torch.rand(n, generator=rng)).to(like).view(-1, 1, 1, 1)
 
 
-def flipped(x: Tensor, support: Shots, rng: torch.Generator) -> Tensor:
+def flipped(x: Images, support: Shots, rng: torch.Generator) -> Images:
     """Mirrored left to right; no other axis of the body is symmetric."""
     return x.flip(-1)
 
 
-def shifted(x: Tensor, support: Shots, rng: torch.Generator) -> Tensor:
+def shifted(x: Images, support: Shots, rng: torch.Generator) -> Images:
     """Moved by up to a tenth of the side, the edge pixels repeated."""
     most = max(1, x.shape[-1] // 10)
     padded = torch.nn.functional.pad(x, (most,) * 4, mode="replicate")
@@ -177,12 +198,12 @@ def shifted(x: Tensor, support: Shots, rng: torch.Generator) -> Tensor:
     )
 
 
-def jittered(x: Tensor, support: Shots, rng: torch.Generator) -> Tensor:
+def jittered(x: Images, support: Shots, rng: torch.Generator) -> Images:
     """With white noise of standard deviation 0.1, in a range of 2."""
     return (x + 0.1 * torch.randn(x.shape, generator=rng).to(x)).clamp(-1, 1)
 
 
-def mixed(x: Tensor, support: Shots, rng: torch.Generator) -> Tensor:
+def mixed(x: Images, support: Shots, rng: torch.Generator) -> Images:
     """Mixed with another support of the episode, of which it keeps the larger part (mixup).
 
     Source: Zhang et al., *mixup*, 2018. https://arxiv.org/abs/1710.09412
@@ -193,15 +214,15 @@ def mixed(x: Tensor, support: Shots, rng: torch.Generator) -> Tensor:
     return kept * x + (1 - kept) * partner
 
 
-def augmented(x: Tensor, support: Shots, rng: torch.Generator) -> Tensor:
+def augmented(x: Images, support: Shots, rng: torch.Generator) -> Images:
     """Mirrored half of the time, moved, and of other contrast: the classical way."""
-    mirror = _uniform(len(x), 0, 1, rng, x) < 0.5
+    mirror = _uniform(len(x), 0.0, 1.0, rng, x) < 0.5
     x = shifted(torch.where(mirror, x.flip(-1), x), support, rng)
     gain, offset = _uniform(len(x), 0.8, 1.2, rng, x), _uniform(len(x), -0.1, 0.1, rng, x)
     return (gain * x + offset).clamp(-1, 1)
 
 
-CHANGES: dict[str, Callable[[Tensor, Shots, torch.Generator], Tensor]] = {
+CHANGES: dict[str, Callable[[Images, Shots, torch.Generator], Images]] = {
     "flips": flipped,
     "shifts": shifted,
     "jitter": jittered,

@@ -202,3 +202,56 @@ def test_unknown_sampler_and_no_steps_are_explained(model):
         draw(model, torch.tensor([0]), sampler="ddim")
     with pytest.raises(UserError, match="cannot take 0 steps"):
         draw(model, torch.tensor([0]), steps=0)
+
+
+@all_sdes
+def test_a_walk_may_start_at_any_time(sde):
+    for start in (1.0, 0.4, 0.05):
+        for rho in (7.0, None):
+            levels = noise_levels(sde, 6, rho, start_time=start)
+            begin = sde.noise_level(torch.tensor([start], dtype=torch.float64))
+            torch.testing.assert_close(levels[:1], begin)
+            assert (levels.diff() < 0).all()
+            assert levels[-1] == 0
+    torch.testing.assert_close(noise_levels(sde, 6), noise_levels(sde, 6, start_time=1))
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-6, 1.1, float("nan")])
+def test_a_start_outside_of_the_times_is_explained(start):
+    with pytest.raises(UserError, match="a sampler cannot start at time .* to 1 is needed"):
+        noise_levels(VPSDE(), 3, start_time=start)
+
+
+@all_samplers
+def test_images_start_the_walk_where_little_of_them_is_lost(model, name):
+    images = torch.rand((3, 1, 16, 16), generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    y = torch.tensor([0, 1, model.null])
+
+    def distance(start):
+        drawn = draw(model, y, sampler=name, steps=3, images=images, start_time=start)
+        return (drawn - images).square().mean().sqrt().item()
+
+    assert distance(0.01) < 0.05
+    assert distance(0.01) < distance(0.2) < distance(0.9)
+
+
+def test_images_are_noised_each_by_itself_whatever_the_batch(model):
+    """The flow uses the noise of its start alone, so batches of two draw as one of four."""
+    images = torch.linspace(-0.5, 0.5, 4).view(4, 1, 1, 1).expand(4, 1, 16, 16)
+    y = torch.tensor([0, 1, 0, 1])
+    options = dict(steps=2, images=images, start_time=0.1, seed=3)
+    whole = draw(model, y, **options)
+    torch.testing.assert_close(draw(model, y, batch_size=2, **options), whole)
+
+
+def test_a_start_before_noise_needs_images(model):
+    with pytest.raises(UserError, match="starting at time 0.5 needs images; pure noise is at"):
+        draw(model, torch.tensor([0]), start_time=0.5)
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2.5])
+def test_an_embedding_that_is_a_class_vector_draws_as_the_class(model, scale):
+    y = torch.tensor([1, 0])
+    vectors = model.network.classes.weight.detach()[y]
+    options = dict(steps=2, guidance_scale=scale, seed=1)
+    torch.testing.assert_close(draw(model, vectors, **options), draw(model, y, **options))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hallulib import UserError
+from hallulib import UserError, unet
 from hallulib.mixture import GaussianMixture
 from hallulib.score import (
     ScoreModel,
@@ -155,6 +155,27 @@ def test_stratified_times_fill_every_stratum_and_are_uniform_alone():
     first = draws[:, 0].sort().values
     assert (first - torch.linspace(0, 1, 2000)).abs().max() < 0.05  # Kolmogorov-Smirnov
     assert stratified_times(8, 0.1, rng).min() >= 0.1
+
+
+@pytest.mark.parametrize("scale", [0, 1, 0.5, 3])
+def test_guidance_by_an_embedding_is_guidance_by_its_class(scale):
+    """The null class is the zero vector: class vectors as embeddings give the same noise."""
+    network = unet.build(size=8, labels=("low", "high"), width=16)
+    y, x, t = torch.tensor([1, 0, 1]), torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9])
+    vectors = network.network.classes.weight.detach()[y]
+    with torch.no_grad():
+        told = guided(network, vectors, scale)(x, t)
+        torch.testing.assert_close(told, guided(network, y, scale)(x, t))
+
+
+def test_the_loss_takes_embeddings_in_the_place_of_classes():
+    network = unet.build(size=8, labels=("low", "high"), width=16)
+    y, x, t = torch.tensor([1, 2, 0]), torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9])
+    eps, vectors = torch.randn(3, 1, 8, 8), network.network.classes.weight.detach()[y]
+    with torch.no_grad():
+        loss = denoising_loss(network, x, t, eps, vectors)
+        torch.testing.assert_close(loss, denoising_loss(network, x, t, eps, y))
+    assert loss.shape == (3,)
 
 
 def test_unknown_label_lists_the_known_ones():

@@ -1,0 +1,188 @@
+"""All settings of the one-shot experiment, how one trial is made from another, and its result."""
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from hallulib import UserError
+from hallulib.hallucinate import Recipe, check_pool
+from hallulib.learner import Fit
+from hallulib.prototypes import PrototypeClassifier
+from hallulib.supports import CHANGES, Source
+
+GENERATORS = ("score_model", "oracle", "memory", *CHANGES)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All settings of the experiment but the images, so that two runs with equal ones are equal.
+
+    Attributes:
+        train_scheme: label column of the training episodes.
+        test_scheme: of the validation and test episodes; the same is the paper's *coarse* task,
+            a coarser one (train on Gleason scores, test on ISUP grades) its *fine* task.
+        n_way, k_shot, n_query: of every episode; fewer ways than classes draws classes.
+        n_spare: real images kept aside for the oracle.
+        counts: numbers of extra supports; each has a classifier trained with as many, and 0
+            is the baseline.
+        generator: where extra supports come from: ``"score_model"``, or one of the controls.
+        pretraining: steps of the score model's pretraining.
+        pretraining_width: of its network.
+        forget: forget the class vectors of the pretraining, as if it had seen no labels.
+        pool: images per class that are made once and drawn from, where the recipe allows; 0
+            makes the supports of every episode anew.
+        kind, metric, width, reduce_to: of the classifiers, see :func:`hallulib.prototypes.build`.
+        steps: training episodes.
+        decays: parts of them after which the learning rate is divided by 10.
+        per_epoch: episodes between two validations.
+        n_validation: validation episodes.
+        n_episodes: test episodes.
+        seed: of everything.
+        recipe: how supports are hallucinated.
+        fit: how classifiers learn.
+
+    Raises:
+        UserError: an unknown name or an impossible number.
+    """
+
+    train_scheme: str
+    test_scheme: str
+    n_way: int = 4
+    k_shot: int = 1
+    n_query: int = 5
+    n_spare: int = 2
+    counts: tuple[int, ...] = (0, 1, 2)
+    generator: str = "score_model"
+    pretraining: int = 4000
+    pretraining_width: int = 24
+    forget: bool = False
+    pool: int = 0
+    kind: str = "bdc"
+    metric: str = "cosine"
+    width: int = 12
+    reduce_to: int = 64
+    steps: int = 300
+    decays: tuple[float, ...] = (0.6, 0.85)
+    per_epoch: int = 50
+    n_validation: int = 20
+    n_episodes: int = 1000
+    seed: int = 0
+    recipe: Recipe = field(default_factory=Recipe)
+    fit: Fit = field(default_factory=Fit)
+
+    def __post_init__(self):
+        if self.generator not in GENERATORS:
+            raise UserError(f"generator is {self.generator!r}; known: {', '.join(GENERATORS)}")
+        if 0 not in self.counts or max(self.counts) < 1 or min(self.counts) < 0:
+            raise UserError(f"counts are {self.counts}; 0 and some number above it are needed")
+        least = {"pool": 0, "steps": 0, "per_epoch": 1, "n_validation": 0, "n_episodes": 2}
+        for name, low in (least | {"n_spare": 0, "pretraining": 0, "seed": 0}).items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
+        if not all(0 <= part <= 1 for part in self.decays):
+            raise UserError(f"decays are {self.decays}; parts of the training, 0 to 1, are needed")
+        if self.pool and self.generator == "score_model":
+            check_pool(self.recipe)
+
+    def settings(self) -> dict:
+        """All of it as what JSON can hold."""
+        return asdict(self) | {"counts": list(self.counts), "decays": list(self.decays)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left.
+
+    Attributes:
+        trial: its settings.
+        folder: with ``run.json``, ``losses.csv``, ``auroc.csv`` and the weights in half precision.
+        auroc: one row per test episode, one column per method; ``"baseline"`` is one.
+        source: the generator as it was measured.
+        classifiers: number of extra supports -> classifier.
+    """
+
+    trial: Trial
+    folder: Path
+    auroc: pd.DataFrame
+    source: Source
+    classifiers: dict[int, PrototypeClassifier]
+
+
+def vary(trial: Trial, changes: Mapping[str, object] | str) -> Trial:
+    """The same trial with other values of some settings, of its recipe and its fit too.
+
+    Args:
+        trial: the standard one.
+        changes: name -> value, or a text such as ``"guidance_scale=4 loss=cross_entropy"``;
+            ``"nothing"`` changes nothing. ``lr`` is the classifiers', ``recipe.lr`` the
+            generator's.
+
+    Raises:
+        UserError: an unknown name, a value of the wrong kind, or settings that do not go together.
+
+    Example:
+        >>> vary(Trial("isup", "isup"), "guidance_scale=4 loss=cross_entropy").fit.loss
+        'cross_entropy'
+    """
+    parts = {"": trial, "recipe": trial.recipe, "fit": trial.fit}
+    known = {
+        key: (part, field)
+        for part, held in parts.items()
+        for field in dataclasses.fields(held)
+        for key in (field.name, f"{part}.{field.name}" if part else field.name)
+        if key not in parts
+    }
+    new: dict[str, dict[str, object]] = {part: {} for part in parts}
+    for name, value in (_pairs(changes) if isinstance(changes, str) else changes).items():
+        if name not in known:
+            names = ", ".join(sorted(key for key in known if "." not in key))
+            raise UserError(f"no setting {name!r} to vary; known: {names}")
+        part, field = known[name]
+        new[part][field.name] = _like(field, value, getattr(parts[part], field.name))
+    for part in ("recipe", "fit"):
+        new[""][part] = dataclasses.replace(parts[part], **new[part])
+    return dataclasses.replace(trial, **new[""])
+
+
+def _pairs(changes: str) -> dict[str, str]:
+    words = [] if changes == "nothing" else changes.split()
+    pairs = [re.fullmatch(r"([\w.]+)=(\S+)", word) for word in words]
+    if not all(pairs):
+        raise UserError(
+            f"settings to vary are {changes!r}; 'name=value name=value' or 'nothing' is needed"
+        )
+    return {pair[1]: pair[2] for pair in pairs}
+
+
+def _like(field: dataclasses.Field, value: object, old: object) -> object:
+    """A value, or its text, as the kind of thing that the setting holds."""
+    kinds = typing.get_args(field.type) or (field.type,)
+    kind = float if float in kinds else kinds[0]
+    text = str(value)
+    try:
+        if isinstance(old, tuple):
+            parts = text.strip("()[]").rstrip(",")
+            return tuple(_read(part, kind) for part in re.split(r",\s*", parts) if parts)
+        return _read(text, kind)
+    except (ValueError, KeyError):
+        raise UserError(
+            f"setting {field.name} = {text!r}; a value like {old!r} is needed"
+        ) from None
+
+
+def _read(text: str, kind: type) -> object:
+    """A text as a value of a kind; ValueError or KeyError if it is none."""
+    if kind is bool:
+        return {"True": True, "False": False}[text]
+    if kind is str:
+        return text
+    number = float(text)
+    if not (math.isfinite(number) and kind(number) == number):
+        raise ValueError
+    return kind(number)

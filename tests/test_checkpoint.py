@@ -1,0 +1,186 @@
+"""Checkpoints: what is written is read back bit by bit, or refused in one sentence."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+from toy_task import same
+
+from hallulib import UserError, checkpoint
+from hallulib.checkpoint import CHECKPOINT, LOG
+
+SETTINGS = {"lr": 1e-3, "decays": (0.5, 0.8), "recipe": {"rank": 4}}
+
+
+def tensors():
+    rng = torch.Generator().manual_seed(0)
+    return {
+        "weights": torch.randn(2, 3, 4, 4, generator=rng).to(memory_format=torch.channels_last),
+        "turned": torch.randn(3, 5, generator=rng).T,
+        "steps": torch.tensor(7),
+        "none": torch.full((2, 2), torch.nan),
+        "exact": torch.tensor(0.1, dtype=torch.float64),
+        "empty": torch.empty(0, 3),
+    }
+
+
+def write(folder, step=3, settings=SETTINGS, given=None):
+    log = {"loss": [0.1 * i for i in range(step)]}
+    checkpoint.write(folder, tensors() if given is None else given, step, settings, log)
+
+
+class Toy:
+    """A state of a single tensor."""
+
+    def __init__(self):
+        self.weight, self.step = torch.zeros(3), 0
+
+    def load_tensors(self, found, step):
+        self.weight.copy_(found["weight"])
+        self.step = step
+
+
+def test_what_is_written_is_read_back_with_its_types_and_bits(tmp_path):
+    write(tmp_path / "deep" / "run")
+    found, step = checkpoint.read(tmp_path / "deep" / "run", SETTINGS)
+    assert step == 3
+    assert same(found, {k: v.contiguous() for k, v in tensors().items()})
+
+
+def test_names_can_be_put_under_a_prefix_and_taken_out_again():
+    parts = {"a": {"x": torch.ones(1), "y.z": torch.ones(2)}, "ab": {"x": torch.ones(3)}}
+    joined = {}
+    for prefix, part in parts.items():
+        joined |= checkpoint.named(prefix, part)
+    assert len(joined) == 3
+    for prefix, part in parts.items():
+        assert same(checkpoint.part(prefix, joined), part)
+    assert checkpoint.part("b", joined) == {}
+
+
+def test_the_log_has_one_line_per_step_and_no_rounding(tmp_path):
+    write(tmp_path)
+    with (tmp_path / LOG).open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["step", "loss"]
+    assert [(int(i), float(v)) for i, v in rows] == [(1, 0.0), (2, 0.1), (3, 0.2)]
+
+
+def test_no_other_file_is_left_behind(tmp_path):
+    write(tmp_path)
+    write(tmp_path, step=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, LOG]
+    assert checkpoint.read(tmp_path, SETTINGS)[1] == 5
+
+
+@pytest.mark.parametrize("dies_at", [1, 2])
+def test_a_write_that_dies_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch, dies_at):
+    """Whichever rename was the last, the log never lacks steps that the checkpoint has."""
+    write(tmp_path, step=3)
+    replace, calls = checkpoint.os.replace, []
+
+    def dying(*paths):
+        calls.append(paths)
+        if len(calls) == dies_at:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(checkpoint.os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, step=6)
+    monkeypatch.undo()
+    found, step = checkpoint.read(tmp_path, SETTINGS)
+    assert step == 3
+    assert set(found) == set(tensors())
+    assert len((tmp_path / LOG).read_text().splitlines()) - 1 >= step
+
+
+def test_nothing_is_found_where_nothing_was_written(tmp_path):
+    assert checkpoint.read(tmp_path, SETTINGS) is None
+    state = Toy()
+    checkpoint.resume(state, tmp_path, SETTINGS)
+    assert state.step == 0
+
+
+def test_a_state_takes_on_its_checkpoint(tmp_path):
+    write(tmp_path, given={"weight": torch.arange(3.0)})
+    state = Toy()
+    checkpoint.resume(state, tmp_path, SETTINGS)
+    assert (state.step, state.weight.tolist()) == (3, [0.0, 1.0, 2.0])
+
+
+def test_other_settings_are_refused_by_the_name_of_the_first(tmp_path):
+    write(tmp_path)
+    checkpoint.read(tmp_path, SETTINGS)  # a tuple is a list to JSON
+    with pytest.raises(UserError, match=r"trained with lr = 0.001, not 0.01; give another folder"):
+        checkpoint.read(tmp_path, SETTINGS | {"lr": 1e-2})
+    with pytest.raises(UserError, match="with recipe = {'rank': 4}, not {'rank': 8}"):
+        checkpoint.read(tmp_path, SETTINGS | {"recipe": {"rank": 8}})
+
+
+@pytest.mark.parametrize("kept", [0, 4, 200, -1])
+def test_a_damaged_file_is_refused(tmp_path, kept):
+    write(tmp_path)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match="is not a checkpoint of this model .*; delete it"):
+        checkpoint.read(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "given", [{"other": torch.zeros(3)}, {"weight": torch.zeros(4)}], ids=["name", "shape"]
+)
+def test_tensors_of_another_model_are_refused(tmp_path, given):
+    write(tmp_path, given=given)
+    with pytest.raises(UserError, match="is not a checkpoint of this model"):
+        checkpoint.resume(Toy(), tmp_path, SETTINGS)
+
+
+def test_a_safetensors_file_of_something_else_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(3)}, tmp_path / CHECKPOINT)
+    with pytest.raises(UserError, match="is not a checkpoint of this model"):
+        checkpoint.read(tmp_path, SETTINGS)
+
+
+def test_an_optimiser_goes_on_where_it_was(tmp_path):
+    """Channels last, so that the layout has to come back as well."""
+
+    def network():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3), nn.PReLU(num_parameters=1), nn.Flatten(), nn.Linear(144, 1)
+        model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        return model, torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = network()
+    steps(model, optimizer, range(3))
+    kept = {k: v.clone() for k, v in checkpoint.moments(optimizer).items()}
+    write(tmp_path, given=checkpoint.named("m", kept))
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    steps(model, optimizer, range(3, 6))
+
+    again, other = network()
+    again.load_state_dict(weights)
+    found = checkpoint.part("m", checkpoint.read(tmp_path, SETTINGS)[0])
+    checkpoint.load_moments(other, found)
+    assert same({k: v.contiguous() for k, v in checkpoint.moments(other).items()}, found)
+    for p, entries in other.state.items():
+        assert entries["exp_avg"].stride() == p.stride()
+    steps(again, other, range(3, 6))
+    assert same(again.state_dict(), model.state_dict())
+
+
+def test_an_optimiser_that_has_not_stepped_has_nothing_to_remember():
+    optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
+    assert checkpoint.moments(optimizer) == {}
+    checkpoint.load_moments(optimizer, {})
+    assert checkpoint.moments(optimizer) == {}
