@@ -1,17 +1,15 @@
 """What the methods of a one-shot experiment are worth against its baseline, and its oracle."""
 
-import numpy as np
 import pandas as pd
 
 from hallulib import UserError, metrics
-from hallulib.trial import Result
 
 
-def table(result: Result, ceiling: float | None = None) -> pd.DataFrame:
+def table(auroc: pd.DataFrame, ceiling: float | None = None) -> pd.DataFrame:
     """Each method's AUROC in the paper's form and with honest intervals.
 
     Args:
-        result: of a run.
+        auroc: one row per test episode, one column per method, ``"baseline"`` among them.
         ceiling: best possible AUROC of the task, above 0.5, if it is known.
 
     Returns:
@@ -21,8 +19,8 @@ def table(result: Result, ceiling: float | None = None) -> pd.DataFrame:
         share of the way from chance (0.5) to the ceiling.
     """
     rows = {}
-    baseline = result.auroc["baseline"]
-    for name, values in result.auroc.items():
+    baseline = auroc["baseline"]
+    for name, values in auroc.items():
         ten, mean = values[:10], metrics.mean_interval(values)
         row = {"ten": ten.mean(), "ten_sd": ten.std(ddof=0)}
         row |= {"mean": mean.value, "low": mean.low, "high": mean.high, "episodes": mean.n}
@@ -37,31 +35,33 @@ def table(result: Result, ceiling: float | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("method")
 
 
-def share_of_oracle(result: Result, n: int, seed: int = 0) -> metrics.Interval:
+def share_of_oracle(
+    auroc: pd.DataFrame, n: int, *, n_resamples: int = 2000, seed: int = 0
+) -> metrics.Interval:
     """Gain of n hallucinated supports as a share of the gain of n real ones, bootstrapped.
 
-    The real ones are given to the classifier of the baseline, at test only. Where they gain
-    little, the share can be anything, and its interval says so.
+    The real ones are given to the classifier of the baseline, at test only.
 
     Args:
-        result: of a run with an oracle.
+        auroc: of a run with an oracle.
         n: extra supports per class.
-        seed: of the resamples of episodes.
+        n_resamples: of the episodes.
+        seed: of the resamples.
 
     Returns:
         1 if the hallucinated supports are worth as much as real ones, 0 if nothing.
 
     Raises:
-        UserError: the run has no such column, or real supports gain nothing.
+        UserError: there is no such column, or no gain to take a share of: the interval of the
+            gain of real supports does not lie above zero.
     """
     needed = ["baseline", f"+{n}", f"oracle +{n}"]
-    missing = [name for name in needed if name not in result.auroc]
+    missing = [name for name in needed if name not in auroc]
     if missing:
-        raise UserError(f"the run in {result.folder} has no method {missing[0]!r}")
-
-    def share(base: np.ndarray, made: np.ndarray, real: np.ndarray) -> float:
-        if real.mean() == base.mean():
-            raise UserError("the oracle gains nothing over the baseline: a gain is needed")
-        return float((made - base).mean() / (real - base).mean())
-
-    return metrics.bootstrap(share, *(result.auroc[name].to_numpy() for name in needed), seed=seed)
+        raise UserError(f"there is no method {missing[0]!r} to compare with; {needed} are needed")
+    base, made, real = (auroc[name].to_numpy() for name in needed)
+    gain = metrics.paired_difference(real, base)
+    if not gain.low > 0:
+        raise UserError(f"the oracle's gain is {gain}: one that is surely above 0 is needed")
+    share = lambda made, real: float(made.mean() / real.mean())
+    return metrics.bootstrap(share, made - base, real - base, n_resamples=n_resamples, seed=seed)

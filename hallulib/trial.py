@@ -119,8 +119,8 @@ def vary(trial: Trial, changes: Mapping[str, object] | str) -> Trial:
 
     Args:
         trial: the standard one.
-        changes: name -> value, or a text such as ``"guidance_scale=4 loss=cross_entropy"``;
-            ``"nothing"`` changes nothing. ``lr`` is the classifiers', ``recipe.lr`` the
+        changes: name -> value, or a text such as ``"guidance_scale=4 loss=cross_entropy"`` (a
+            colon does as well); ``"nothing"`` changes nothing. ``lr`` is the classifiers', ``recipe.lr`` the
             generator's.
 
     Raises:
@@ -152,7 +152,7 @@ def vary(trial: Trial, changes: Mapping[str, object] | str) -> Trial:
 
 def _pairs(changes: str) -> dict[str, str]:
     words = [] if changes == "nothing" else changes.split()
-    pairs = [re.fullmatch(r"([\w.]+)=(\S+)", word) for word in words]
+    pairs = [re.fullmatch(r"([\w.]+)[=:](\S+)", word) for word in words]
     if not all(pairs):
         raise UserError(
             f"settings to vary are {changes!r}; 'name=value name=value' or 'nothing' is needed"

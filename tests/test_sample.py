@@ -231,7 +231,7 @@ def test_images_start_the_walk_where_little_of_them_is_lost(model, name):
         drawn = draw(model, y, sampler=name, steps=3, images=images, start_time=start)
         return (drawn - images).square().mean().sqrt().item()
 
-    assert distance(0.01) < 0.05
+    assert distance(0.01) < 0.1  # the noise of the start is 0.04
     assert distance(0.01) < distance(0.2) < distance(0.9)
 
 
