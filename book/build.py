@@ -71,6 +71,8 @@ def fingerprint(chapter: Path, chosen: dict) -> str:
     code = {ROOT / "requirements.lock", *(ROOT / "hallulib").rglob("*")}
     if "data_prep" in chapter.read_text():
         code |= set((ROOT / "data_prep").rglob("*.py"))
+    if "grid.load" in chapter.read_text():
+        code |= set((ROOT / "book" / "results").rglob("*.json"))
     # card.json holds the checksums of the other files of an image set
     code.add(ROOT / str(chosen.get("DATASET", "")) / "card.json")
     for file in sorted(code):

@@ -269,7 +269,7 @@ def _write(file: Path, table: pd.DataFrame) -> None:
 
 
 def _read(file: Path) -> pd.DataFrame:
-    return pd.read_csv(file, float_precision="round_trip")
+    return pd.read_csv(file)
 
 
 def _save(folder: Path, source: Source, classifiers: Classifiers) -> None:
