@@ -120,8 +120,8 @@ def vary(trial: Trial, changes: Mapping[str, object] | str) -> Trial:
     Args:
         trial: the standard one.
         changes: name -> value, or a text such as ``"guidance_scale=4 loss=cross_entropy"`` (a
-            colon does as well); ``"nothing"`` changes nothing. ``lr`` is the classifiers', ``recipe.lr`` the
-            generator's.
+            colon does as well); ``"nothing"`` changes nothing. ``lr`` is the classifiers',
+            ``recipe.lr`` the generator's.
 
     Raises:
         UserError: an unknown name, a value of the wrong kind, or settings that do not go together.
