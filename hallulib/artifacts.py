@@ -5,6 +5,7 @@ every file, versions, seconds and device. The runs of this machine lie in ``runs
 ``HALLULIB_RUNS`` says); a few ship with the library.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -182,12 +183,19 @@ class Ledger:
         return pd.DataFrame(self.measured).T.rename_axis("number").astype(float)
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write under; once that is done, the file is renamed to ``path`` in one step."""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write JSON beside its place and rename it, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _sha256(path: Path) -> str:

@@ -6,7 +6,6 @@ moment leaves the last whole one. It carries the settings of its run and is refu
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hallulib import UserError
+from hallulib import UserError, artifacts
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "losses.csv"
 
@@ -70,14 +69,11 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
     # the log first: a run that is killed between the two writes it again
-    partial = folder / (LOG + ".partial")
-    with partial.open("w", newline="") as file:
+    with artifacts.whole(folder / LOG) as partial, partial.open("w", newline="") as file:
         rows = enumerate(zip(*log.values(), strict=True), start=1)
         csv.writer(file).writerows([("step", *log), *((i, *row) for i, row in rows)])
-    os.replace(partial, folder / LOG)
-    partial = folder / (CHECKPOINT + ".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
-    os.replace(partial, folder / CHECKPOINT)
+    with artifacts.whole(folder / CHECKPOINT) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
 
 
 def read(folder: Path, settings: dict) -> tuple[dict[str, Tensor], int] | None:

@@ -5,7 +5,6 @@ method, all methods on the same episodes. It is kept as a run: found again by it
 where it was stopped, its weights and its table checked by checksum.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -263,9 +262,8 @@ def _measure(
 
 def _write(file: Path, table: pd.DataFrame) -> None:
     """Write a table beside its place and rename it into it."""
-    partial = file.with_name(file.name + ".partial")
-    table.to_csv(partial, index=False)
-    os.replace(partial, file)
+    with artifacts.whole(file) as partial:
+        table.to_csv(partial, index=False)
 
 
 def _read(file: Path) -> pd.DataFrame:
