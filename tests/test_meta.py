@@ -162,11 +162,12 @@ def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
         import sys, torch
         sys.path.insert(0, sys.argv[2])
         from test_meta import train
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(sys.argv[3]))  # the order of sums is part of the bytes
         train(sys.argv[1], steps=30, per_epoch=1)
         """
     )
-    command = [sys.executable, "-c", script, str(tmp_path), os.path.dirname(__file__)]
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-c", script, str(tmp_path), os.path.dirname(__file__), threads]
     path, deadline = tmp_path / CHECKPOINT, time.monotonic() + 240
     process = subprocess.Popen(command)
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
