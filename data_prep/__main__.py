@@ -11,6 +11,9 @@ ARCHIVES = {
     "npz": "arrays of one NumPy .npz file",
     "medmnist": "a MedMNIST collection, downloaded or from its .npz file",
     "picai": "PI-CAI prostate MRI: T2-weighted slices graded by expert masks",
+    "cbis_ddsm": "CBIS-DDSM film mammograms: benign or malignant by biopsy",
+    "inbreast": "INbreast digital mammograms: benign or malignant by BI-RADS",
+    "vindr": "VinDr-Mammo digital mammograms: benign or malignant by BI-RADS",
 }
 
 

@@ -77,7 +77,7 @@ def read_header(file: Path) -> pydicom.Dataset:
         Fault: it cannot be read.
     """
     try:
-        with _silent():
+        with silent():
             header = pydicom.dcmread(file, specific_tags=HEADER_TAGS, stop_before_pixels=True)
             for element in header:  # converts now, so that a bad value is found here
                 element.value  # noqa: B018
@@ -108,7 +108,7 @@ def _line(positions: np.ndarray, told: str) -> np.ndarray:
 def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Position, frame (directions of a row and of a column, spacing; together 8) and pixels."""
     try:
-        with _silent():
+        with silent():
             found = pydicom.dcmread(file, force=False, specific_tags=IMAGE_TAGS)
             position = np.array(found.ImagePositionPatient, float)
             frame = np.array([*found.ImageOrientationPatient, *found.PixelSpacing], float)
@@ -128,7 +128,7 @@ def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without pydicom's remarks, which quote the values of tags."""
     log = logging.getLogger("pydicom")
     level = log.level

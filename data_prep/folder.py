@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from data_prep import pictures
-from data_prep.plan import add_origin, add_output, add_splits, check_known, order, settle
+from data_prep.plan import add_origin, add_output, add_splits, check_known, is_below, order, settle
 from data_prep.writer import Report, Study, prepare, versions
 from hallulib import UserError
 from hallulib.area import area_average
@@ -191,12 +191,12 @@ def _table(file: Path, label: str) -> pd.DataFrame:
 
 
 def _check_path(name: str, line: int, args: argparse.Namespace) -> None:
-    where, path = f"{args.csv}: line {line}", PurePosixPath(name.replace("\\", "/"))
-    if not name or path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
+    where = f"{args.csv}: line {line}"
+    if not is_below(name):
         raise UserError(
             f"{where} has file {name!r}; a path below {args.source}, without .., is needed"
         )
-    if path.suffix.lower() not in pictures.SUFFIXES:
+    if Path(name).suffix.lower() not in pictures.SUFFIXES:
         known = ", ".join(sorted(pictures.SUFFIXES))
         raise UserError(f"{where} has file {name!r}; one of {known} is needed")
     if not (args.source / name).is_file():

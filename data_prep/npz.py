@@ -22,6 +22,8 @@ the table is the position in the arrays.
 
   python -m data_prep npz brain_mri_64.npz sets/brain --label label --names class_names \\
       --keep keep --test is_test_clean --patient group_near --fractions train=.85,val=.15
+  python -m data_prep npz mias_images_128.npz sets/mias --label density --names density_names \\
+      --patient patient --size 64 --spacing 3.2
 """
 BLOCK = 256  # images of one array staged together
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.dicom import read_header, read_series
+from data_prep.staging import File
 from data_prep.volumes import Fault, Volume, read_file
 
 T2W = re.compile(r"(\d+_\d+)_t2w\.mha")
@@ -25,21 +26,6 @@ PROSTATEX = re.compile(r"prostatex-(\d{4})", re.IGNORECASE)
 DATE = re.compile(r"\d\d-\d\d-\d{4}")
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, NotImplementedError)
 SECOND = "second T2W image of a study: left out"
-
-
-@dataclass(frozen=True)
-class File:
-    """A file as it was found; if it changes, what was made of it is made again."""
-
-    path: str
-    size: int
-    changed: int
-
-    @classmethod
-    def of(cls, path: Path) -> "File":
-        """The file as it is now."""
-        now = path.stat()
-        return cls(str(path), now.st_size, now.st_mtime_ns)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.crop import Window, centre_of, to_bytes
-from data_prep.picai_images import File, Source
+from data_prep.picai_images import Source
 from data_prep.picai_labels import (
     GLANDS,
     MASKS,
@@ -17,7 +17,7 @@ from data_prep.picai_labels import (
     rule_counts,
     slice_grades,
 )
-from data_prep.staging import Study
+from data_prep.staging import File, Study
 from data_prep.volumes import Fault, Volume, on_grid, read_file
 
 LOW, HIGH = 0.5, 99.5  # percentiles that become black and white

@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -138,6 +138,13 @@ def check_known(labels: pd.Series, known: Sequence[str], where: str) -> None:
         raise UserError(
             f"{where}: row {strange.index[0]} has label {strange.iloc[0]!r}; known: {told}"
         )
+
+
+def is_below(name: str) -> bool:
+    """Whether a path that a table names stays below the folder that it is joined to."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    outside = path.is_absolute() or Path(name).is_absolute()
+    return bool(name) and not outside and ".." not in path.parts
 
 
 def _check(plan: pd.DataFrame, where: str) -> None:

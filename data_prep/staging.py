@@ -36,6 +36,21 @@ class Item(Protocol):
         """Unique name."""
 
 
+@dataclass(frozen=True)
+class File:
+    """A file as it was found; if it changes, what was made of it is made again."""
+
+    path: str
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> "File":
+        """The file as it is now."""
+        now = path.stat()
+        return cls(str(path), now.st_size, now.st_mtime_ns)
+
+
 @dataclass
 class Study:
     """What was read from one item.
