@@ -6,6 +6,7 @@ has to learn for images is a formula here, for teaching and for tests alike.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -68,3 +69,39 @@ class GaussianMixture:
         log_terms, scores = self._terms(sde, x, t)
         score = (log_terms.softmax(1)[:, :, None] * scores).sum(1).view_as(x)
         return -per_image(sde.alpha_sigma(t)[1], x) * score
+
+
+class ClassMixture:
+    """Classes that are mixtures themselves: a score model without network, in closed form.
+
+    It stands in for a trained class-conditional `ScoreModel` where the truth must be known.
+
+    Args:
+        sde: the forward diffusion.
+        classes: label -> its data.
+        priors: how frequent the classes are; equal unless given.
+    """
+
+    def __init__(
+        self,
+        sde: SDE,
+        classes: Mapping[str, GaussianMixture],
+        priors: Sequence[float] | None = None,
+    ):
+        self.sde, self.labels, self.parts = sde, tuple(classes), tuple(classes.values())
+        priors = torch.tensor(priors or [1.0] * len(self.parts), dtype=torch.float64)
+        self.priors = priors / priors.sum()
+
+    def __call__(self, x_t: Images, t: Times, y: Labels) -> Images:
+        """The noise in ``x_t`` if it is of class ``y``."""
+        eps = torch.stack([part.eps(self.sde, x_t, t) for part in self.parts])
+        return eps[y, torch.arange(len(y), device=y.device)]
+
+    def log_prob(self, x: Images, t: float = 0.0) -> Float[Tensor, "batch classes"]:
+        """Exact log-density of clean images (or of ``x_t``) under each class, in nats."""
+        times = x.new_full((len(x),), t)
+        return torch.stack([part.log_prob(self.sde, x, times) for part in self.parts], 1)
+
+    def posterior(self, x: Images, t: float = 0.0) -> Float[Tensor, "batch classes"]:
+        """Exact probability of each class."""
+        return (self.log_prob(x, t) + self.priors.log().to(x)).softmax(1)

@@ -101,7 +101,8 @@ def build(
             block_out_channels=tuple(width * min(i + 1, 3) for i in range(levels)),
             down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
-            norm_num_groups=8,
+            # a group of one channel would normalise away what time and class add to it
+            norm_num_groups=min(8, width // 2),
             class_embed_type="identity",
         )
         return ScoreModel(sde or VPSDE(), ClassUNet(unet, len(labels)), labels)

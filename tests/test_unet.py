@@ -115,3 +115,15 @@ def test_a_folder_that_is_no_model_is_explained(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="is not a score model"):
         unet.load(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "width"), [(8, 8), (16, 8), (8, 16)])
+def test_time_and_class_are_heard_at_every_width(size, width):
+    """Groups of a single channel once made the narrowest network deaf to both."""
+    model = unet.build(size=size, labels=("a", "b"), width=width)
+    torch.nn.init.normal_(model.network.unet.conv_out.weight)
+    model.network.classes.weight.data[:2].normal_()
+    x, t = torch.randn(1, 1, size, size), torch.tensor([0.5])
+    velocity = lambda t, y: model.velocity(x, t, torch.tensor([y]))
+    assert (velocity(t, 0) - velocity(t, 1)).abs().mean() > 1e-3
+    assert (velocity(t, 0) - velocity(t / 2, 0)).abs().mean() > 1e-3

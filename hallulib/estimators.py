@@ -1,0 +1,308 @@
+"""Scikit-learn faces of the library: they fit, predict and go into pipelines as any estimator."""
+
+from collections.abc import Sequence
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hallulib import UserError, unet
+from hallulib.adaptation import ADAPTS, adaptable, relabelled
+from hallulib.bound import bound, decide, informative_levels
+from hallulib.calibration import LogDensities, fit_temperature, log_odds, posterior
+from hallulib.likelihood import dequantise, log_density
+from hallulib.score import ScoreModel
+from hallulib.shapes import Images
+from hallulib.train import pretrain
+
+METHODS = ("decide", "bound", "exact")
+
+
+class ScoreClassifier(ClassifierMixin, BaseEstimator):
+    r"""Classify images by the likelihood that a class-conditional score model gives them.
+
+    .. math:: p(c \mid x) \propto p(c)\, p_\theta(x \mid c)^{1/T}
+
+    ``fit`` trains the model, from scratch or from a pretrained one; images without labels help
+    it to learn what images look like. Images may come as rows ``(n, channels * side * side)``,
+    as ``(n, side, side)`` or as ``(n, channels, side, side)``; in [-1, 1], or 8-bit integers.
+
+    Args:
+        pretrained: score model to start from, or its folder; its own labels may be others.
+            ``None`` starts from scratch.
+        adapt: which weights of a pretrained model learn: ``"all"``, ``"low_rank"``,
+            ``"classes"``.
+        channels: of images that come as rows.
+        steps: optimiser steps; 0 takes a pretrained model as it is.
+        batch_size: images per step.
+        lr: Adam's learning rate.
+        width: of a new network, see :func:`hallulib.unet.build`.
+        method: ``"decide"``, adaptive and fast; ``"bound"``; or ``"exact"``, by the probability
+            flow.
+        effort: network evaluations for each image and class, at most for ``"decide"``.
+        confidence: of each comparison that drops a class, see :func:`hallulib.bound.decide`.
+        power: weight ``s ** power`` of noise levels in ``"decide"``; 0 is the likelihood.
+        priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
+        temperature: T, 1 takes densities at their word; `calibrate` finds a better one.
+        batch: most pairs of image and class in the network at once.
+        folder: where training keeps its checkpoint, so that it can go on after an interruption.
+        device: a GPU if there is one.
+        random_state: of everything, a whole number.
+        verbose: show a progress bar.
+
+    Attributes:
+        classes_: the labels, sorted.
+        model_: the trained `ScoreModel`, on its device.
+        levels_: noise levels at which its classes differ most, for ``"decide"``.
+        priors_: one number per class.
+        temperature_: T.
+
+    Source:
+        Sarker et al. 2025, https://arxiv.org/abs/2502.17727; Li et al. 2023.
+
+    Example:
+        >>> x = np.sign(np.random.default_rng(0).normal(size=(8, 64)))
+        >>> ScoreClassifier(steps=2, width=8, effort=4).fit(x, x[:, 0] > 0).predict(x).shape
+        (8,)
+    """
+
+    def __init__(
+        self,
+        pretrained: ScoreModel | str | Path | None = None,
+        *,
+        adapt: str = "all",
+        channels: int = 1,
+        steps: int = 2000,
+        batch_size: int = 32,
+        lr: float = 4e-4,
+        width: int = 32,
+        method: str = "decide",
+        effort: int = 32,
+        confidence: float = 0.99,
+        power: float = 0.5,
+        priors: str | Sequence[float] = "equal",
+        temperature: float = 1.0,
+        batch: int = 128,
+        folder: str | Path | None = None,
+        device: str | None = None,
+        random_state: int = 0,
+        verbose: bool = False,
+    ):
+        self.pretrained = pretrained
+        self.adapt = adapt
+        self.channels = channels
+        self.steps = steps
+        self.batch_size = batch_size
+        self.lr = lr
+        self.width = width
+        self.method = method
+        self.effort = effort
+        self.confidence = confidence
+        self.power = power
+        self.priors = priors
+        self.temperature = temperature
+        self.batch = batch
+        self.folder = folder
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, unlabelled: ArrayLike | None = None
+    ) -> "ScoreClassifier":
+        """Train the score model: every class is drawn equally often.
+
+        Args:
+            X: labelled images.
+            y: their labels, numbers or strings.
+            unlabelled: images without labels, of the same kind; they fill half of every batch.
+
+        Raises:
+            UserError: an unknown setting, or images that do not suit the network.
+            ValueError: scikit-learn's own checks of X and y.
+        """
+        if self.method not in METHODS or self.adapt not in ADAPTS:
+            raise UserError(
+                f"method {self.method!r}, adapt {self.adapt!r} found; one of "
+                f"{', '.join(METHODS)} and one of {', '.join(ADAPTS)} are needed"
+            )
+        rows, y = validate_data(self, *_flat(X, y), dtype=np.float32)
+        check_classification_targets(y)
+        self.classes_, position = np.unique(y, return_inverse=True)
+        self.device_ = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        images, labels = self._images(rows), torch.from_numpy(position)
+        self.priors_ = self._priors(labels)
+        weights = 1 / torch.bincount(labels)[labels].double() / len(self.classes_)
+        if unlabelled is not None:
+            others = validate_data(self, *_flat(unlabelled), reset=False, dtype=np.float32)
+            others = self._images(others)
+            images = torch.cat([images, others])
+            labels = torch.cat([labels, labels.new_full((len(others),), -1)])
+            weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
+        self.model_ = self._trained(images, labels, weights)
+        if self.method == "decide" and len(self.classes_) > 1:
+            rng = torch.Generator().manual_seed(self.random_state)
+            some = images[torch.randperm(len(rows), generator=rng)[:32]].to(self.device_)
+            self.levels_ = informative_levels(
+                self.model_, some, power=self.power, seed=self.random_state, batch=self.batch
+            )
+        self.temperature_ = self.temperature
+        return self
+
+    def calibrate(self, X: ArrayLike, y: ArrayLike) -> "ScoreClassifier":
+        """Set the temperature that makes the probabilities of other images most likely.
+
+        Args:
+            X: images that the model was not trained on.
+            y: their labels.
+
+        Raises:
+            UserError: a label that was not in the training.
+        """
+        check_is_fitted(self)
+        y = np.asarray(y)
+        if not np.isin(y, self.classes_).all():
+            strange = y[~np.isin(y, self.classes_)][0]
+            known = ", ".join(map(str, self.classes_))
+            raise UserError(f"label {str(strange)!r} was not among those of the training: {known}")
+        position = torch.from_numpy(np.searchsorted(self.classes_, y))
+        self.temperature_ = fit_temperature(self.log_ratio(X), position, self.priors_)
+        return self
+
+    def log_ratio(
+        self, X: ArrayLike, return_evaluations: bool = False
+    ) -> LogDensities | tuple[LogDensities, np.ndarray]:
+        """Log-likelihood of each class against the most likely one, before priors, in nats.
+
+        Args:
+            X: images.
+            return_evaluations: give the network evaluations that each image took as well.
+        """
+        check_is_fitted(self)
+        x = self._images(validate_data(self, *_flat(X), reset=False, dtype=np.float32))
+        x, k = x.to(self.device_), len(self.classes_)
+        common = {"seed": self.random_state, "batch": self.batch}
+        if k == 1:
+            value, evaluations = torch.zeros(len(x), 1), torch.zeros(len(x), dtype=torch.int64)
+        elif self.method == "decide":
+            common |= {"levels": self.levels_, "power": self.power, "pairs": self.effort}
+            found = decide(
+                self.model_, x, first=min(8, self.effort), confidence=self.confidence, **common
+            )
+            value, evaluations = found.log_ratio, found.evaluations
+        else:
+            x = dequantise(x, self.random_state)
+            if self.method == "bound":
+                value = bound(self.model_, x, pairs=self.effort, **common).value
+            else:
+                value = log_density(self.model_, x, steps=self.effort - 1, **common).value
+            evaluations = torch.full((len(x),), k * self.effort)
+        value = (value - value.max(1, keepdim=True).values).double().cpu()
+        return (value, evaluations.cpu().numpy()) if return_evaluations else value
+
+    def predict_proba(self, X: ArrayLike) -> np.ndarray:
+        """Probability of each class, in the order of ``classes_``."""
+        return posterior(self.log_ratio(X), self.priors_, self.temperature_).numpy()
+
+    def decision_function(self, X: ArrayLike) -> np.ndarray:
+        """Log-odds of each class against all others; of the second class alone if there are two.
+
+        Unlike probabilities they stay distinct where one class is all but certain.
+        """
+        odds = log_odds(self.log_ratio(X) / self.temperature_ + self.priors_.log()).numpy()
+        return odds[:, 1] if len(self.classes_) == 2 else odds
+
+    def predict(self, X: ArrayLike) -> np.ndarray:
+        """The class of highest probability."""
+        log_ratio = self.log_ratio(X) / self.temperature_ + self.priors_.log()
+        return self.classes_[log_ratio.argmax(1).numpy()]
+
+    def _images(self, rows: np.ndarray) -> Images:
+        """Rows as images."""
+        side = round((rows.shape[1] / self.channels) ** 0.5)
+        if side**2 * self.channels != rows.shape[1]:
+            raise UserError(
+                f"rows have {rows.shape[1]} features; channels * side * side are needed, "
+                f"with {self.channels} channels"
+            )
+        if not np.abs(rows).max() <= 1:
+            raise UserError(
+                f"images reach from {rows.min():.4g} to {rows.max():.4g}; values in [-1, 1], or "
+                "8-bit integers, are needed"
+            )
+        return torch.from_numpy(rows.reshape(len(rows), self.channels, side, side))
+
+    def _trained(self, images: Images, labels: Tensor, weights: Tensor) -> ScoreModel:
+        names = [str(label) for label in self.classes_]
+        if self.pretrained is None:
+            model = unet.build(
+                size=images.shape[2],
+                channels=self.channels,
+                labels=names,
+                width=self.width,
+                seed=self.random_state,
+            )
+        else:
+            start = self.pretrained
+            start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
+            model = relabelled(start, names)
+            if tuple(model.network.shape) != tuple(images.shape[1:]):
+                raise UserError(
+                    f"images have (channels, height, width) {tuple(images.shape[1:])}; the "
+                    f"pretrained score model was trained on {tuple(model.network.shape)}"
+                )
+            adaptable(model, self.adapt, seed=self.random_state)
+        if self.steps == 0:
+            return model.to(self.device_).eval().requires_grad_(False)
+        loop = pretrain(
+            model.to(self.device_),
+            images.to(self.device_),
+            labels.to(self.device_),
+            weights=weights.to(self.device_),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            warmup=min(500, self.steps // 10),
+            seed=self.random_state,
+            folder=None if self.folder is None else Path(self.folder),
+        )
+        for state in tqdm(loop, total=self.steps, disable=not self.verbose, desc="training"):
+            trained = state.ema
+        return trained
+
+    def _priors(self, labels: Tensor) -> Tensor:
+        counts = torch.bincount(labels).double()
+        if isinstance(self.priors, str):
+            if self.priors not in ("equal", "observed"):
+                raise UserError(
+                    f"priors is {self.priors!r}; 'equal', 'observed' or one number per class "
+                    "is needed"
+                )
+            counts = counts if self.priors == "observed" else torch.ones_like(counts)
+            return counts / counts.sum()
+        given = torch.tensor([float(p) for p in self.priors if isinstance(p, Real)])
+        if len(given) != len(counts) or given.min() <= 0 or abs(given.sum() - 1) > 1e-6:
+            raise UserError(
+                f"priors are {list(self.priors)}; {len(counts)} numbers above 0 that sum to 1 "
+                "are needed"
+            )
+        return given.double()
+
+
+def _flat(X: ArrayLike, *y: ArrayLike) -> tuple:
+    """Images of any form as rows, 8-bit ones in [-1, 1]; what is no image goes on as it is."""
+    if isinstance(X, Tensor):
+        X = X.numpy(force=True)
+    if isinstance(X, np.ndarray):
+        if X.dtype == np.uint8:
+            X = X / np.float32(127.5) - 1
+        if X.ndim in (3, 4):
+            X = X.reshape(len(X), -1)
+    return (X, *y)

@@ -1,0 +1,284 @@
+r"""The same task for a likelihood and for discriminative classifiers, with ever fewer labels.
+
+Of the images of the training split, ``per_class`` of each class keep their label; to the score
+model the others are images without label. All methods see the same labelled images and are asked
+about the same test images:
+
+====================  =======================================================================
+likelihood            a score model, pretrained without labels, finished on these labels
+resnet18              a ResNet-18 trained on the labelled images alone, moved and mirrored
+linear                logistic regression on that network's pooled features
+filter_bank           logistic regression on fixed features that nobody trained
+====================  =======================================================================
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hallulib import UserError, artifacts, metrics
+from hallulib.backbone import resnet18
+from hallulib.calibration import log_odds
+from hallulib.data import ImageSet
+from hallulib.estimators import ScoreClassifier
+from hallulib.quality import features
+from hallulib.shapes import Images, Labels
+from hallulib.train import pretrained
+
+METHODS = ("likelihood", "resnet18", "linear", "filter_bank")
+SCORES = "scores.csv"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All settings of a comparison but the images.
+
+    Attributes:
+        scheme: label column.
+        per_class: labelled images per class; 0 keeps every label. A class that has fewer gives
+            all it has.
+        n_test: test images, at most; classes keep their shares.
+        pretraining: steps of the score model without labels.
+        steps: its steps with them.
+        adapt: which of its weights learn then.
+        lr: their learning rate.
+        width: of the score model.
+        effort, confidence, power: of the decision, see :func:`hallulib.bound.decide`.
+        resnet_steps: of the ResNet-18.
+        resnet_width: of its first block.
+        seed: of the choice of labels and of all training.
+    """
+
+    scheme: str
+    per_class: int = 0
+    n_test: int = 240
+    pretraining: int = 2000
+    steps: int = 250
+    adapt: str = "all"
+    lr: float = 4e-4
+    width: int = 24
+    effort: int = 32
+    confidence: float = 0.99
+    power: float = 0.5
+    resnet_steps: int = 400
+    resnet_width: int = 24
+    seed: int = 0
+
+
+def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd.DataFrame:
+    """Every method's scores of every test image, found by the settings or measured now.
+
+    Args:
+        images: an open image set with training and test images of at least two classes.
+        contest: the settings.
+        from_scratch: measure even if such a run is there.
+
+    Returns:
+        One row per test image: ``patient``, ``label`` (index of the class), ``evaluations`` of
+        the likelihood, and for each method and class ``<method> <class>``: log-odds for the
+        likelihood, probabilities for the others.
+
+    Raises:
+        UserError: no labelled image in one of the two splits, or a setting out of range.
+    """
+
+    def measure(folder: Path, **_) -> None:
+        scores = _measure(images, contest, folder)
+        with artifacts.whole(folder / SCORES) as partial:
+            scores.to_csv(partial, index=False)
+
+    folder = artifacts.load_or_train(
+        f"few-labels-{images.name}",
+        measure,
+        from_scratch=from_scratch,
+        data=images.card.get("sha256") or images.card["origin"],
+        size=images.size,
+        **asdict(contest),
+    )
+    return pd.read_csv(folder / SCORES, dtype={"patient": str})
+
+
+def table(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Accuracy and AUROC of every method with 95 % intervals, and against the likelihood.
+
+    Args:
+        scores: what `run` gave.
+        seed: of the bootstrap, which draws whole patients.
+
+    Returns:
+        One row per method and measure: ``value, low, high, n`` and the paired difference from
+        the likelihood, ``gain, gain_low, gain_high`` (positive where the likelihood is better).
+    """
+    y, patient = scores["label"].to_numpy(), scores["patient"].to_numpy()
+    own = columns(scores, "likelihood")
+    rows = []
+    for method in METHODS:
+        p = columns(scores, method)
+        for name, measure in (("accuracy", _accuracy), ("AUROC", metrics.auroc)):
+            # a statistic of both, so that resamples are paired
+            gap = lambda y, a, b, measure=measure: measure(y, a) - measure(y, b)
+            told = metrics.bootstrap(measure, y, p, groups=patient, n_resamples=1000, seed=seed)
+            row = {"method": method, "measure": name, **told._asdict()}
+            if method != "likelihood":
+                gain = metrics.bootstrap(
+                    gap, y, own, p, groups=patient, n_resamples=1000, seed=seed
+                )
+                row |= {"gain": gain[0], "gain_low": gain[1], "gain_high": gain[2]}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def columns(scores: pd.DataFrame, method: str) -> np.ndarray:
+    """Scores of one method, (images, classes)."""
+    return scores[[c for c in scores if c.startswith(f"{method} ")]].to_numpy()
+
+
+def choose(labels: Labels, per_class: int, seed: int) -> np.ndarray:
+    """Positions of ``per_class`` images of each class, all with 0; more labels add to fewer.
+
+    With the same seed the images for 1 per class are among those for 5, and so on.
+
+    Args:
+        labels: class indices, -1 where there is none.
+        per_class: images of each class.
+        seed: of the order in which images of a class are taken.
+    """
+    y, rng = labels.numpy(), np.random.default_rng(seed)
+    kept = []
+    for c in np.unique(y[y >= 0]):
+        of_class = rng.permutation(np.flatnonzero(y == c))
+        kept.append(of_class[: per_class or None])
+    return np.sort(np.concatenate(kept))
+
+
+def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
+    classes = images.classes(contest.scheme)
+    train = images.select(("train", "unlabelled"))
+    test = images.select("test", labelled=contest.scheme)
+    y, y_test = train.labels(contest.scheme), test.labels(contest.scheme)
+    present = sorted(set(y[y >= 0].tolist()))
+    if len(present) < 2 or not set(y_test.tolist()) <= set(present):
+        raise UserError(
+            f"{images.name}: the split train has {len(present)} classes of {contest.scheme} and "
+            f"test {len(set(y_test.tolist()))}; the same two or more are needed"
+        )
+    asked = choose(y_test, -(-contest.n_test // len(present)), seed=0)  # the same for all seeds
+    x_test, y_test = test.tensor(asked), y_test[asked]
+    labelled = choose(y, contest.per_class, contest.seed)
+    others = np.setdiff1d(np.arange(len(train)), labelled)
+    x, names = train.tensor(labelled), np.array(classes)[y[labelled]]
+
+    start, _ = pretrained(
+        images, scheme=None, steps=contest.pretraining, width=contest.width, seed=contest.seed
+    )
+    classifier = ScoreClassifier(
+        start,
+        adapt=contest.adapt,
+        channels=images.channels,
+        steps=contest.steps,
+        lr=contest.lr,
+        effort=contest.effort,
+        confidence=contest.confidence,
+        power=contest.power,
+        folder=folder,
+        random_state=contest.seed,
+        verbose=True,
+    ).fit(x.numpy(), names, train.tensor(others).numpy() if len(others) else None)
+    order = [classifier.classes_.tolist().index(classes[c]) for c in present]
+    log_ratio, evaluations = classifier.log_ratio(x_test.numpy(), return_evaluations=True)
+    found = {"likelihood": log_odds(log_ratio[:, order]).numpy()}
+
+    target = torch.tensor([present.index(c) for c in y[labelled].tolist()])
+    network = train_resnet(
+        x, target, steps=contest.resnet_steps, width=contest.resnet_width, seed=contest.seed
+    )
+    pooled, pooled_test, found["resnet18"] = *_pooled(network, x), *_pooled(network, x_test, True)
+    found["linear"] = _linear(pooled, target, pooled_test)
+    found["filter_bank"] = _linear(features(x).numpy(), target, features(x_test).numpy())
+
+    told = {"patient": test.table["patient"].iloc[asked].to_numpy()}
+    told["label"] = [present.index(c) for c in y_test.tolist()]
+    told["evaluations"] = evaluations
+    for method in METHODS:
+        for i, c in enumerate(present):
+            told[f"{method} {classes[c]}"] = found[method][:, i]
+    return pd.DataFrame(told)
+
+
+def train_resnet(
+    x: Images, y: Labels, *, steps: int, width: int = 32, seed: int = 0, batch_size: int = 32
+) -> nn.Module:
+    """A ResNet-18 with pooling and classifier, trained with Adam on shifted, mirrored images.
+
+    Classes are drawn equally often, as for the score model; the rate falls to 0 by a cosine.
+
+    Args:
+        x: images in [-1, 1].
+        y: their classes, 0 to k - 1.
+        steps: optimiser steps.
+        width: of the first block.
+        seed: of weights and draws.
+        batch_size: images per step.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        classes = int(y.max()) + 1
+        network = nn.Sequential(
+            resnet18(x.shape[1], width), head, nn.Linear(8 * width, classes)
+        ).to(memory_format=torch.channels_last)
+    weights = 1 / torch.bincount(y)[y].double()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in tqdm(range(steps), desc="ResNet-18"):
+        rows = torch.multinomial(weights, batch_size, replacement=True, generator=rng)
+        loss = F.cross_entropy(network(_moved(x[rows], rng)), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+def _moved(x: Images, rng: torch.Generator) -> Images:
+    """Each image shifted by up to a sixteenth of its side, half of them mirrored."""
+    reach, (h, w) = max(1, x.shape[2] // 16), x.shape[2:]
+    padded = F.pad(x, (reach,) * 4, mode="replicate")
+    down, right = torch.randint(0, 2 * reach + 1, (2, len(x)), generator=rng).tolist()
+    x = torch.stack(
+        [p[:, i : i + h, j : j + w] for p, i, j in zip(padded, down, right, strict=True)]
+    )
+    mirrored = torch.rand(len(x), generator=rng) < 0.5
+    return torch.where(mirrored[:, None, None, None], x.flip(3), x)
+
+
+@torch.no_grad()
+def _pooled(network: nn.Module, x: Images, probabilities: bool = False) -> list[np.ndarray]:
+    """Pooled features of images, and what the classifier makes of them."""
+    pooled = torch.cat([network[1](network[0](part)) for part in x.split(256)])
+    return [pooled.numpy(), network[2](pooled).softmax(1).numpy()][: 1 + probabilities]
+
+
+def _linear(
+    train: Float[np.ndarray, "n features"], y: Tensor, test: Float[np.ndarray, "m features"]
+) -> Float[np.ndarray, "m classes"]:
+    """Probabilities of a logistic regression with classes weighted equally."""
+    model = make_pipeline(
+        StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced")
+    )
+    return model.fit(train, y.numpy()).predict_proba(test)
+
+
+def _accuracy(y: np.ndarray, scores: np.ndarray) -> float:
+    return float((scores.argmax(1) == y).mean())

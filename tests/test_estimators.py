@@ -1,0 +1,187 @@
+"""ScoreClassifier is a scikit-learn estimator wherever its input is images."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import check_estimator
+
+from hallulib import UserError, unet
+from hallulib.estimators import ScoreClassifier
+
+TINY = dict(width=8, batch_size=8, effort=6)
+# checks that do not apply to networks on images
+EXPECTED = {
+    "check_methods_subset_invariance": "it asks for agreement to 1e-7, and the rounding of a"
+    " network depends on how many rows it sees; below they agree to 1e-4",
+}
+
+
+class Framed(ScoreClassifier):
+    """Any table as images of 8 x 8: squashed into [-1, 1], then framed by zeros.
+
+    Scikit-learn's checks use tables of 1 to 20 columns of any range; all else is the estimator's.
+    """
+
+    def __init__(self, steps=2, width=8, batch_size=4, effort=2, random_state=0):
+        super().__init__(
+            steps=steps,
+            width=width,
+            batch_size=batch_size,
+            effort=effort,
+            random_state=random_state,
+        )
+
+    def _images(self, rows):
+        framed = np.zeros((len(rows), 64), np.float32)
+        columns = min(rows.shape[1], 64)
+        framed[:, :columns] = np.tanh(rows[:, :columns])
+        return super()._images(framed)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.poor_score = True  # two steps of training
+        return tags
+
+
+def bars(n=48, seed=0):
+    """Images with a bright upper or left half, in noise."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 2
+    x = rng.normal(0, 0.2, (n, 8, 8))
+    x[y == 0, :4] += 0.5
+    x[y == 1, :, :4] += 0.5
+    return np.clip(x - 0.25, -1, 1).astype(np.float32), np.array(["upper", "left"])[y]
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return ScoreClassifier(steps=250, lr=2e-3, **TINY | {"effort": 16}).fit(*bars())
+
+
+def test_scikit_learns_checks_pass_on_tables_made_into_images():
+    found = check_estimator(Framed(), expected_failed_checks=EXPECTED, on_fail=None)
+    failed = {c["check_name"]: str(c["exception"]) for c in found if c["status"] == "failed"}
+    assert not failed
+    assert sum(c["status"] == "passed" for c in found) > 50
+
+
+@pytest.mark.parametrize("method", ["decide", "bound", "exact"])
+def test_it_learns_what_tells_two_classes_apart(fitted, method):
+    x, y = bars(seed=1)
+    fitted = ScoreClassifier(fitted.model_, steps=0, method=method, effort=16).fit(*bars())
+    assert fitted.score(x, y) > 0.9
+    p = fitted.predict_proba(x)
+    np.testing.assert_allclose(p.sum(1), 1)
+    assert roc_auc_score(y == fitted.classes_[1], fitted.decision_function(x)) > 0.95
+
+
+def test_all_forms_of_the_same_images_give_the_same_answer(fitted):
+    grey = np.random.default_rng(0).integers(0, 256, (5, 8, 8)).astype(np.uint8)
+    scaled = grey / np.float32(127.5) - 1
+    expected = fitted.decision_function(grey)
+    for x in (scaled, scaled.reshape(5, 64), scaled[:, None], torch.from_numpy(scaled)):
+        np.testing.assert_allclose(fitted.decision_function(x), expected)
+
+
+def test_an_image_is_judged_alone(fitted):
+    x, _ = bars(seed=2)
+    some = fitted.decision_function(x[7:9])
+    np.testing.assert_allclose(fitted.decision_function(x)[7:9], some, rtol=1e-4)
+
+
+def test_names_of_classes_do_not_matter_and_numbers_come_back_as_numbers():
+    x, y = bars(16)
+    named = ScoreClassifier(steps=3, **TINY).fit(x, y)
+    numbered = ScoreClassifier(steps=3, **TINY).fit(x, np.where(y == "upper", 9, 4))
+    assert set(numbered.predict(x)) <= {4, 9}
+    np.testing.assert_array_equal(numbered.predict_proba(x), named.predict_proba(x))
+
+
+def test_unlabelled_images_change_the_model_and_a_pretrained_one_stays_as_it_is():
+    x, y = bars(16)
+    plain = ScoreClassifier(steps=3, **TINY).fit(x, y).model_
+    helped = ScoreClassifier(steps=3, **TINY).fit(x, y, unlabelled=x).model_
+    weights = lambda model: torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert not torch.equal(weights(plain), weights(helped))
+    before = weights(plain).clone()
+    for adapt in ("all", "low_rank", "classes"):
+        ScoreClassifier(plain, adapt=adapt, steps=2, **TINY).fit(x, y)
+    assert torch.equal(weights(plain), before)
+
+
+def test_a_temperature_makes_it_less_sure_and_leaves_its_order(fitted):
+    x, y = bars(seed=3)
+    flipped = np.where(np.arange(len(y)) % 5 == 0, np.roll(y, 1), y)  # a fifth is labelled wrong
+    sure, order = fitted.predict_proba(x).max(1).mean(), fitted.decision_function(x).argsort()
+    calibrated = ScoreClassifier(fitted.model_, steps=0, effort=16).fit(*bars())
+    calibrated.calibrate(x, flipped)
+    assert calibrated.temperature_ > 1
+    assert calibrated.predict_proba(x).max(1).mean() < sure
+    np.testing.assert_array_equal(calibrated.decision_function(x).argsort(), order)
+
+
+def test_priors_shift_the_odds_by_their_logarithm(fitted):
+    x, y = bars()
+    told = dict(steps=0, effort=16)
+    even = ScoreClassifier(fitted.model_, **told).fit(x, y).decision_function(x)
+    odd = ScoreClassifier(fitted.model_, priors=(0.2, 0.8), **told).fit(x, y).decision_function(x)
+    np.testing.assert_allclose(odd - even, np.log(4), rtol=1e-5, atol=1e-3)
+
+
+def test_it_goes_into_pipelines_cross_validation_and_calibration():
+    x, y = bars(24)
+    classifier = ScoreClassifier(steps=2, **TINY)
+    halved = make_pipeline(FunctionTransformer(np.negative), classifier)
+    assert cross_val_score(halved, x.reshape(24, -1), y, cv=2).shape == (2,)
+    calibrated = CalibratedClassifierCV(classifier, cv=2).fit(x.reshape(24, -1), y)
+    np.testing.assert_allclose(calibrated.predict_proba(x.reshape(24, -1)).sum(1), 1)
+
+
+def test_training_goes_on_from_its_folder(tmp_path):
+    x, y = bars(16)
+    whole = ScoreClassifier(steps=4, **TINY).fit(x, y)
+    ScoreClassifier(steps=4, folder=tmp_path, **TINY).fit(x, y)
+    again = ScoreClassifier(steps=4, folder=tmp_path, **TINY).fit(x, y)
+    np.testing.assert_array_equal(again.predict_proba(x), whole.predict_proba(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(method="guess"), "method 'guess'"),
+        (dict(adapt="some"), "adapt 'some'"),
+        (dict(priors="mine"), "priors is 'mine'"),
+        (dict(priors=(0.5, 0.6)), "2 numbers above 0 that sum to 1"),
+        (dict(channels=3), "rows have 64 features; channels"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        ScoreClassifier(steps=2, **TINY | change).fit(*bars(8))
+
+
+def test_images_it_cannot_use_are_refused(fitted):
+    x, y = bars(8)
+    with pytest.raises(UserError, match=r"images reach from .* values in \[-1, 1\]"):
+        ScoreClassifier(steps=2, **TINY).fit(3 * x, y)
+    with pytest.raises(ValueError, match="NaN"):
+        fitted.predict(np.full((1, 64), np.nan))
+    with pytest.raises(ValueError, match="features"):
+        fitted.predict(np.zeros((1, 256)))
+    with pytest.raises(UserError, match="was trained on"):
+        ScoreClassifier(unet.build(size=16, width=8), steps=1).fit(x, y)
+    with pytest.raises(UserError, match="'neither' was not among those of the training"):
+        fitted.calibrate(x, ["neither"] * 8)
+
+
+def test_a_copy_answers_the_same(fitted):
+    x, _ = bars(8)
+    other = copy.deepcopy(fitted)
+    np.testing.assert_array_equal(other.predict_proba(x), fitted.predict_proba(x))
