@@ -26,7 +26,8 @@ from scipy.integrate import solve_ivp
 from hallulib import data, metrics, unet
 from hallulib.artifacts import SHIPPED
 from hallulib.bound import decide, informative_levels
-from hallulib.likelihood import LogDensity, dequantise, directions, log_density
+from hallulib.flow import directions
+from hallulib.likelihood import LogDensity, dequantise, log_density
 from hallulib.sde import per_image
 
 CURVE = [("adams", n) for n in (8, 12, 16, 20, 24, 28, 32, 48, 64)]
