@@ -61,6 +61,9 @@ class Contest:
         resnet_steps: of the ResNet-18.
         resnet_width: of its first block.
         seed: of the choice of labels and of all training.
+
+    Raises:
+        UserError: an impossible number.
     """
 
     scheme: str
@@ -70,14 +73,27 @@ class Contest:
     steps: int = 400
     copies: int = 16
     adapt: str = "all"
-    lr: float = 4e-4
+    lr: float | int = 4e-4
     width: int = 24
     effort: int = 32
-    confidence: float = 0.99
-    power: float = 0.5
+    confidence: float | int = 0.99
+    power: float | int = 0.5
     resnet_steps: int = 400
     resnet_width: int = 24
     seed: int = 0
+
+    def __post_init__(self):
+        least = {
+            "per_class": 0,
+            "n_test": 2,
+            "pretraining": 1,
+            "steps": 1,
+            "copies": 0,
+            "width": 8,
+        }
+        for name, low in (least | {"effort": 2, "resnet_steps": 1, "resnet_width": 1}).items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
 
 
 def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd.DataFrame:
@@ -94,7 +110,7 @@ def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd
         likelihood, probabilities for the others.
 
     Raises:
-        UserError: no labelled image in one of the two splits, or a setting out of range.
+        UserError: fewer than two classes in one of the two splits.
     """
 
     def measure(folder: Path, **_) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hallulib import UserError, data, few_labels
 from hallulib.few_labels import METHODS, Contest, choose, columns, table, train_resnet
+from hallulib.settings import vary
 
 TINY = Contest(
     "isup",
@@ -109,6 +110,13 @@ def test_the_table_pairs_methods_and_resamples_patients(scores):
         same[c] = scores["likelihood" + c.removeprefix("resnet18")]
     row = table(same).set_index(["method", "measure"]).loc[("resnet18", "AUROC")]
     assert row["gain"] == row["gain_low"] == row["gain_high"] == 0
+
+
+def test_settings_come_as_text_and_impossible_ones_are_refused():
+    told = vary(Contest("isup"), "per_class=5 lr=1e-3 adapt=classes")
+    assert (told.per_class, told.lr, told.adapt) == (5, 1e-3, "classes")
+    with pytest.raises(UserError, match="per_class is -1; at least 0"):
+        vary(Contest("isup"), "per_class=-1")
 
 
 def test_a_set_without_two_classes_is_refused(phantom):

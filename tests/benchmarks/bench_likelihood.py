@@ -57,8 +57,8 @@ def standard_recipe(model, x, y, probe):
 
 def error_against_evaluations(model, x):
     """Table 1."""
-    seconds, finest = _timed(log_density, model, x, steps=320)
-    print(f"reference: 321 evaluations, {seconds:.0f} s; {len(x)} images")
+    seconds, finest = _timed(log_density, model, x, steps=160)
+    print(f"reference: 161 evaluations, {seconds:.0f} s; {len(x)} images")
     rows = [("RK45 in t", *_timed(by_standard_recipe, model, x))]
     for solver, steps in CURVE:
         name = f"{solver} {steps}"
