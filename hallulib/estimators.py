@@ -158,7 +158,9 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
             weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
         self.model_ = self._trained(images, labels, weights)
         if self.method == "decide" and len(self.classes_) > 1:
-            some = own[torch.randperm(len(own), generator=rng)[:32]].to(self.device_)
+            # images it cannot have remembered show where classes differ
+            some = own if unlabelled is None else others
+            some = some[torch.randperm(len(some), generator=rng)[:32]].to(self.device_)
             self.levels_ = informative_levels(
                 self.model_, some, power=self.power, seed=self.random_state, batch=self.batch
             )
