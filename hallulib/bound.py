@@ -27,14 +27,8 @@ from scipy import stats
 from torch import Tensor
 
 from hallulib import UserError
-from hallulib.likelihood import (
-    ClassModel,
-    PerClass,
-    check_images,
-    classes_of,
-    noise_range,
-    parts,
-)
+from hallulib.classmodel import ClassModel, PerClass, check_images, classes_of, parts
+from hallulib.flow import noise_range
 from hallulib.sde import SDE
 from hallulib.shapes import Images, Labels
 

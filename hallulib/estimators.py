@@ -1,12 +1,10 @@
 """Scikit-learn faces of the library: they fit, predict and go into pipelines as any estimator."""
 
-from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -20,6 +18,7 @@ from hallulib.calibration import LogDensities, fit_temperature, log_odds, poster
 from hallulib.likelihood import dequantise, log_density
 from hallulib.score import ScoreModel
 from hallulib.shapes import Images
+from hallulib.supports import moved
 from hallulib.train import pretrain
 
 METHODS = ("decide", "bound", "exact")
@@ -40,6 +39,8 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         adapt: which weights of a pretrained model learn: ``"all"``, ``"low_rank"``,
             ``"classes"``.
         channels: of images that come as rows.
+        copies: moved and mirrored copies of each labelled image to train on as well; with few
+            labels they keep the model from remembering the images instead of the class.
         steps: optimiser steps; 0 takes a pretrained model as it is.
         batch_size: images per step.
         lr: Adam's learning rate.
@@ -50,6 +51,8 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         confidence: of each comparison that drops a class, see :func:`hallulib.bound.decide`.
         power: weight ``s ** power`` of noise levels in ``"decide"``; 0 is the likelihood.
         priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
+        centre: subtract from each class what it is ahead by, on the mean, on images without
+            labels; for classes that are about equally frequent among them.
         temperature: T, 1 takes densities at their word; `calibrate` finds a better one.
         batch: most pairs of image and class in the network at once.
         folder: where training keeps its checkpoint, so that it can go on after an interruption.
@@ -62,6 +65,7 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         model_: the trained `ScoreModel`, on its device.
         levels_: noise levels at which its classes differ most, for ``"decide"``.
         priors_: one number per class.
+        offset_: what is subtracted from the log-likelihood of each class.
         temperature_: T.
 
     Source:
@@ -73,31 +77,35 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         (8,)
     """
 
+    # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
     def __init__(
         self,
-        pretrained: ScoreModel | str | Path | None = None,
+        pretrained=None,
         *,
-        adapt: str = "all",
-        channels: int = 1,
-        steps: int = 2000,
-        batch_size: int = 32,
-        lr: float = 4e-4,
-        width: int = 32,
-        method: str = "decide",
-        effort: int = 32,
-        confidence: float = 0.99,
-        power: float = 0.5,
-        priors: str | Sequence[float] = "equal",
-        temperature: float = 1.0,
-        batch: int = 128,
-        folder: str | Path | None = None,
-        device: str | None = None,
-        random_state: int = 0,
-        verbose: bool = False,
+        adapt="all",
+        channels=1,
+        copies=0,
+        steps=2000,
+        batch_size=32,
+        lr=4e-4,
+        width=32,
+        method="decide",
+        effort=32,
+        confidence=0.99,
+        power=0.5,
+        priors="equal",
+        centre=False,
+        temperature=1.0,
+        batch=128,
+        folder=None,
+        device=None,
+        random_state=0,
+        verbose=False,
     ):
         self.pretrained = pretrained
         self.adapt = adapt
         self.channels = channels
+        self.copies = copies
         self.steps = steps
         self.batch_size = batch_size
         self.lr = lr
@@ -107,6 +115,7 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         self.confidence = confidence
         self.power = power
         self.priors = priors
+        self.centre = centre
         self.temperature = temperature
         self.batch = batch
         self.folder = folder
@@ -114,9 +123,7 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(
-        self, X: ArrayLike, y: ArrayLike, unlabelled: ArrayLike | None = None
-    ) -> "ScoreClassifier":
+    def fit(self, X, y, unlabelled=None) -> "ScoreClassifier":
         """Train the score model: every class is drawn equally often.
 
         Args:
@@ -137,8 +144,11 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         self.classes_, position = np.unique(y, return_inverse=True)
         self.device_ = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        images, labels = self._images(rows), torch.from_numpy(position)
+        own, labels = self._images(rows), torch.from_numpy(position)
         self.priors_ = self._priors(labels)
+        rng = torch.Generator().manual_seed(self.random_state)
+        images = torch.cat([own, *(moved(own, rng) for _ in range(self.copies))])
+        labels = labels.repeat(1 + self.copies)
         weights = 1 / torch.bincount(labels)[labels].double() / len(self.classes_)
         if unlabelled is not None:
             others = validate_data(self, *_flat(unlabelled), reset=False, dtype=np.float32)
@@ -148,15 +158,21 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
             weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
         self.model_ = self._trained(images, labels, weights)
         if self.method == "decide" and len(self.classes_) > 1:
-            rng = torch.Generator().manual_seed(self.random_state)
-            some = images[torch.randperm(len(rows), generator=rng)[:32]].to(self.device_)
+            # images it cannot have remembered show where classes differ
+            some = own if unlabelled is None else others
+            some = some[torch.randperm(len(some), generator=rng)[:32]].to(self.device_)
             self.levels_ = informative_levels(
                 self.model_, some, power=self.power, seed=self.random_state, batch=self.batch
             )
         self.temperature_ = self.temperature
+        self.offset_ = torch.zeros(len(self.classes_), dtype=torch.float64)
+        if self.centre and unlabelled is not None:
+            some = others[torch.randperm(len(others), generator=rng)[:96]]
+            ahead = self.log_ratio(some.numpy())
+            self.offset_ = ahead.mean(0) - ahead.mean()
         return self
 
-    def calibrate(self, X: ArrayLike, y: ArrayLike) -> "ScoreClassifier":
+    def calibrate(self, X, y) -> "ScoreClassifier":
         """Set the temperature that makes the probabilities of other images most likely.
 
         Args:
@@ -177,7 +193,7 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def log_ratio(
-        self, X: ArrayLike, return_evaluations: bool = False
+        self, X, return_evaluations: bool = False
     ) -> LogDensities | tuple[LogDensities, np.ndarray]:
         """Log-likelihood of each class against the most likely one, before priors, in nats.
 
@@ -204,14 +220,15 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
             else:
                 value = log_density(self.model_, x, steps=self.effort - 1, **common).value
             evaluations = torch.full((len(x),), k * self.effort)
-        value = (value - value.max(1, keepdim=True).values).double().cpu()
+        value = value.double().cpu() - self.offset_
+        value = value - value.max(1, keepdim=True).values
         return (value, evaluations.cpu().numpy()) if return_evaluations else value
 
-    def predict_proba(self, X: ArrayLike) -> np.ndarray:
+    def predict_proba(self, X) -> np.ndarray:
         """Probability of each class, in the order of ``classes_``."""
         return posterior(self.log_ratio(X), self.priors_, self.temperature_).numpy()
 
-    def decision_function(self, X: ArrayLike) -> np.ndarray:
+    def decision_function(self, X) -> np.ndarray:
         """Log-odds of each class against all others; of the second class alone if there are two.
 
         Unlike probabilities they stay distinct where one class is all but certain.
@@ -219,7 +236,7 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         odds = log_odds(self.log_ratio(X) / self.temperature_ + self.priors_.log()).numpy()
         return odds[:, 1] if len(self.classes_) == 2 else odds
 
-    def predict(self, X: ArrayLike) -> np.ndarray:
+    def predict(self, X) -> np.ndarray:
         """The class of highest probability."""
         log_ratio = self.log_ratio(X) / self.temperature_ + self.priors_.log()
         return self.classes_[log_ratio.argmax(1).numpy()]
@@ -296,7 +313,7 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         return given.double()
 
 
-def _flat(X: ArrayLike, *y: ArrayLike) -> tuple:
+def _flat(X, *y) -> tuple:
     """Images of any form as rows, 8-bit ones in [-1, 1]; what is no image goes on as it is."""
     if isinstance(X, Tensor):
         X = X.numpy(force=True)

@@ -5,13 +5,14 @@ model the others are images without label. All methods see the same labelled ima
 about the same test images:
 
 ====================  =======================================================================
-likelihood            a score model, pretrained without labels, finished on these labels
+likelihood            a score model, pretrained without labels, that goes on with these
 resnet18              a ResNet-18 trained on the labelled images alone, moved and mirrored
 linear                logistic regression on that network's pooled features
 filter_bank           logistic regression on fixed features that nobody trained
 ====================  =======================================================================
 """
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from hallulib.data import ImageSet
 from hallulib.estimators import ScoreClassifier
 from hallulib.quality import features
 from hallulib.shapes import Images, Labels
+from hallulib.supports import moved
 from hallulib.train import pretrained
 
 METHODS = ("likelihood", "resnet18", "linear", "filter_bank")
@@ -49,7 +51,9 @@ class Contest:
             all it has.
         n_test: test images, at most; classes keep their shares.
         pretraining: steps of the score model without labels.
-        steps: its steps with them.
+        steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
+            teach it to remember the few there are.
+        copies: moved and mirrored copies of each labelled image it learns from as well.
         adapt: which of its weights learn then.
         lr: their learning rate.
         width: of the score model.
@@ -57,22 +61,39 @@ class Contest:
         resnet_steps: of the ResNet-18.
         resnet_width: of its first block.
         seed: of the choice of labels and of all training.
+
+    Raises:
+        UserError: an impossible number.
     """
 
     scheme: str
     per_class: int = 0
     n_test: int = 240
     pretraining: int = 2000
-    steps: int = 250
+    steps: int = 400
+    copies: int = 16
     adapt: str = "all"
-    lr: float = 4e-4
+    lr: float | int = 4e-4
     width: int = 24
     effort: int = 32
-    confidence: float = 0.99
-    power: float = 0.5
+    confidence: float | int = 0.99
+    power: float | int = 0.5
     resnet_steps: int = 400
     resnet_width: int = 24
     seed: int = 0
+
+    def __post_init__(self):
+        least = {
+            "per_class": 0,
+            "n_test": 2,
+            "pretraining": 1,
+            "steps": 1,
+            "copies": 0,
+            "width": 8,
+        }
+        for name, low in (least | {"effort": 2, "resnet_steps": 1, "resnet_width": 1}).items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
 
 
 def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd.DataFrame:
@@ -89,7 +110,7 @@ def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd
         likelihood, probabilities for the others.
 
     Raises:
-        UserError: no labelled image in one of the two splits, or a setting out of range.
+        UserError: fewer than two classes in one of the two splits.
     """
 
     def measure(folder: Path, **_) -> None:
@@ -102,6 +123,7 @@ def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd
         measure,
         from_scratch=from_scratch,
         data=images.card.get("sha256") or images.card["origin"],
+        table=hashlib.sha256(images.table.to_csv().encode()).hexdigest(),  # a part of a set too
         size=images.size,
         **asdict(contest),
     )
@@ -185,11 +207,13 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
         start,
         adapt=contest.adapt,
         channels=images.channels,
-        steps=contest.steps,
+        copies=contest.copies,
+        steps=min(contest.steps, 40 + 3 * len(labelled)),
         lr=contest.lr,
         effort=contest.effort,
         confidence=contest.confidence,
         power=contest.power,
+        centre=True,
         folder=folder,
         random_state=contest.seed,
         verbose=True,
@@ -243,24 +267,12 @@ def train_resnet(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in tqdm(range(steps), desc="ResNet-18"):
         rows = torch.multinomial(weights, batch_size, replacement=True, generator=rng)
-        loss = F.cross_entropy(network(_moved(x[rows], rng)), y[rows])
+        loss = F.cross_entropy(network(moved(x[rows], rng)), y[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return network.eval()
-
-
-def _moved(x: Images, rng: torch.Generator) -> Images:
-    """Each image shifted by up to a sixteenth of its side, half of them mirrored."""
-    reach, (h, w) = max(1, x.shape[2] // 16), x.shape[2:]
-    padded = F.pad(x, (reach,) * 4, mode="replicate")
-    down, right = torch.randint(0, 2 * reach + 1, (2, len(x)), generator=rng).tolist()
-    x = torch.stack(
-        [p[:, i : i + h, j : j + w] for p, i, j in zip(padded, down, right, strict=True)]
-    )
-    mirrored = torch.rand(len(x), generator=rng) < 0.5
-    return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
 @torch.no_grad()

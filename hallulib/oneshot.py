@@ -27,7 +27,7 @@ from hallulib.learner import Fit
 from hallulib.meta import Method
 from hallulib.prototypes import PrototypeClassifier
 from hallulib.supports import CHANGES, Changed, ClassMemory, Oracle, Source
-from hallulib.trial import GENERATORS, Result, Trial, vary
+from hallulib.trial import GENERATORS, Result, Trial
 
 __all__ = [
     "GENERATORS",
@@ -38,7 +38,6 @@ __all__ = [
     "share_of_oracle",
     "start",
     "table",
-    "vary",
 ]
 
 SPLITS_OF = {"train": 1, "val": 2, "test": 3}  # each split has episodes of its own

@@ -214,10 +214,15 @@ def mixed(x: Images, support: Shots, rng: torch.Generator) -> Images:
     return kept * x + (1 - kept) * partner
 
 
+def moved(x: Images, rng: torch.Generator) -> Images:
+    """Mirrored half of the time, then shifted."""
+    mirror = _uniform(len(x), 0.0, 1.0, rng, x) < 0.5
+    return shifted(torch.where(mirror, x.flip(-1), x), x[:, None], rng)
+
+
 def augmented(x: Images, support: Shots, rng: torch.Generator) -> Images:
     """Mirrored half of the time, moved, and of other contrast: the classical way."""
-    mirror = _uniform(len(x), 0.0, 1.0, rng, x) < 0.5
-    x = shifted(torch.where(mirror, x.flip(-1), x), support, rng)
+    x = moved(x, rng)
     gain, offset = _uniform(len(x), 0.8, 1.2, rng, x), _uniform(len(x), -0.1, 0.1, rng, x)
     return (gain * x + offset).clamp(-1, 1)
 

@@ -1,10 +1,5 @@
-"""All settings of the one-shot experiment, how one trial is made from another, and its result."""
+"""All settings of the one-shot experiment, and its result."""
 
-import dataclasses
-import math
-import re
-import typing
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -112,77 +107,3 @@ class Result:
     auroc: pd.DataFrame
     source: Source
     classifiers: dict[int, PrototypeClassifier]
-
-
-def vary(trial: Trial, changes: Mapping[str, object] | str) -> Trial:
-    """The same trial with other values of some settings, of its recipe and its fit too.
-
-    Args:
-        trial: the standard one.
-        changes: name -> value, or a text such as ``"guidance_scale=4 loss=cross_entropy"`` (a
-            colon does as well); ``"nothing"`` changes nothing. ``lr`` is the classifiers',
-            ``recipe.lr`` the generator's.
-
-    Raises:
-        UserError: an unknown name, a value of the wrong kind, or settings that do not go together.
-
-    Example:
-        >>> vary(Trial("isup", "isup"), "guidance_scale=4 loss=cross_entropy").fit.loss
-        'cross_entropy'
-    """
-    parts = {"": trial, "recipe": trial.recipe, "fit": trial.fit}
-    known = {
-        key: (part, field)
-        for part, held in parts.items()
-        for field in dataclasses.fields(held)
-        for key in (field.name, f"{part}.{field.name}" if part else field.name)
-        if key not in parts
-    }
-    new: dict[str, dict[str, object]] = {part: {} for part in parts}
-    for name, value in (_pairs(changes) if isinstance(changes, str) else changes).items():
-        if name not in known:
-            names = ", ".join(sorted(key for key in known if "." not in key))
-            raise UserError(f"no setting {name!r} to vary; known: {names}")
-        part, field = known[name]
-        new[part][field.name] = _like(field, value, getattr(parts[part], field.name))
-    for part in ("recipe", "fit"):
-        new[""][part] = dataclasses.replace(parts[part], **new[part])
-    return dataclasses.replace(trial, **new[""])
-
-
-def _pairs(changes: str) -> dict[str, str]:
-    words = [] if changes == "nothing" else changes.split()
-    pairs = [re.fullmatch(r"([\w.]+)[=:](\S+)", word) for word in words]
-    if not all(pairs):
-        raise UserError(
-            f"settings to vary are {changes!r}; 'name=value name=value' or 'nothing' is needed"
-        )
-    return {pair[1]: pair[2] for pair in pairs}
-
-
-def _like(field: dataclasses.Field, value: object, old: object) -> object:
-    """A value, or its text, as the kind of thing that the setting holds."""
-    kinds = typing.get_args(field.type) or (field.type,)
-    kind = float if float in kinds else kinds[0]
-    text = str(value)
-    try:
-        if isinstance(old, tuple):
-            parts = text.strip("()[]").rstrip(",")
-            return tuple(_read(part, kind) for part in re.split(r",\s*", parts) if parts)
-        return _read(text, kind)
-    except (ValueError, KeyError):
-        raise UserError(
-            f"setting {field.name} = {text!r}; a value like {old!r} is needed"
-        ) from None
-
-
-def _read(text: str, kind: type) -> object:
-    """A text as a value of a kind; ValueError or KeyError if it is none."""
-    if kind is bool:
-        return {"True": True, "False": False}[text]
-    if kind is str:
-        return text
-    number = float(text)
-    if not (math.isfinite(number) and kind(number) == number):
-        raise ValueError
-    return kind(number)

@@ -135,6 +135,25 @@ def test_priors_shift_the_odds_by_their_logarithm(fitted):
     np.testing.assert_allclose(odd - even, np.log(4), rtol=1e-5, atol=1e-3)
 
 
+def test_centring_takes_from_each_class_what_it_is_ahead_by_without_labels(fitted):
+    (x, y), (others, _) = bars(), bars(seed=4)
+    told = dict(steps=0, effort=16, confidence=1)
+    plain = ScoreClassifier(fitted.model_, **told).fit(x, y, others)
+    centred = ScoreClassifier(fitted.model_, centre=True, **told).fit(x, y, others)
+    torch.testing.assert_close(
+        centred.log_ratio(others).diff(dim=1).mean(), torch.zeros((), dtype=torch.float64)
+    )
+    moved = centred.decision_function(x) - plain.decision_function(x)
+    np.testing.assert_allclose(moved, moved[0], atol=1e-5)
+
+
+def test_copies_are_learned_from():
+    x, y = bars(16)
+    plain = ScoreClassifier(steps=3, **TINY).fit(x, y)
+    copied = ScoreClassifier(steps=3, copies=4, **TINY).fit(x, y)
+    assert not np.array_equal(plain.predict_proba(x), copied.predict_proba(x))
+
+
 def test_it_goes_into_pipelines_cross_validation_and_calibration():
     x, y = bars(24)
     classifier = ScoreClassifier(steps=2, **TINY)

@@ -8,12 +8,11 @@ import torch
 from scipy import stats
 
 from hallulib import UserError, unet
+from hallulib.classmodel import GREY_STEP
+from hallulib.flow import SPREAD, walk
 from hallulib.likelihood import (
-    GREY_STEP,
-    SPREAD,
     bits_per_dim,
     dequantise,
-    flow,
     log_density,
 )
 from hallulib.mixture import ClassMixture, GaussianMixture
@@ -267,7 +266,7 @@ def test_a_later_start_gives_the_density_of_the_blurred_image(start):
 
 def test_the_flow_starts_at_the_image_and_ends_where_the_density_was_read():
     model, x, y = classes(), images(4), torch.tensor([0, 1, 1, 0])
-    states = list(flow(model, x, y, steps=6, seed=2))
+    states = list(walk(model, x, y, steps=6, seed=2))
     assert len(states) == 7
     torch.testing.assert_close(states[0].x_t, x, rtol=1e-6, atol=0)
     assert (states[0].divergence == 0).all()
@@ -342,4 +341,4 @@ def test_a_model_without_labels_has_no_classes(network):
 @pytest.mark.parametrize("y", [[4], [-1]])
 def test_a_flow_needs_a_class_for_each_image(network, y):
     with pytest.raises(UserError, match="1 images with classes .* from 0 to 3 for each image"):
-        next(flow(network, PICTURE, torch.tensor(y)))
+        next(walk(network, PICTURE, torch.tensor(y)))

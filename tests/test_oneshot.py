@@ -19,7 +19,8 @@ from hallulib import UserError, oneshot, train
 from hallulib.hallucinate import Pool, Recipe
 from hallulib.learner import Fit
 from hallulib.meta import Method, evaluate
-from hallulib.oneshot import Trial, share_of_oracle, table, vary
+from hallulib.oneshot import Trial, share_of_oracle, table
+from hallulib.settings import vary
 
 SMALL = dict(n_way=2, n_query=3, counts=(0, 1), pretraining=2, pretraining_width=16, kind="mean")
 SMALL |= dict(width=4, steps=2, per_epoch=2, n_validation=1, n_episodes=22)

@@ -18,6 +18,7 @@ from hallulib import data, meta, oneshot
 from hallulib.hallucinate import Pool
 from hallulib.meta import Method
 from hallulib.metrics import mean_interval, paired_difference
+from hallulib.settings import vary
 from hallulib.supports import Source
 
 SLOW = "sampler=ancestral sampler_steps=1000"
@@ -50,7 +51,7 @@ def main():
     standard = oneshot.Trial("isup", "isup", counts=(0, 2), n_episodes=options.episodes)
     found = {}
     for name, changes in {"few steps": "nothing", "ancestral": SLOW}.items():
-        trial = oneshot.vary(standard, changes)
+        trial = vary(standard, changes)
         source, classifiers = oneshot.start(images, trial)
         learner = meta.Learner(classifiers[2], 2, 4, trial.fit)
         episode, repeats = oneshot.episodes(images, trial, "train")[0], 5 if name[0] == "f" else 1
@@ -73,7 +74,7 @@ def main():
         "few steps": "adapt_steps=0",
         "ancestral": SLOW + " adapt_steps=0",
     }.items():
-        pooled = Pool(oneshot.start(images, oneshot.vary(standard, changes))[0], options.pool)
+        pooled = Pool(oneshot.start(images, vary(standard, changes))[0], options.pool)
         tasks = oneshot.episodes(images, standard, "test")
         parts = meta.evaluate([method], pooled, images, tasks, options.episodes)
         scores[name] = np.concatenate(list(parts))[:, 0]
