@@ -36,7 +36,7 @@ from hallulib.sde import SDE
 from hallulib.shapes import Images, Labels
 
 SPREAD = 0.5  # standard deviation of the pixels of images in [-1, 1], roughly
-FIXED = ("adams", "euler", "midpoint", "rk4")
+FIXED = ("adams", "euler", "midpoint", "heun2", "rk4")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 Divergence = Float[Tensor, "probes batch"]
 
