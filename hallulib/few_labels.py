@@ -71,7 +71,7 @@ class Contest:
     n_test: int = 240
     pretraining: int = 2000
     steps: int = 400
-    copies: int = 16
+    copies: int = 0
     adapt: str = "all"
     lr: float | int = 4e-4
     width: int = 24
