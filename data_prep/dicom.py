@@ -19,10 +19,7 @@ HEADER_TAGS = (  # all that is read of a DICOM file to choose a series; none of 
     "ImageOrientationPatient",
     "PixelSpacing",
 )
-IMAGE_TAGS = (  # all that is read of a DICOM file to get its pixels and their place
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "PixelSpacing",
+PIXEL_TAGS = (  # all that is read of a DICOM file to get its pixels
     "Rows",
     "Columns",
     "SamplesPerPixel",
@@ -35,6 +32,12 @@ IMAGE_TAGS = (  # all that is read of a DICOM file to get its pixels and their p
     "RescaleSlope",
     "RescaleIntercept",
     "PixelData",
+)
+IMAGE_TAGS = (  # and their place
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    *PIXEL_TAGS,
 )
 SAME_FRAME = 1e-4  # directions and spacings of the slices of a series may differ by this
 ON_LINE_MM = 0.1  # slices may be this far from equal steps along a line

@@ -17,6 +17,7 @@ from hallulib import UserError
 
 MISSING = "film of the table that is not on disk: left out"
 COORDINATES = ("side", "view", "item")
+SIDES = {"L": "left", "R": "right"}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ ROOT is the folder "INbreast Release 1.0" with INbreast.csv and AllDICOMs; conto
 """
 NAME = re.compile(r"(\d+)_([0-9a-f]+)_MG_([LR])_(\w+)_ANON\.dcm", re.IGNORECASE)
 COLUMNS = ["laterality", "view", "file name", "acr", "bi-rads"]
-SIDES = {"L": "left", "R": "right"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +104,7 @@ def list_films(file: Path, three: str) -> tuple[pd.DataFrame, list[str]]:
     rows = []
     for number, row in table.iterrows():
         where = f"{file}: row {number}"
-        if row["laterality"] not in SIDES or not row["file name"].isdecimal():
+        if row["laterality"] not in films.SIDES or not row["file name"].isdecimal():
             raise UserError(
                 f"{where} has laterality {row['laterality']!r} and file name"
                 f" {row['file name']!r}; L or R, and a number are needed"
@@ -118,7 +117,7 @@ def list_films(file: Path, three: str) -> tuple[pd.DataFrame, list[str]]:
                 "diagnosis": birads.diagnosis(category, three),
                 "birads": category,
                 "density": birads.density(row["acr"], where),
-                "side": SIDES[row["laterality"]],
+                "side": films.SIDES[row["laterality"]],
                 "view": row["view"],
                 "item": str(number),
             }

@@ -15,29 +15,18 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut, get_decoder
 from scipy import ndimage
 
 from data_prep.crop import to_bytes
-from data_prep.dicom import silent
+from data_prep.dicom import PIXEL_TAGS, silent
 from data_prep.volumes import Fault
 from hallulib.area import area_average
 
 TAGS = (  # all that is read of a file; none of it is written
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "NumberOfFrames",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
+    *PIXEL_TAGS,
     "ModalityLUTSequence",
-    "RescaleSlope",
-    "RescaleIntercept",
     "VOILUTSequence",
     "VOILUTFunction",
     "WindowCenter",
     "WindowWidth",
     "PresentationLUTShape",
-    "PixelData",
 )
 LARGEST = 2**26  # pixels; the largest scanned films have about 35 million
 BAND = 256  # rows that are windowed together, in float64

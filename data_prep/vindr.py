@@ -28,7 +28,6 @@ COLUMNS = ["study id", "image id", "laterality", "view position", "breast birads
 COLUMNS += ["breast density", "split"]
 IDENTIFIER = re.compile(r"[0-9A-Za-z]+")
 SPLITS = {"training": "train", "test": "test"}
-SIDES = {"L": "left", "R": "right"}
 FINDINGS = {"Mass": "mass", "Suspicious Calcification": "calcification"}
 NONE = "No Finding"
 
@@ -133,7 +132,7 @@ def _film(row: pd.Series, where: str, three: str, found: dict[str, set[str]]) ->
     for name in ("study id", "image id"):
         if not IDENTIFIER.fullmatch(row[name]):
             raise UserError(f"{where} has {name} {row[name]!r}; letters and digits are needed")
-    if row["split"] not in SPLITS or row["laterality"] not in SIDES:
+    if row["split"] not in SPLITS or row["laterality"] not in films.SIDES:
         raise UserError(
             f"{where} has split {row['split']!r} and laterality {row['laterality']!r}; training"
             " or test, and L or R are needed"
@@ -149,7 +148,7 @@ def _film(row: pd.Series, where: str, three: str, found: dict[str, set[str]]) ->
         "birads": category,
         "density": birads.density(row["breast density"], where),
         "finding": "none" if kinds == {NONE} else seen[0] if len(seen) == 1 else "",
-        "side": SIDES[row["laterality"]],
+        "side": films.SIDES[row["laterality"]],
         "view": row["view position"],
         "item": str(row.name),
     }

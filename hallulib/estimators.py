@@ -15,6 +15,7 @@ from hallulib import UserError, unet
 from hallulib.adaptation import ADAPTS, adaptable, relabelled
 from hallulib.bound import bound, decide, informative_levels
 from hallulib.calibration import LogDensities, fit_temperature, log_odds, posterior
+from hallulib.classmodel import check_images
 from hallulib.likelihood import dequantise, log_density
 from hallulib.score import ScoreModel
 from hallulib.shapes import Images
@@ -233,13 +234,16 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
 
         Unlike probabilities they stay distinct where one class is all but certain.
         """
-        odds = log_odds(self.log_ratio(X) / self.temperature_ + self.priors_.log()).numpy()
+        odds = log_odds(self._log_posterior(X)).numpy()
         return odds[:, 1] if len(self.classes_) == 2 else odds
 
     def predict(self, X) -> np.ndarray:
         """The class of highest probability."""
-        log_ratio = self.log_ratio(X) / self.temperature_ + self.priors_.log()
-        return self.classes_[log_ratio.argmax(1).numpy()]
+        return self.classes_[self._log_posterior(X).argmax(1).numpy()]
+
+    def _log_posterior(self, X) -> LogDensities:
+        """Log-probability of each class, up to a constant per image."""
+        return self.log_ratio(X) / self.temperature_ + self.priors_.log()
 
     def _images(self, rows: np.ndarray) -> Images:
         """Rows as images."""
@@ -270,11 +274,7 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
             start = self.pretrained
             start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
             model = relabelled(start, names)
-            if tuple(model.network.shape) != tuple(images.shape[1:]):
-                raise UserError(
-                    f"images have (channels, height, width) {tuple(images.shape[1:])}; the "
-                    f"pretrained score model was trained on {tuple(model.network.shape)}"
-                )
+            check_images(model, images)
             adaptable(model, self.adapt, seed=self.random_state)
         if self.steps == 0:
             return model.to(self.device_).eval().requires_grad_(False)

@@ -200,19 +200,22 @@ def _adams(field: Callable, u: Images, nodes: np.ndarray) -> Iterator[tuple]:
     integral = torch.zeros_like(slopes[0][2], dtype=torch.float64)
     yield nodes[0], u, integral
     for a, b in pairwise(nodes):
-        predicted = u + _integrate(slopes, 1, a, b)
+        predicted = u + _integrate(slopes, a, b)[0]
         slopes = [*slopes[-2:], (b, *field(predicted, b))]
-        u = u + _integrate(slopes, 1, a, b)
-        integral = integral + _integrate(slopes, 2, a, b).double()
+        moved, gained = _integrate(slopes, a, b)
+        u, integral = u + moved, integral + gained.double()
         yield b, u, integral
 
 
-def _integrate(slopes: list[tuple], part: int, a: float, b: float) -> Tensor:
-    """Integral over [a, b] of the polynomial through the slopes: its weights are exact."""
+def _integrate(slopes: list[tuple], a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Integrals over [a, b] of the polynomial through the slopes: its weights are exact."""
     z = (np.array([node for node, *_ in slopes]) - a) / (b - a)
     powers = np.arange(len(z))
     weights = np.linalg.solve(z[None] ** powers[:, None], 1 / (powers + 1))
-    return sum(float(w) * (b - a) * slope[part] for w, slope in zip(weights, slopes, strict=True))
+    shares = [float(w) * (b - a) for w in weights]
+    return tuple(
+        sum(w * slope[part] for w, slope in zip(shares, slopes, strict=True)) for part in (1, 2)
+    )
 
 
 def _by_torchdiffeq(field: _Field, u: Images, nodes: np.ndarray, solver: str, tolerance: float):
