@@ -239,7 +239,8 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X) -> np.ndarray:
         """The class of highest probability."""
-        return self.classes_[self._log_posterior(X).argmax(1).numpy()]
+        best = self._log_posterior(X).argmax(1).numpy()
+        return self.classes_[best]
 
     def _log_posterior(self, X) -> LogDensities:
         """Log-probability of each class, up to a constant per image."""
