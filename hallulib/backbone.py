@@ -1,4 +1,4 @@
-r"""The residual network that turns an image into a feature map.
+r"""The residual network that turns an image into a feature map, and its training as a classifier.
 
 Torchvision's ResNet-18 up to its last block, for small images: the stock stem quarters the image
 before the first block, which leaves a single position of a 32-pixel image. Here the stem keeps
@@ -10,9 +10,18 @@ Source:
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import nn
 from torchvision.models.resnet import BasicBlock
+from tqdm.auto import tqdm
+
+from hallulib.shapes import Images, Labels
+from hallulib.supports import moved
 
 
 def resnet18(channels: int = 1, width: int = 64) -> nn.Module:
@@ -57,3 +66,60 @@ def _blocks(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs)
     )
+
+
+def train_resnet(
+    x: Images,
+    y: Labels,
+    *,
+    steps: int,
+    width: int = 32,
+    change: Callable[[Images, torch.Generator], Images] | None = moved,
+    seed: int = 0,
+    batch_size: int = 32,
+    told: str = "ResNet-18",
+) -> nn.Module:
+    """A ResNet-18 with pooling and classifier, trained with Adam; the rate falls to 0 by a cosine.
+
+    Classes are drawn equally often, as for the score model.
+
+    Args:
+        x: images in [-1, 1].
+        y: their classes, 0 to k - 1.
+        steps: optimiser steps.
+        width: of the first block.
+        change: of each drawn batch, shifts and mirrors by default; ``None`` shows images as
+            they are.
+        seed: of weights and draws.
+        batch_size: images per step.
+        told: name of the progress bar.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        classes = int(y.max()) + 1
+        network = nn.Sequential(
+            resnet18(x.shape[1], width), pooling, nn.Linear(8 * width, classes)
+        ).to(memory_format=torch.channels_last)
+    weights = 1 / torch.bincount(y)[y].double()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in tqdm(range(steps), desc=told):
+        rows = torch.multinomial(weights, batch_size, replacement=True, generator=rng)
+        seen = x[rows] if change is None else change(x[rows], rng)
+        loss = F.cross_entropy(network(seen), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def read(
+    network: nn.Module, x: Images
+) -> tuple[Float[np.ndarray, "batch features"], Float[np.ndarray, "batch classes"]]:
+    """Pooled features of images, and the class probabilities that `train_resnet` learnt."""
+    pooled = torch.cat([network[1](network[0](part)) for part in x.split(256)])
+    return pooled.numpy(), network[2](pooled).softmax(1).numpy()

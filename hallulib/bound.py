@@ -27,49 +27,11 @@ from scipy import stats
 from torch import Tensor
 
 from hallulib import UserError
-from hallulib.classmodel import ClassModel, PerClass, check_images, classes_of, parts
-from hallulib.flow import noise_range
-from hallulib.sde import SDE
+from hallulib.classmodel import ClassModel, PerClass, check_images, classes_of
+from hallulib.levels import Errors, Levels
 from hallulib.shapes import Images, Labels
 
-GOLDEN = (math.sqrt(5) - 1) / 2
 Pairs = Float[Tensor, "batch classes pairs"]
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Where noise levels are drawn: a density of ``log s``, constant within bands of equal width.
-
-    Attributes:
-        first, last: ends of ``log s``.
-        shares: chance of each band; they sum to 1.
-    """
-
-    first: float
-    last: float
-    shares: tuple[float, ...] = (1.0,)
-
-    @classmethod
-    def even(cls, sde: SDE, start_time: float | None = None) -> "Levels":
-        """All noise levels of a diffusion from ``start_time`` on, evenly in ``log s``."""
-        return cls(*map(math.log, noise_range(sde, start_time)))
-
-    def draw(
-        self, n: int, rng: torch.Generator
-    ) -> tuple[Float[Tensor, " {n}"], Float[Tensor, " {n}"]]:
-        """Noise levels, and the width of ``log s`` that each stands for.
-
-        They fill the range evenly from the first few on: their quantiles are steps of the golden
-        ratio, shifted by a random number, which makes each of them random and their mean exact.
-        """
-        shift = torch.rand((), generator=rng, dtype=torch.float64)
-        quantile = (shift + GOLDEN * torch.arange(n, dtype=torch.float64)) % 1
-        shares = torch.tensor(self.shares, dtype=torch.float64)
-        ends = torch.cat([shares.new_zeros(1), shares.cumsum(0)])
-        band = torch.bucketize(quantile, ends[1:-1], right=True)
-        width = (self.last - self.first) / len(shares)
-        log_s = self.first + width * (band + (quantile - ends[band]) / shares[band])
-        return log_s.exp(), width / shares[band]
 
 
 @dataclass(frozen=True)
@@ -144,9 +106,11 @@ def bound(
         UserError: as :func:`hallulib.likelihood.log_density`, or fewer than two pairs.
     """
     y, x = classes_of(model, classes), check_images(model, x)
+    if pairs < 2:
+        raise UserError(f"pairs is {pairs}; at least 2 are needed")
     levels = Levels.even(model.sde, start_time)
     everything = torch.ones((len(x), len(y)), dtype=torch.bool, device=x.device)
-    integrand = _Errors(model, x, y, levels, pairs, seed, batch)
+    integrand = Errors(model, x, y, levels, pairs, seed, batch)
     cost = torch.stack([integrand(r, everything) for r in range(pairs)], 2)
     d, s_1 = math.prod(x.shape[1:]), math.exp(levels.last)
     blurred = 0.5 * d * (math.log(2 * math.pi * math.e) + 2 * levels.first)
@@ -179,11 +143,13 @@ def decide(
         x: images in [-1, 1].
         classes: labels to compare, in this order; all that the model knows by default.
         pairs: most pairs of noise and level, an image with a doubtful decision uses all.
-        first: pairs before the first class may be dropped, at least 2.
+        first: pairs before the first class may be dropped; a single pair drops none, since its
+            error is not known.
         confidence: of each comparison that drops a class, 0.5 to 1; with 1 none is dropped.
         levels: where to look; `informative_levels` finds the best, all evenly unless given.
         power: errors are weighted by ``s ** power``; 0 is the likelihood, which counts the
-            finest grain as much as the whole, larger numbers look more at the coarse.
+            finest grain as much as the whole, larger numbers look more at the coarse. Levels
+            with weights of their own do without.
         seed: of the noise and the levels.
         batch: most pairs of image and class in the network at once, which bounds the memory.
         progress: called with the number of pairs done.
@@ -192,13 +158,13 @@ def decide(
         UserError: as :func:`hallulib.likelihood.log_density`, or numbers out of range.
     """
     y, x = classes_of(model, classes), check_images(model, x)
-    if not (2 <= first <= pairs and 0.5 <= confidence <= 1):
+    if not (1 <= first <= pairs and 0.5 <= confidence <= 1):
         raise UserError(
-            f"first {first}, pairs {pairs}, confidence {confidence} found; 2 <= first <= pairs "
+            f"first {first}, pairs {pairs}, confidence {confidence} found; 1 <= first <= pairs "
             "and a confidence from 0.5 to 1 are needed"
         )
     levels = levels or Levels.even(model.sde)
-    errors = _Errors(model, x, y, levels, pairs, seed, batch, power)
+    errors = Errors(model, x, y, levels, pairs, seed, batch, power)
     cost = torch.full((len(x), len(y), pairs), math.nan, dtype=torch.float64, device=x.device)
     racing = torch.ones((len(x), len(y)), dtype=torch.bool, device=x.device)
     mean, error = cost.new_zeros((2, len(x), len(y)))
@@ -208,7 +174,7 @@ def decide(
             # a class that was dropped keeps what it was dropped for
             now, spread = _behind(cost[..., : r + 1])
             mean, error = torch.where(racing, now, mean), torch.where(racing, spread, error)
-            racing &= ~(mean > float(stats.t.ppf(confidence, r)) * error)
+            racing &= ~(mean > float(stats.t.ppf(confidence, max(r, 1))) * error)
         if progress:
             progress(r + 1)
         racing &= racing.sum(1, keepdim=True) > 1
@@ -217,87 +183,14 @@ def decide(
     return Decision(-mean, error, cost.isfinite().sum((1, 2)), ~racing.any(1))
 
 
-def informative_levels(
-    model: ClassModel,
-    x: Images,
-    *,
-    bands: int = 12,
-    per_band: int = 2,
-    power: float | int = 0.5,
-    seed: int = 0,
-    batch: int = 128,
-) -> Levels:
-    r"""Noise levels in proportion to how much classes differ there, from a few images.
-
-    A mean over levels drawn with density :math:`q` has the least variance where :math:`q` follows
-    the root mean square of what is averaged: the weighted difference between two classes. A tenth
-    of the draws stays even, so that no level is ever left out.
-
-    Args:
-        model: the class-conditional score model.
-        x: images it was trained on will do; their labels are not used.
-        bands: of equal width in ``log s``.
-        per_band: pairs measured in each.
-        power: as in `decide`.
-        seed: of the noise.
-        batch: as in `decide`.
-
-    Raises:
-        UserError: as `decide`, no image, no band, or a model of a single class.
-    """
-    y, x = classes_of(model, None), check_images(model, x)
-    if len(y) < 2 or len(x) < 1 or bands < 1:
-        raise UserError(
-            f"{len(y)} classes, {len(x)} images, {bands} bands found; at least 2 classes, an "
-            "image and a band are needed"
-        )
-    even = Levels.even(model.sde)
-    n = bands * per_band
-    inside = Levels(even.first, even.last, (1 / bands,) * bands)
-    errors = _Errors(model, x, y, inside, n, seed, batch, power)
-    everything = torch.ones((len(x), len(y)), dtype=torch.bool, device=x.device)
-    spread = torch.stack([errors(r, everything).var(1).mean() for r in range(n)])
-    band = ((errors.s.log() - even.first) / (even.last - even.first) * bands).long()
-    band = band.clamp(0, bands - 1)
-    square = torch.zeros(bands, dtype=torch.float64).index_add_(0, band, spread.cpu())
-    counts = torch.bincount(band, minlength=bands).clamp(min=1)
-    shares = (square / counts).sqrt()
-    shares = 0.9 * shares / shares.sum().clamp(min=1e-300) + 0.1 / bands  # all 0: same classes
-    return Levels(even.first, even.last, tuple((shares / shares.sum()).tolist()))
-
-
-class _Errors:
-    """Weighted squared errors of the noise at pair ``r``, for the classes asked for."""
-
-    def __init__(self, model, x, y, levels, pairs, seed, batch, power=0):
-        if pairs < 2:
-            raise UserError(f"pairs is {pairs}; at least 2 are needed")
-        self.model, self.x, self.y, self.batch = model, x, y.to(x.device), batch
-        self.rng = torch.Generator().manual_seed(seed)
-        self.s, width = levels.draw(pairs, self.rng)
-        self.weight = (width * self.s**power).tolist()
-
-    @torch.no_grad()
-    def __call__(self, r: int, wanted: Bool[Tensor, "batch classes"]) -> PerClass:
-        """One number per image and class, not a number where it was not wanted."""
-        noise = torch.randn(self.x.shape[1:], generator=self.rng, dtype=torch.float64).to(self.x)
-        t = self.model.sde.time_of(self.s[r])
-        alpha = float(self.model.sde.alpha_sigma(t)[0])
-        image, column = wanted.nonzero(as_tuple=True)
-        found = torch.full(wanted.shape, math.nan, dtype=torch.float64, device=self.x.device)
-        for part in parts(len(image), self.batch, self.x.device):
-            x_t = alpha * (self.x[image[part]] + float(self.s[r]) * noise)
-            times = x_t.new_full((len(part),), float(t))
-            off = self.model(x_t, times, self.y[column[part]]) - noise
-            found[image[part], column[part]] = off.double().square().flatten(1).sum(1)
-        return self.weight[r] * found
-
-
 def _behind(cost: Pairs) -> tuple[PerClass, PerClass]:
     """How far each class is behind the one in front, and the standard error of that.
 
-    In front is the class with the least cost among those that saw every pair.
+    In front is the class with the least cost among those that saw every pair. The error of a
+    single pair is not known and counts as infinite.
     """
+    n = cost.shape[2]
     front = cost.mean(2).nan_to_num(math.inf).argmin(1)
-    gap = cost - cost.gather(1, front[:, None, None].expand(-1, 1, cost.shape[2]))
-    return gap.mean(2), gap.std(2) / cost.shape[2] ** 0.5
+    gap = cost - cost.gather(1, front[:, None, None].expand(-1, 1, n))
+    spread = gap.std(2) if n > 1 else torch.full_like(gap[..., 0], math.inf)
+    return gap.mean(2), spread / n**0.5

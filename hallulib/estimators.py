@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -13,9 +15,10 @@ from tqdm.auto import tqdm
 
 from hallulib import UserError, unet
 from hallulib.adaptation import ADAPTS, adaptable, relabelled
-from hallulib.bound import bound, decide, informative_levels
+from hallulib.bound import bound, decide
 from hallulib.calibration import LogDensities, fit_temperature, log_odds, posterior
 from hallulib.classmodel import check_images
+from hallulib.levels import Levels, informative_levels, leads, weighed_levels
 from hallulib.likelihood import dequantise, log_density
 from hallulib.score import ScoreModel
 from hallulib.shapes import Images
@@ -23,6 +26,7 @@ from hallulib.supports import moved
 from hallulib.train import pretrain
 
 METHODS = ("decide", "bound", "exact")
+Others = Float[Tensor, "_others channels height width"]  # fewer or more than the labelled ones
 
 
 class ScoreClassifier(ClassifierMixin, BaseEstimator):
@@ -45,12 +49,17 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         steps: optimiser steps; 0 takes a pretrained model as it is.
         batch_size: images per step.
         lr: Adam's learning rate.
+        class_rate: that of the class vectors, as a multiple of ``lr``; see
+            :func:`hallulib.train.pretrain`.
         width: of a new network, see :func:`hallulib.unet.build`.
         method: ``"decide"``, adaptive and fast; ``"bound"``; or ``"exact"``, by the probability
             flow.
         effort: network evaluations for each image and class, at most for ``"decide"``.
         confidence: of each comparison that drops a class, see :func:`hallulib.bound.decide`.
         power: weight ``s ** power`` of noise levels in ``"decide"``; 0 is the likelihood.
+        weigh: with 2 or more, noise levels count instead by what they tell about labelled images
+            that were held out, in so many folds of which each costs a training of its own; the
+            model that answers learns from all (:func:`hallulib.levels.weighed_levels`).
         priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
         centre: subtract from each class what it is ahead by, on the mean, on images without
             labels; for classes that are about equally frequent among them.
@@ -64,7 +73,8 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: the labels, sorted.
         model_: the trained `ScoreModel`, on its device.
-        levels_: noise levels at which its classes differ most, for ``"decide"``.
+        levels_: noise levels at which its classes differ most or, with ``weigh``, where they are
+            told apart best, for ``"decide"``.
         priors_: one number per class.
         offset_: what is subtracted from the log-likelihood of each class.
         temperature_: T.
@@ -89,11 +99,13 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         steps=2000,
         batch_size=32,
         lr=4e-4,
+        class_rate=25,
         width=32,
         method="decide",
         effort=32,
         confidence=0.99,
         power=0.5,
+        weigh=0,
         priors="equal",
         centre=False,
         temperature=1.0,
@@ -110,11 +122,13 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         self.steps = steps
         self.batch_size = batch_size
         self.lr = lr
+        self.class_rate = class_rate
         self.width = width
         self.method = method
         self.effort = effort
         self.confidence = confidence
         self.power = power
+        self.weigh = weigh
         self.priors = priors
         self.centre = centre
         self.temperature = temperature
@@ -147,29 +161,27 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         self.device_ = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         own, labels = self._images(rows), torch.from_numpy(position)
         self.priors_ = self._priors(labels)
-        rng = torch.Generator().manual_seed(self.random_state)
-        images = torch.cat([own, *(moved(own, rng) for _ in range(self.copies))])
-        labels = labels.repeat(1 + self.copies)
-        weights = 1 / torch.bincount(labels)[labels].double() / len(self.classes_)
+        others = own[:0]
         if unlabelled is not None:
             others = validate_data(self, *_flat(unlabelled), reset=False, dtype=np.float32)
             others = self._images(others)
-            images = torch.cat([images, others])
-            labels = torch.cat([labels, labels.new_full((len(others),), -1)])
-            weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
-        self.model_ = self._trained(images, labels, weights)
-        if self.method == "decide" and len(self.classes_) > 1:
+        adaptive = self.method == "decide" and len(self.classes_) > 1
+        weighed = self._weighed(own, labels, others) if adaptive and self.weigh else None
+        folder = None if self.folder is None else Path(self.folder)
+        self.model_ = self._trained(own, labels, others, folder)
+        if adaptive:
             # images it cannot have remembered show where classes differ
-            some = own if unlabelled is None else others
-            some = some[torch.randperm(len(some), generator=rng)[:32]].to(self.device_)
-            self.levels_ = informative_levels(
-                self.model_, some, power=self.power, seed=self.random_state, batch=self.batch
+            self.levels_ = weighed or informative_levels(
+                self.model_,
+                _some(others if len(others) else own, 32, self.random_state).to(self.device_),
+                power=self.power,
+                seed=self.random_state,
+                batch=self.batch,
             )
         self.temperature_ = self.temperature
         self.offset_ = torch.zeros(len(self.classes_), dtype=torch.float64)
-        if self.centre and unlabelled is not None:
-            some = others[torch.randperm(len(others), generator=rng)[:96]]
-            ahead = self.log_ratio(some.numpy())
+        if self.centre and len(others):
+            ahead = self.log_ratio(_some(others, 96, self.random_state + 1).numpy())
             self.offset_ = ahead.mean(0) - ahead.mean()
         return self
 
@@ -261,8 +273,36 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
             )
         return torch.from_numpy(rows.reshape(len(rows), self.channels, side, side))
 
-    def _trained(self, images: Images, labels: Tensor, weights: Tensor) -> ScoreModel:
+    def _weighed(self, own: Images, labels: Tensor, others: Others) -> Levels:
+        """Noise levels by what they tell about images that a training did not see."""
+        least = int(torch.bincount(labels).min())
+        if not 2 <= self.weigh <= least:
+            raise UserError(
+                f"weigh is {self.weigh} and the rarest class has {least} labelled images; 0, or "
+                "from 2 to that many are needed"
+            )
+        folds = StratifiedKFold(self.weigh, shuffle=True, random_state=self.random_state)
+        found = []
+        for i, (seen, held_out) in enumerate(folds.split(labels, labels)):
+            folder = None if self.folder is None else Path(self.folder) / f"fold-{i}"
+            model = self._trained(own[seen], labels[seen], others, folder)
+            x, y = own[held_out].to(self.device_), labels[held_out]
+            found.append(leads(model, x, y, seed=self.random_state, batch=self.batch))
+        return weighed_levels(model.sde, torch.cat(found).cpu())
+
+    def _trained(
+        self, own: Images, labels: Tensor, others: Others, folder: Path | None
+    ) -> ScoreModel:
+        """A model that has learnt from labelled images, their copies, and those without labels."""
         names = [str(label) for label in self.classes_]
+        rng = torch.Generator().manual_seed(self.random_state)
+        images = torch.cat([own, *(moved(own, rng) for _ in range(self.copies))])
+        labels = labels.repeat(1 + self.copies)
+        weights = 1 / torch.bincount(labels)[labels].double() / len(names)
+        if len(others):
+            images = torch.cat([images, others])
+            labels = torch.cat([labels, labels.new_full((len(others),), -1)])
+            weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
         if self.pretrained is None:
             model = unet.build(
                 size=images.shape[2],
@@ -287,9 +327,10 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
+            class_rate=self.class_rate,
             warmup=min(500, self.steps // 10),
             seed=self.random_state,
-            folder=None if self.folder is None else Path(self.folder),
+            folder=folder,
         )
         for state in tqdm(loop, total=self.steps, disable=not self.verbose, desc="training"):
             trained = state.ema
@@ -312,6 +353,11 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
                 "are needed"
             )
         return given.double()
+
+
+def _some(images: Images, n: int, seed: int) -> Images:
+    """At most n images, drawn at random."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]]
 
 
 def _flat(X, *y) -> tuple:

@@ -19,22 +19,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from hallulib import UserError, artifacts, metrics
-from hallulib.backbone import resnet18
+from hallulib.backbone import read, train_resnet
 from hallulib.calibration import log_odds
 from hallulib.data import ImageSet
 from hallulib.estimators import ScoreClassifier
 from hallulib.quality import features
-from hallulib.shapes import Images, Labels
-from hallulib.supports import moved
+from hallulib.shapes import Labels
 from hallulib.train import pretrained
 
 METHODS = ("likelihood", "resnet18", "linear", "filter_bank")
@@ -56,8 +53,12 @@ class Contest:
         copies: moved and mirrored copies of each labelled image it learns from as well.
         adapt: which of its weights learn then.
         lr: their learning rate.
+        class_rate: that of the class vectors, as a multiple of ``lr``.
         width: of the score model.
         effort, confidence, power: of the decision, see :func:`hallulib.bound.decide`.
+        weigh: folds in which labelled images are held out to weigh the noise levels in place of
+            ``power``, from two labels per class to ``weigh_up_to``; with more, ``power`` does.
+        weigh_up_to: labelled images per class.
         resnet_steps: of the ResNet-18.
         resnet_width: of its first block.
         seed: of the choice of labels and of all training.
@@ -74,10 +75,13 @@ class Contest:
     copies: int = 0
     adapt: str = "all"
     lr: float | int = 4e-4
+    class_rate: float | int = 25
     width: int = 24
     effort: int = 32
     confidence: float | int = 0.99
     power: float | int = 0.5
+    weigh: int = 2
+    weigh_up_to: int = 20
     resnet_steps: int = 400
     resnet_width: int = 24
     seed: int = 0
@@ -90,6 +94,8 @@ class Contest:
             "steps": 1,
             "copies": 0,
             "width": 8,
+            "weigh": 0,
+            "weigh_up_to": 0,
         }
         for name, low in (least | {"effort": 2, "resnet_steps": 1, "resnet_width": 1}).items():
             if getattr(self, name) < low:
@@ -198,6 +204,7 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
     x_test, y_test = test.tensor(asked), y_test[asked]
     labelled = choose(y, contest.per_class, contest.seed)
     others = np.setdiff1d(np.arange(len(train)), labelled)
+    least = int(torch.bincount(y[labelled])[present].min())
     x, names = train.tensor(labelled), np.array(classes)[y[labelled]]
 
     start, _ = pretrained(
@@ -210,9 +217,11 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
         copies=contest.copies,
         steps=min(contest.steps, 40 + 3 * len(labelled)),
         lr=contest.lr,
+        class_rate=contest.class_rate,
         effort=contest.effort,
         confidence=contest.confidence,
         power=contest.power,
+        weigh=contest.weigh if contest.weigh <= least <= contest.weigh_up_to else 0,
         centre=True,
         folder=folder,
         random_state=contest.seed,
@@ -226,7 +235,8 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
     network = train_resnet(
         x, target, steps=contest.resnet_steps, width=contest.resnet_width, seed=contest.seed
     )
-    pooled, pooled_test, found["resnet18"] = *_pooled(network, x), *_pooled(network, x_test, True)
+    pooled, _ = read(network, x)
+    pooled_test, found["resnet18"] = read(network, x_test)
     found["linear"] = _linear(pooled, target, pooled_test)
     found["filter_bank"] = _linear(features(x).numpy(), target, features(x_test).numpy())
 
@@ -237,49 +247,6 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
         for i, c in enumerate(present):
             told[f"{method} {classes[c]}"] = found[method][:, i]
     return pd.DataFrame(told)
-
-
-def train_resnet(
-    x: Images, y: Labels, *, steps: int, width: int = 32, seed: int = 0, batch_size: int = 32
-) -> nn.Module:
-    """A ResNet-18 with pooling and classifier, trained with Adam on shifted, mirrored images.
-
-    Classes are drawn equally often, as for the score model; the rate falls to 0 by a cosine.
-
-    Args:
-        x: images in [-1, 1].
-        y: their classes, 0 to k - 1.
-        steps: optimiser steps.
-        width: of the first block.
-        seed: of weights and draws.
-        batch_size: images per step.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        classes = int(y.max()) + 1
-        network = nn.Sequential(
-            resnet18(x.shape[1], width), head, nn.Linear(8 * width, classes)
-        ).to(memory_format=torch.channels_last)
-    weights = 1 / torch.bincount(y)[y].double()
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    for _ in tqdm(range(steps), desc="ResNet-18"):
-        rows = torch.multinomial(weights, batch_size, replacement=True, generator=rng)
-        loss = F.cross_entropy(network(moved(x[rows], rng)), y[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return network.eval()
-
-
-@torch.no_grad()
-def _pooled(network: nn.Module, x: Images, probabilities: bool = False) -> list[np.ndarray]:
-    """Pooled features of images, and what the classifier makes of them."""
-    pooled = torch.cat([network[1](network[0](part)) for part in x.split(256)])
-    return [pooled.numpy(), network[2](pooled).softmax(1).numpy()][: 1 + probabilities]
 
 
 def _linear(

@@ -28,7 +28,7 @@ from torch import Tensor
 from hallulib import UserError
 from hallulib.score import Condition, EpsFn, ScoreModel, clipped, guided, score_of_eps
 from hallulib.sde import SDE
-from hallulib.shapes import Images
+from hallulib.shapes import Images, Labels
 
 Levels = Float[Tensor, " levels"]
 
@@ -249,6 +249,7 @@ def draw(
     sampler: str = "dpm_solver",
     steps: int = 20,
     guidance_scale: float | int = 1.0,
+    steer: Callable[[EpsFn, Labels], EpsFn] | None = None,
     clip: bool = True,
     images: Images | None = None,
     start_time: float | int = 1.0,
@@ -263,7 +264,10 @@ def draw(
         sampler: a name in ``SAMPLERS``.
         steps: steps of the sampler.
         guidance_scale: see :func:`hallulib.score.guided`.
-        clip: keep denoised images in [-1, 1] on the way (:func:`hallulib.score.clipped`).
+        steer: changes the noise prediction of the images at the given positions, as classifier
+            guidance does (:func:`hallulib.steering.steered`).
+        clip: keep denoised images in [-1, 1] on the way (:func:`hallulib.score.clipped`); not for
+            latents, which have no such limits.
         images: what the walk starts from, one per wanted image, noised to ``start_time``: the
             later, the less of them is left. Pure noise unless given.
         start_time: where the walk starts, up to 1.
@@ -282,6 +286,7 @@ def draw(
     rho = 7.0 if sampler in ("heun", "dpm_solver") else None
     levels = noise_levels(model.sde, steps, rho, start_time=start_time)
     starts, drawn = None if images is None else images.to(y.device).split(batch_size), []
+    positions = torch.arange(len(y), device=y.device).split(batch_size)
     for i, part in enumerate(y.split(batch_size)):
         shape = (len(part), *model.network.shape)
         if starts is None:
@@ -291,6 +296,8 @@ def draw(
             t = torch.full((len(part),), float(start_time), device=y.device)
             x = model.sde.diffuse(starts[i], t, noise)
         eps = guided(model, part, guidance_scale)
+        if steer is not None:
+            eps = steer(eps, positions[i])
         if clip:
             eps = clipped(model.sde, eps)
         for state in SAMPLERS[sampler](model.sde, eps, x, levels, rng):

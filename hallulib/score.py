@@ -153,7 +153,7 @@ def classifier_guided(
     sde: SDE,
     eps: EpsFn,
     log_prob: Callable[[Images, Times], PerImage],
-    gradient_scale: float = 1.0,
+    gradient_scale: float | int = 1.0,
 ) -> EpsFn:
     r"""Classifier guidance: steer a model by the gradient of a classifier of noisy images.
 

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from hallulib.backbone import resnet18
+from hallulib.backbone import read, resnet18, train_resnet
 
 
 @pytest.mark.parametrize(("side", "map_side"), [(32, 4), (64, 8), (40, 5), (33, 5)])
@@ -41,3 +41,24 @@ def test_every_weight_receives_a_gradient():
     network = resnet18(width=8)
     network(torch.randn(4, 1, 32, 32)).square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in network.parameters())
+
+
+def test_a_resnet_learns_what_tells_two_classes_apart_and_starts_the_same():
+    rng = torch.Generator().manual_seed(0)
+    y = torch.arange(40) % 2
+    x = 0.3 * torch.randn((40, 1, 8, 8), generator=rng) + 0.8 * y[:, None, None, None] - 0.4
+    x = x.clamp(-1, 1)
+    networks = [train_resnet(x, y, steps=80, width=4, seed=s).eval() for s in (0, 0, 1)]
+    answers = [n(x).detach() for n in networks]
+    assert (answers[0].argmax(1) == y).float().mean() > 0.95
+    assert torch.equal(answers[0], answers[1])
+    assert not torch.equal(answers[0], answers[2])
+
+
+def test_what_is_read_are_pooled_maps_and_the_probabilities_of_the_last_layer():
+    y = torch.arange(10) % 2
+    x = torch.rand((10, 1, 16, 16)) - 0.5 + y[:, None, None, None] * 0.4
+    network = train_resnet(x, y, steps=2, width=4, change=None)
+    pooled, probabilities = read(network, x)
+    torch.testing.assert_close(torch.from_numpy(pooled), network[0](x).mean((2, 3)).detach())
+    torch.testing.assert_close(torch.from_numpy(probabilities), network(x).softmax(1).detach())

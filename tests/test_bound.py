@@ -5,42 +5,16 @@ import math
 import pytest
 import torch
 from scipy import integrate
+from toy_classes import LAWS, classes, generator, images, law
 
 from hallulib import UserError
-from hallulib.bound import Levels, bound, decide, informative_levels
+from hallulib.bound import bound, decide
+from hallulib.levels import Errors, Levels
 from hallulib.likelihood import log_density
-from hallulib.mixture import ClassMixture, GaussianMixture
+from hallulib.mixture import ClassMixture
 from hallulib.sde import SDES, VPSDE
 
 all_sdes = pytest.mark.parametrize("sde", [sde() for sde in SDES.values()], ids=list(SDES))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def law(*means, variance=0.04, weights=None):
-    means = torch.tensor(means, dtype=torch.float64).view(len(means), 1, 1, -1)
-    covariance = variance * torch.eye(means.shape[-1], dtype=torch.float64)
-    weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    return GaussianMixture(means, covariance.repeat(len(means), 1, 1), weights)
-
-
-LAWS = {
-    "a": law([0.5, 0.0], [-0.5, 0.0], weights=[0.3, 0.7]),
-    "b": law([0.0, 0.5], [0.0, -0.5], variance=0.02),
-    "c": law([0.0, 0.0], variance=0.09),
-}
-
-
-def classes(sde=None, order="abc"):
-    return ClassMixture(sde or VPSDE(), {name: LAWS[name] for name in order})
-
-
-def images(n=12, seed=0):
-    """As many of each class, one after the other."""
-    drawn = [part.sample(n // 3, generator(seed + i)) for i, part in enumerate(LAWS.values())]
-    return torch.cat([x for x, _ in drawn])
 
 
 class Counting:
@@ -269,42 +243,38 @@ def test_the_batch_bounds_the_rows_and_every_class_sees_the_same_noise():
         assert torch.equal(*x_t.view(12, 3, 1, 1, 2)[:, :2].unbind(1))
 
 
+def test_a_single_pair_decides_by_its_errors_and_is_sure_of_nothing():
+    model, x = classes(), images()
+    levels = Levels.even(model.sde)
+    found = decide(model, x, pairs=1, first=1, power=0, seed=3)
+    cost = Errors(model, x, torch.arange(3), levels, 1, 3, 128)(0, torch.ones(12, 3).bool())
+    torch.testing.assert_close(found.log_ratio, cost.amin(1, keepdim=True) - cost)
+    assert (found.evaluations == 3).all()
+    assert not found.sure.any()
+    assert decide(model, x, pairs=48, first=1, seed=3).sure.any()
+
+
+def test_levels_with_weights_take_the_place_of_a_power():
+    """Bands that count alike are power 0, whatever the power says."""
+    model, x = classes(), images()
+    even = Levels.even(model.sde)
+    plain = Levels(even.first, even.last, (0.5, 0.5), (1.0, 1.0))
+    told = dict(pairs=8, confidence=1.0)
+    expected = decide(model, x, power=0, **told).log_ratio
+    for power in (0, 2):
+        found = decide(model, x, levels=plain, power=power, **told).log_ratio
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_single_class_wins_without_a_race():
     found = decide(classes(), images(), ["b"])
     assert found.sure.all()
     assert (found.log_ratio == 0).all()
 
 
-def test_levels_are_looked_for_where_classes_differ():
-    """Paired differences of classes vary less, for the same number of evaluations."""
-    model, x = classes(), images(24)
-    informed, even = informative_levels(model, x, seed=1), Levels.even(model.sde)
-    assert sum(informed.shares) == pytest.approx(1)
-    assert min(informed.shares) >= 0.09 / len(informed.shares)
-    assert (informed.first, informed.last) == (even.first, even.last)
-
-    def spread(levels):
-        options = {"pairs": 16, "first": 2, "confidence": 1.0, "levels": levels}
-        gaps = []
-        for seed in range(25):
-            ratio = decide(model, x, seed=seed, **options).log_ratio
-            gaps.append(ratio - ratio.mean(1, keepdim=True))
-        return torch.stack(gaps).var(0).mean()
-
-    assert spread(informed) < 0.7 * spread(even)
-
-
-def test_levels_are_even_where_classes_do_not_differ():
-    model = ClassMixture(VPSDE(), {"a": LAWS["a"], "twin": LAWS["a"]})
-    assert informative_levels(model, images(), bands=4).shares == pytest.approx((0.25,) * 4)
-
-
 def test_no_image_is_no_row():
     assert bound(classes(), images()[:0], pairs=2).value.shape == (0, 3)
     assert decide(classes(), images()[:0]).winner.shape == (0,)
-
-
-ONE = ClassMixture(VPSDE(), {"a": LAWS["a"]})
 
 
 @pytest.mark.parametrize(
@@ -315,14 +285,11 @@ ONE = ClassMixture(VPSDE(), {"a": LAWS["a"]})
         (lambda m, x: bound(m, x, ["d"]), "does not know the label 'd'; it knows a, b, c"),
         (lambda m, x: bound(m, x * math.nan), "image 0 holds a value that is no finite number"),
         (lambda m, x: bound(m, x, start_time=0.0), "start_time is 0.0; a time between 0 and 1"),
-        (lambda m, x: decide(m, x, first=1), "first 1, pairs 48, confidence 0.99 found; 2 <="),
-        (lambda m, x: decide(m, x, pairs=4), "first 8, pairs 4, confidence 0.99 found; 2 <="),
+        (lambda m, x: decide(m, x, first=0), "first 0, pairs 48, confidence 0.99 found; 1 <="),
+        (lambda m, x: decide(m, x, pairs=4), "first 8, pairs 4, confidence 0.99 found; 1 <="),
         (lambda m, x: decide(m, x, confidence=0.4), "confidence 0.4 found; .* from 0.5 to 1 are"),
         (lambda m, x: decide(m, x, confidence=math.nan), "confidence nan found"),
         (lambda m, x: decide(m, x, []), "was asked for no class; it knows a, b, c"),
-        (lambda m, x: informative_levels(m, x[:0]), "3 classes, 0 images, 12 bands found; at"),
-        (lambda m, x: informative_levels(ONE, x), "1 classes, 12 images, 12 bands found; at"),
-        (lambda m, x: informative_levels(m, x, bands=0), "3 classes, 12 images, 0 bands found"),
     ],
 )
 def test_what_cannot_be_decided_is_told_in_a_sentence(call, message):

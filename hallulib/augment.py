@@ -1,0 +1,397 @@
+r"""Does training on selected synthetic images help where labels are few? The whole experiment.
+
+An autoencoder and an unconditional score model of its latents learn from images without labels.
+In every fold a small share of the training images gets its labels back; a noise-aware classifier
+of their latents steers the score model to the classes, the samples are decoded and judged, and a
+ResNet-18 is trained for the same number of steps on
+
+==============  ===========================================================================
+real            the labelled images as they are
+classical       shifted, mirrored and changed in contrast
+unselected      classical, and synthetic images drawn at random from all that were made
+selected        classical, and as many admitted by :mod:`hallulib.selection`
+==============  ===========================================================================
+
+Source:
+    Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hallulib import UserError, artifacts, autoencoder, metrics, sample, steering, train, unet
+from hallulib.adaptation import relabelled
+from hallulib.autoencoder import Autoencoder
+from hallulib.backbone import read, train_resnet
+from hallulib.data import ImageSet
+from hallulib.few_labels import columns
+from hallulib.quality import AnyImages
+from hallulib.score import ScoreModel
+from hallulib.selection import FeatureSpace, take
+from hallulib.shapes import Images, Labels
+from hallulib.supports import augmented
+
+ARMS = ("real", "classical", "unselected", "selected")
+STEERS = ("classifier", "free")
+SCORES, VERDICTS, SYNTHETIC = "scores.csv", "verdicts.csv", "synthetic.safetensors"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All settings of the experiment but the images.
+
+    Attributes:
+        scheme: label column.
+        share: of the labels of the split ``train`` that are kept in a fold, above 0 to 1.
+        folds: draws of those labels, each with networks of its own.
+        encoding: steps of the autoencoder.
+        encoder_width: of its first block.
+        pretraining: steps of the score model of its latents.
+        width: of that score model.
+        steering: steps with the labels, of the classifier or of the score model itself.
+        steer: ``"classifier"`` guidance of the unconditional model, or ``"free"``: the score
+            model goes on with the labels and guides itself.
+        gradient_scale: of the classifier's gradient; the paper takes 10.
+        guidance_scale: of the guidance without a classifier.
+        sampler, sampler_steps: see :func:`hallulib.sample.draw`.
+        ratio: synthetic images learnt from, for each labelled real one.
+        candidates: synthetic images made for each one that is learnt from.
+        confidence: see :mod:`hallulib.selection`.
+        resnet_steps: of every ResNet-18.
+        resnet_width: of its first block.
+        n_test: test images, at most; classes keep their shares.
+        seed: of everything random; fold i adds i.
+
+    Raises:
+        UserError: an impossible number or name.
+    """
+
+    scheme: str
+    share: float | int = 0.05
+    folds: int = 5
+    encoding: int = 1500
+    encoder_width: int = 32
+    pretraining: int = 3000
+    width: int = 32
+    steering: int = 300
+    steer: str = "classifier"
+    gradient_scale: float | int = 2.0
+    guidance_scale: float | int = 2.0
+    sampler: str = "dpm_solver"
+    sampler_steps: int = 20
+    ratio: float | int = 1.0
+    candidates: int = 4
+    confidence: float | int = 0.5
+    resnet_steps: int = 300
+    resnet_width: int = 16
+    n_test: int = 600
+    seed: int = 0
+
+    def __post_init__(self):
+        least = dict(folds=1, encoding=1, pretraining=1, steering=1, sampler_steps=1, candidates=1)
+        least |= dict(encoder_width=8, width=8, resnet_steps=1, resnet_width=1, n_test=2)
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
+        if not (0 < self.share <= 1 and self.ratio > 0 and 0 <= self.confidence < 1):
+            raise UserError(
+                f"share {self.share}, ratio {self.ratio}, confidence {self.confidence} found; a "
+                "share above 0 to 1, a ratio above 0 and a confidence from 0 to below 1 are needed"
+            )
+        if self.steer not in STEERS:
+            raise UserError(f"steer is {self.steer!r}; one of {', '.join(STEERS)} is needed")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What was learnt without labels.
+
+    Attributes:
+        autoencoder: between images and latents.
+        model: the unconditional score model of the latents.
+        folders: of the two runs.
+    """
+
+    autoencoder: Autoencoder
+    model: ScoreModel
+    folders: tuple[Path, Path]
+
+
+def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pretrained:
+    """The autoencoder and the score model of its latents, found by their settings or trained now.
+
+    Both learn from the images without labels alone (from ``train`` where there are none).
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    told = dict(steps=trial.encoding, width=trial.encoder_width, seed=trial.seed)
+    encoder, first = autoencoder.pretrained(images, from_scratch=from_scratch, **told)
+    settings = dict(steps=trial.pretraining, batch_size=64, lr=4e-4, seed=trial.seed)
+
+    def fit(folder: Path, **_) -> None:
+        latents = encoder.encode(autoencoder.unlabelled(images).to(device))
+        channels, side, _ = encoder.shape
+        model = unet.build(size=side, channels=channels, width=trial.width, seed=trial.seed)
+        loop = train.pretrain(model.to(device), latents, folder=folder, **settings)
+        for state in tqdm(loop, total=trial.pretraining, desc="training on latents"):
+            last = state.ema
+        unet.save(last, folder)
+
+    folder = artifacts.load_or_train(
+        f"latent-score-{images.name}",
+        fit,
+        from_scratch=from_scratch,
+        latents=_identity(first),
+        width=trial.width,
+        **settings,
+    )
+    return Pretrained(encoder, unet.load(folder).to(device), (first, folder))
+
+
+def _identity(folder: Path) -> str:
+    """What sets a finished run apart: the checksum of its card."""
+    return hashlib.sha256((folder / artifacts.CARD).read_bytes()).hexdigest()
+
+
+def choose(y: Labels, share: float | int, seed: int) -> np.ndarray:
+    """Positions of a share of the images of every class, at least two of each.
+
+    Raises:
+        UserError: a class with fewer than two images.
+    """
+    rng, kept = np.random.default_rng(seed), []
+    for c in range(int(y.max()) + 1):
+        of_class = rng.permutation(np.flatnonzero(y.numpy() == c))
+        if len(of_class) < 2:
+            raise UserError(
+                f"class {c} has {len(of_class)} labelled training images; at least 2 are needed"
+            )
+        kept.append(of_class[: max(2, round(share * len(of_class)))])
+    return np.sort(np.concatenate(kept))
+
+
+def synthesise(
+    found: Pretrained, trial: Trial, x: Images, y: Labels, names: list[str], n: int, seed: int
+) -> tuple[AnyImages, Int[Tensor, " _made"]]:
+    """Synthetic images of every class, equally many, from what was learnt without labels.
+
+    Args:
+        found: the pretrained models, on the device to work on.
+        trial: how to steer and to sample.
+        x: the labelled images.
+        y: their classes, 0 to k - 1.
+        names: of the classes.
+        n: images wanted of each class.
+        seed: of training and noise.
+
+    Returns:
+        Images in [-1, 1] and the class each was made for.
+    """
+    device = next(found.model.parameters()).device
+    latents, labels = found.autoencoder.encode(x.to(device)), y.to(device)
+    wanted = torch.arange(len(names), device=device).repeat_interleave(n)
+    told = dict(sampler=trial.sampler, steps=trial.sampler_steps, clip=False, seed=seed)
+    if trial.steer == "classifier":
+        judge = steering.NoisyClassifier(found.model, names, seed=seed)
+        loop = steering.train(judge, latents, labels, steps=trial.steering, seed=seed)
+        for _ in tqdm(loop, total=trial.steering, desc="noise-aware classifier"):
+            pass
+        made = steering.steered(
+            found.model, judge, wanted, gradient_scale=trial.gradient_scale, **told
+        )
+    else:
+        weights = 1 / torch.bincount(labels)[labels].double()
+        loop = train.pretrain(
+            relabelled(found.model, names).to(device),
+            latents,
+            labels,
+            weights=weights,
+            steps=trial.steering,
+            batch_size=64,
+            lr=4e-4,
+            warmup=trial.steering // 10,
+            seed=seed,
+        )
+        for state in tqdm(loop, total=trial.steering, desc="class-conditional"):
+            model = state.ema
+        made = sample.draw(model, wanted, guidance_scale=trial.guidance_scale, **told)
+    return found.autoencoder.decode(made).cpu(), wanted.cpu()
+
+
+def run(
+    images: ImageSet, trial: Trial, *, from_scratch: bool = False
+) -> tuple[pd.DataFrame, list[Path]]:
+    """Scores of every arm in every fold, found by the settings or measured now.
+
+    Each fold is a run of its own: an interrupted experiment goes on with the fold it was in.
+
+    Args:
+        images: an open image set with the splits train, val and test of the scheme.
+        trial: the settings.
+        from_scratch: measure even if such runs are there.
+
+    Returns:
+        One row per fold and test image: ``fold``, ``patient``, ``label`` (index of the class),
+        and for each arm and class ``<arm> <class>``, the probability; and the folders of the
+        folds, with ``verdicts.csv`` (one row per synthetic image) and the images beside it.
+
+    Raises:
+        UserError: a split is empty, fewer than two classes, a class with fewer than two images,
+            or no synthetic image was admitted.
+    """
+    prior = pretrained(images, trial, from_scratch)
+    scores, folders = [], []
+    for fold in range(trial.folds):
+
+        def measure(folder: Path, fold: int = fold, **_) -> None:
+            _measure(images, trial, prior, trial.seed + fold, folder)
+
+        folder = artifacts.load_or_train(
+            f"augmented-{images.name}",
+            measure,
+            from_scratch=from_scratch,
+            latents=_identity(prior.folders[1]),
+            table=hashlib.sha256(images.table.to_csv().encode()).hexdigest(),
+            fold=fold,
+            **{k: v for k, v in asdict(trial).items() if k != "folds"},
+        )
+        found = pd.read_csv(folder / SCORES, dtype={"patient": str})
+        scores.append(found.assign(fold=fold))
+        folders.append(folder)
+    return pd.concat(scores, ignore_index=True), folders
+
+
+def _measure(images: ImageSet, trial: Trial, prior: Pretrained, seed: int, folder: Path) -> None:
+    known = images.select("train", labelled=trial.scheme)
+    test = images.select("test", labelled=trial.scheme)
+    held_out = images.select("val", labelled=trial.scheme)
+    names = [c for c in images.classes(trial.scheme) if c in set(known.table[trial.scheme])]
+    position = {images.classes(trial.scheme).index(c): i for i, c in enumerate(names)}
+    y, y_test = (_renumbered(part.labels(trial.scheme), position) for part in (known, test))
+    if len(names) < 2:
+        raise UserError(
+            f"{images.name}: {len(names)} classes of {trial.scheme} in the split train; at least "
+            "2 are needed"
+        )
+    rows = choose(y, trial.share, seed)
+    x, y = known.tensor(rows), y[rows]
+    asked = np.sort(np.random.default_rng(0).permutation(len(test))[: trial.n_test])
+    x_test = test.tensor(asked)
+
+    fit = partial(
+        train_resnet, steps=trial.resnet_steps, width=trial.resnet_width, seed=seed, batch_size=32
+    )
+    networks = {"real": fit(x, y, change=None, told="real")}
+    networks["classical"] = fit(x, y, change=_changed, told="classical")
+    per_class = -(-round(trial.ratio * len(x)) // len(names))
+    made, wanted = synthesise(prior, trial, x, y, names, per_class * trial.candidates, seed)
+    space = FeatureSpace.fit(networks["classical"], x, y, held_out.tensor())
+    verdicts = space.judge(made, wanted, trial.confidence)
+    chosen = {"selected": take(verdicts, per_class, names)}
+    chosen["unselected"] = _at_random(wanted, chosen["selected"], seed)
+    for arm, kept in chosen.items():
+        both = torch.cat([x, made[kept]]), torch.cat([y, wanted[kept]])
+        networks[arm] = fit(*both, change=_changed, told=arm)
+
+    told = pd.DataFrame({"patient": test.table["patient"].iloc[asked].to_numpy()})
+    told["label"] = y_test[asked].numpy()
+    for arm in ARMS:
+        for name, column in zip(names, read(networks[arm], x_test)[1].T, strict=True):
+            told[f"{arm} {name}"] = column
+    verdicts["selected"], verdicts["unselected"] = chosen["selected"], chosen["unselected"]
+    pixels = {"real": _bytes(x), "labels": y, "synthetic": _bytes(made)}
+    save_file(pixels, folder / SYNTHETIC)
+    verdicts.to_csv(folder / VERDICTS, index=False)
+    told.to_csv(folder / SCORES, index=False)
+
+
+def read_fold(folder: Path) -> tuple[Images, Labels, AnyImages, pd.DataFrame]:
+    """Labelled images of a fold and their classes, its synthetic images and their verdicts."""
+    pixels = load_file(folder / SYNTHETIC)
+    real, made = (pixels[k].float() / 127.5 - 1 for k in ("real", "synthetic"))
+    return real, pixels["labels"], made, pd.read_csv(folder / VERDICTS)
+
+
+def _bytes(x: AnyImages) -> Tensor:
+    return ((x + 1) * 127.5).round().to(torch.uint8)
+
+
+def _renumbered(y: Labels, position: dict[int, int]) -> Labels:
+    return torch.tensor([position.get(c, -1) for c in y.tolist()])
+
+
+def _changed(x: Images, rng: torch.Generator) -> Images:
+    return augmented(x, x[:, None], rng)
+
+
+def _at_random(wanted: Labels, selected: np.ndarray, seed: int) -> np.ndarray:
+    """As many of each class as were selected, whatever was said of them."""
+    rng, kept = np.random.default_rng(seed), np.zeros(len(wanted), dtype=bool)
+    for c in range(int(wanted.max()) + 1):
+        of_class = (wanted == c).numpy()
+        kept[rng.permutation(np.flatnonzero(of_class))[: (of_class & selected).sum()]] = True
+    return kept
+
+
+def table(scores: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Accuracy of every arm with 95 % intervals, and its paired gain over ``classical``.
+
+    Folds and, within them, test patients are drawn with replacement: folds share test images, so
+    neither alone would tell how much another experiment might differ.
+
+    Args:
+        scores: what `run` gave.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        One row per arm: ``accuracy, low, high``, macro ``AUROC`` (mean over folds), and ``gain,
+        gain_low, gain_high`` over ``classical`` on the same folds and patients.
+    """
+    y, (patients, who) = scores["label"].to_numpy(), _codes(scores["patient"])
+    folds, fold = _codes(scores["fold"])
+    n = np.zeros((folds, patients))
+    np.add.at(n, (fold, who), 1)
+    right = {}
+    for arm in ARMS:
+        right[arm] = np.zeros((folds, patients))
+        np.add.at(right[arm], (fold, who), columns(scores, arm).argmax(1) == y)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        (rng.integers(folds, size=folds), rng.integers(patients, size=patients))
+        for _ in range(resamples)
+    ]
+
+    def told(values: np.ndarray) -> list[float]:
+        means = [values[np.ix_(f, p)].sum() / n[np.ix_(f, p)].sum() for f, p in drawn]
+        return [values.sum() / n.sum(), *np.quantile(means, (0.025, 0.975))]
+
+    rows = []
+    for arm in ARMS:
+        row = {"arm": arm} | dict(zip(("accuracy", "low", "high"), told(right[arm]), strict=True))
+        row["AUROC"] = np.mean(
+            [
+                metrics.auroc(part["label"], columns(part, arm))
+                for _, part in scores.groupby("fold")
+            ]
+        )
+        if arm != "classical":
+            gain = told(right[arm] - right["classical"])
+            row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _codes(column: pd.Series) -> tuple[int, np.ndarray]:
+    """Number of different values, and each row's position among them."""
+    codes, values = pd.factorize(column)
+    return len(values), codes

@@ -1,0 +1,156 @@
+r"""Which synthetic images may be learnt from: near their class, confident, and no copies.
+
+A network trained on the real labelled images alone gives each image a feature vector
+:math:`f(x)`, normalised to length 1, and each class a centroid. A synthetic image of class c is
+admitted if
+
+1. the nearest centroid is that of c,
+2. the network gives c a probability of at least ``confidence``, and
+3. no training image is nearer, pixel by pixel, than other patients' images are.
+
+Source:
+    Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023, section
+    2.3. Their released code computes the centroids with the synthetic images among the real ones;
+    here no synthetic image has a say in what is admitted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import nn
+
+from hallulib import UserError
+from hallulib.backbone import read
+from hallulib.quality import AnyImages, nearest
+from hallulib.shapes import Images, Labels
+
+ADMITTED = "admitted"
+REASONS = (ADMITTED, "other class nearer", "not confident", "copy")
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """What a network trained on real labelled images makes of an image.
+
+    Attributes:
+        network: of :func:`hallulib.backbone.train_resnet`.
+        centroids: mean of the normalised features of each class.
+        images: the real labelled images, which must not be copied.
+        copy_distance: root mean square distance in pixels below which an image counts as a copy.
+    """
+
+    network: nn.Module
+    centroids: Float[np.ndarray, "classes features"]
+    images: AnyImages
+    copy_distance: float
+
+    @classmethod
+    def fit(
+        cls,
+        network: nn.Module,
+        images: Images,
+        y: Labels,
+        held_out: AnyImages,
+        quantile: float = 0.01,
+    ) -> "FeatureSpace":
+        """Centroids of real labelled images, and the distance at which others are copies.
+
+        Args:
+            network: trained on ``images``.
+            images: real labelled images.
+            y: their classes, 0 to k - 1.
+            held_out: real images of other patients; the ``quantile`` of their distances to
+                ``images`` is the ``copy_distance``.
+            quantile: share of new real images that would be taken for copies.
+
+        Raises:
+            UserError: a class without an image, or nothing held out.
+        """
+        counts = torch.bincount(y)
+        if (counts == 0).any() or not len(held_out):
+            raise UserError(
+                f"{int((counts == 0).sum())} classes without an image and {len(held_out)} "
+                "held-out images found; an image of each class and a held-out one are needed"
+            )
+        f = normalised(read(network, images)[0])
+        centroids = np.stack([f[(y == c).numpy()].mean(0) for c in range(len(counts))])
+        distance = nearest(images, held_out).distance
+        return cls(network, centroids, images, float(torch.quantile(distance, quantile)))
+
+    def judge(
+        self, samples: Images, wanted: Labels, confidence: float | int = 0.5
+    ) -> pd.DataFrame:
+        """What speaks for and against each synthetic image.
+
+        Args:
+            samples: synthetic images.
+            wanted: the class each was made for.
+            confidence: the least probability of that class.
+
+        Returns:
+            One row per sample: ``wanted``, ``nearest`` centroid, ``distance`` to the wanted one
+            (mean square over features), ``probability`` of the wanted class, ``copy_of`` (the
+            nearest training image), ``copy_distance`` and ``verdict``, one of `REASONS`.
+        """
+        pooled, probabilities = read(self.network, samples)
+        gaps = normalised(pooled)[:, None] - self.centroids
+        distance, rows = np.square(gaps).mean(2), np.arange(len(samples))
+        own, copies = wanted.numpy(), nearest(self.images, samples)
+        told = pd.DataFrame({"wanted": own, "nearest": distance.argmin(1)})
+        told["distance"], told["probability"] = distance[rows, own], probabilities[rows, own]
+        told["copy_of"], told["copy_distance"] = copies.index.numpy(), copies.distance.numpy()
+        told["verdict"] = np.select(
+            [
+                told["copy_distance"] < self.copy_distance,
+                told["nearest"] != told["wanted"],
+                told["probability"] < confidence,
+            ],
+            ["copy", "other class nearer", "not confident"],
+            ADMITTED,
+        )
+        return told
+
+
+def normalised(
+    features: Float[np.ndarray, "batch features"],
+) -> Float[np.ndarray, "batch features"]:
+    """Features of length 1."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-10)
+
+
+def take(
+    verdicts: pd.DataFrame, per_class: int, labels: Sequence[str]
+) -> Bool[np.ndarray, " samples"]:
+    """The admitted samples nearest to their centroids, at most so many of each class.
+
+    Args:
+        verdicts: of `FeatureSpace.judge`.
+        per_class: samples of each class; a class with fewer admitted gives all it has.
+        labels: the class names, for what is said when nothing passes.
+
+    Raises:
+        UserError: no sample of any class was admitted.
+    """
+    passed = verdicts[verdicts["verdict"] == ADMITTED]
+    if not len(passed):
+        counts = verdicts["verdict"].value_counts()
+        why = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+        raise UserError(
+            f"none of {len(verdicts)} synthetic images of {', '.join(labels)} was admitted "
+            f"({why}); a lower confidence, a larger gradient scale or more training is needed"
+        )
+    rows = passed.sort_values("distance").groupby("wanted").head(per_class).index
+    return np.isin(np.arange(len(verdicts)), rows)
+
+
+def rates(verdicts: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """How many samples of each class met which verdict; one row per class, and the rate."""
+    found = pd.crosstab(verdicts["wanted"], verdicts["verdict"])
+    found = found.reindex(index=range(len(labels)), columns=list(REASONS), fill_value=0)
+    found.index = pd.Index(labels, name="class")
+    found["rate"] = found[ADMITTED] / found.sum(axis=1)
+    return found
