@@ -7,6 +7,8 @@ bias field and Rician noise. Lengths are in mm, x to the right of the image and 
 
 import numpy as np
 
+from hallulib.brush import Brush, axis, length, over, textures
+
 FIELD_OF_VIEW = 64.0  # mm, the side of every image
 SLICE_SPACING = 3.0  # mm
 WINDOW = 215.0  # grey levels per unit of signal, about that of urine
@@ -28,8 +30,7 @@ def half_axes(level, anatomy):
 
 def render(patients, size):
     """The slices of some patients ``(slices, size, size)`` uint8."""
-    pixel = FIELD_OF_VIEW / size
-    axis = ((np.arange(size) + 0.5) * pixel - FIELD_OF_VIEW / 2).astype(np.float32)
+    pixel, mm = FIELD_OF_VIEW / size, axis(FIELD_OF_VIEW, size)
     n_slices = [len(p["z"]) for p in patients]
 
     def per_slice(rows):  # (slices, numbers) -> numbers that multiply the slices
@@ -40,9 +41,9 @@ def render(patients, size):
 
     anatomy = per_slice(np.repeat([p["anatomy"] for p in patients], n_slices, 0))
     waves = np.repeat([p["waves"] for p in patients], n_slices, 0)
-    texture = _textures(waves, joined("z"), axis, pixel)
+    texture = textures(waves, WAVES, mm, pixel, joined("z"))
     level, lesion = per_slice(joined("level")), per_slice(joined("lesion"))
-    signal = _signal(axis, pixel, level, anatomy, texture, lesion)
+    signal = _signal(mm, pixel, level, anatomy, texture, lesion)
     noise = np.concatenate(
         [p["rng"].standard_normal((len(p["z"]), 2, size, size), np.float32) for p in patients]
     )
@@ -52,55 +53,10 @@ def render(patients, size):
     return np.clip(magnitude * WINDOW, 0, 255).astype(np.uint8)
 
 
-def _textures(waves, z, axis, pixel):
-    """Smooth random fields of unit variance: sums of waves, each averaged over the pixels.
-
-    ``cos(a + b) = cos a cos b - sin a sin b`` makes a sum of plane waves one matrix product.
-    """
-    fields, first = {}, 0
-    for name, (shortest, longest, count) in WAVES.items():
-        u = waves[:, first : first + count]
-        first += count
-        k = 2 * np.pi / (shortest + (longest - shortest) * u[..., 0])
-        kx, ky = k * np.cos(2 * np.pi * u[..., 1]), k * np.sin(2 * np.pi * u[..., 1])
-        phase = 2 * np.pi * u[..., 2] + 0.12 * (2 * u[..., 3] - 1) * z[:, None]
-        blur = np.sinc(kx * pixel / (2 * np.pi)) * np.sinc(ky * pixel / (2 * np.pi))
-        height = (np.sqrt(2 / count) * blur)[..., None].astype(np.float32)
-        a = (kx[..., None] * axis).astype(np.float32)
-        b = (ky[..., None] * axis + phase[..., None]).astype(np.float32)
-        rows = np.concatenate([height * np.cos(b), -height * np.sin(b)], 1)
-        fields[name] = rows.transpose(0, 2, 1) @ np.concatenate([np.cos(a), np.sin(a)], 1)
-    return fields
-
-
-class _Brush:
-    """Edges and lines of a given width in mm that pixels can show without aliasing."""
-
-    def __init__(self, pixel):
-        self.pixel = pixel
-
-    def inside(self, distance, width):
-        """From 0 outside to 1 inside of a signed distance."""
-        return 0.5 + 0.5 * np.tanh(distance * (1.4 / (width**2 + (0.35 * self.pixel) ** 2) ** 0.5))
-
-    def line(self, distance, width):
-        """A ridge where the distance is 0; what the pixels widen they make fainter."""
-        wide = (width**2 + (0.4 * self.pixel) ** 2) ** 0.5
-        return (width / wide) * np.exp(-((distance / wide) ** 2))
-
-
-def _length(u, v):
-    return np.sqrt(u * u + v * v)  # several times faster than np.hypot
-
-
-def _over(canvas, value, mask):
-    canvas += mask * (value - canvas)
-
-
-def _signal(axis, pixel, level, anatomy, texture, lesion):
+def _signal(mm, pixel, level, anatomy, texture, lesion):
     """The noiseless slices, painted from the back to the front; x to the right, y to the rear."""
-    brush, draw = _Brush(pixel), iter(anatomy[2:])
-    x0, y0 = axis[None, None, :], axis[None, :, None]
+    brush, draw = Brush(pixel), iter(anatomy[2:])
+    x0, y0 = mm[None, None, :], mm[None, :, None]
     x, y = x0 + 1.1 * texture["bend_x"], y0 + 1.1 * texture["bend_y"]
     canvas = _pelvis(brush, draw, x, y, level, texture)
 
@@ -112,9 +68,9 @@ def _signal(axis, pixel, level, anatomy, texture, lesion):
 
     diameter, contrast, edge, grain, xl, yl = lesion
     bent = x0 - xl + 0.7 * texture["bend_y"], 1.15 * (y0 - yl) + 0.6 * texture["nodules"]
-    mask = brush.inside(diameter / 2 - _length(*bent), edge) * (diameter > 0)
-    _over(tissue, zone * (1 - contrast) + grain * texture["lesion"], mask)
-    _over(canvas, tissue, brush.inside(gland, 0.5))
+    mask = brush.inside(diameter / 2 - length(*bent), edge) * (diameter > 0)
+    over(tissue, zone * (1 - contrast) + grain * texture["lesion"], mask)
+    over(canvas, tissue, brush.inside(gland, 0.5))
     canvas -= 0.30 * brush.line(gland, 0.7) * brush.inside(depth + 0.7 * b, 3.0)  # capsule
     coil = 0.10 * texture["bias"] + 0.004 * next(draw) * x0 + 0.005 * next(draw) * y0
     return np.maximum(canvas, 0.02) * (1 + coil)
@@ -125,24 +81,24 @@ def _pelvis(brush, draw, x, y, level, texture):
     nodule, fine, side = texture["nodules"], texture["fine"], np.abs(x)
     canvas = (0.55 + 0.04 * next(draw)) + 0.07 * fine + 0.06 * nodule  # fat and its vessels
     bone = -26.5 + 1.0 * next(draw) + 0.28 * side
-    _over(canvas, 0.30 + 0.02 * nodule, brush.inside(bone - y, 1.2))
+    over(canvas, 0.30 + 0.02 * nodule, brush.inside(bone - y, 1.2))
     wall = 28.0 + 1.0 * next(draw) + 0.006 * (y + 4) ** 2 - 0.06 * y
-    _over(canvas, 0.20 + 0.02 * fine, brush.inside(side - wall, 0.8))  # obturator muscle
-    sling = (1 - _length(x / (24.5 + 0.8 * next(draw)), (y - 6) / 29)) * 24.5
-    _over(canvas, 0.20, brush.line(sling, 1.2) * brush.inside(y + 13, 3.0))  # levator ani
+    over(canvas, 0.20 + 0.02 * fine, brush.inside(side - wall, 0.8))  # obturator muscle
+    sling = (1 - length(x / (24.5 + 0.8 * next(draw)), (y - 6) / 29)) * 24.5
+    over(canvas, 0.20, brush.line(sling, 1.2) * brush.inside(y + 13, 3.0))  # levator ani
 
-    bladder = 46 * (level - 0.62 + 0.05 * next(draw)) - _length(x, y + 19)
-    _over(canvas, 0.24, brush.inside(bladder + 2.5, 0.8))
-    _over(canvas, 0.98, brush.inside(bladder, 0.8))
+    bladder = 46 * (level - 0.62 + 0.05 * next(draw)) - length(x, y + 19)
+    over(canvas, 0.24, brush.inside(bladder + 2.5, 0.8))
+    over(canvas, 0.98, brush.inside(bladder, 0.8))
     rx, ry = 11.0 + 1.5 * next(draw), 8.5 + 1.0 * next(draw)
     xr, yr = x - 1.5 * next(draw), y - 24.0 - 0.7 * next(draw)
-    rectum = (1 - _length(xr / rx, yr / ry)) * ry
-    _over(canvas, 0.26, brush.inside(rectum + 1.5, 0.7))
-    _over(canvas, 0.52 + 0.06 * fine, brush.inside(rectum - 0.8, 0.6))  # mucosa
+    rectum = (1 - length(xr / rx, yr / ry)) * ry
+    over(canvas, 0.26, brush.inside(rectum + 1.5, 0.7))
+    over(canvas, 0.52 + 0.06 * fine, brush.inside(rectum - 0.8, 0.6))  # mucosa
     content = np.where(next(draw) > -0.2, np.float32(0.05), 0.36 + 0.08 * nodule)  # gas or stool
-    _over(canvas, content, brush.inside(rectum - 2.0 + 0.5 * nodule, 0.7))
+    over(canvas, content, brush.inside(rectum - 2.0 + 0.5 * nodule, 0.7))
     vesicle = np.exp(-(((side - 11) / 8) ** 2) - ((y - 13) / 3.5) ** 2)
-    _over(canvas, 0.62 + 0.25 * np.tanh(2 * fine), vesicle * brush.inside(level - 0.70, 0.12))
+    over(canvas, 0.62 + 0.25 * np.tanh(2 * fine), vesicle * brush.inside(level - 0.70, 0.12))
     return canvas
 
 
@@ -153,15 +109,15 @@ def _gland(brush, draw, x, depth, half_axes, level, texture):
     at = 0.66 * a * (0.60 + 0.05 * next(draw)) * (1 + 0.16 * level)
     bt = b * (0.66 + 0.04 * next(draw)) * (1 + 0.12 * level)
     lobe = np.sqrt(x * x + 4.0) - 0.55 * at  # left and right
-    inner = (1 - _length(lobe / at, (depth + 0.22 * b) / bt)) * bt
+    inner = (1 - length(lobe / at, (depth + 0.22 * b) / bt)) * bt
     core = brush.inside(inner, 0.6)
     tissue = bright + 0.055 * fine - 0.05 * np.maximum(nodule - 0.4, 0)
     swirl = 0.11 * np.tanh(1.6 * nodule) + 0.03 * fine - 0.09 * brush.line(nodule, 0.22)
-    _over(tissue, dull + swirl, core)
+    over(tissue, dull + swirl, core)
     tissue -= 0.20 * brush.line(inner, 0.8)  # surgical capsule
     front = np.exp(-((x / (0.42 * a)) ** 2) - ((depth + 0.95 * b) / (0.36 * b)) ** 2)
-    _over(tissue, 0.20, front)  # anterior fibromuscular stroma
-    tube = _length(x, depth + 0.5 - 3.5 * level)
-    _over(tissue, 0.27, 0.8 * brush.line(tube - 3.0, 1.2))
-    _over(tissue, 0.80, brush.line(tube, 1.9))  # urethra
+    over(tissue, 0.20, front)  # anterior fibromuscular stroma
+    tube = length(x, depth + 0.5 - 3.5 * level)
+    over(tissue, 0.27, 0.8 * brush.line(tube - 3.0, 1.2))
+    over(tissue, 0.80, brush.line(tube, 1.9))  # urethra
     return tissue, bright + core * (dull - bright)

@@ -155,9 +155,10 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
     """Opens and checks an image set.
 
     Args:
-        path_or_name: a folder written by ``python -m data_prep``, or ``"phantom"``.
+        path_or_name: a folder written by ``python -m data_prep``, or the name of an embedded set,
+            ``"phantom"`` (prostate) or ``"histology"``.
         size: side in pixels; smaller than stored is area-averaged in memory, larger is refused.
-            The phantom is rendered at this size (64 by default).
+            Embedded sets are rendered at this size (64 by default).
 
     Returns:
         The set, its images memory-mapped unless they had to be made smaller.
@@ -168,7 +169,7 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
     if size is not None and size < 1:
         raise UserError(f"size is {size}; at least 1 pixel is needed")
     if str(path_or_name) in EMBEDDED:
-        image_set = EMBEDDED[str(path_or_name)](size)
+        image_set = ImageSet(*EMBEDDED[str(path_or_name)](size or 64))
     else:
         image_set = _load(Path(path_or_name).expanduser())
     check(image_set)
@@ -301,11 +302,19 @@ def _read(file: Path, load: Callable):
         raise UserError(f"{file}: cannot be read ({error}); prepare the set again") from error
 
 
-def _phantom(size: int | None) -> ImageSet:
+def _phantom(size: int) -> tuple:
     from hallulib import phantom  # renders only when asked for
 
-    images, table, card = phantom.prostate(size=size or 64)
-    return ImageSet(images, table.reset_index(drop=True), card)
+    return phantom.prostate(size=size)
 
 
-EMBEDDED: dict[str, Callable[[int | None], ImageSet]] = {"phantom": _phantom}
+def _histology(size: int) -> tuple:
+    from hallulib import tissue
+
+    return tissue.histology(size=size)
+
+
+EMBEDDED: dict[str, Callable[[int], tuple[np.ndarray, pd.DataFrame, dict]]] = {
+    "phantom": _phantom,
+    "histology": _histology,
+}

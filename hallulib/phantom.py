@@ -43,10 +43,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
-from hallulib import UserError
+from hallulib import UserError, ceiling
 from hallulib.anatomy import FIELD_OF_VIEW, SLICE_SPACING, WAVES, WINDOW, half_axes, render
+from hallulib.brush import n_waves
 
 GS = ("3+4", "4+3", "4+4", "3+5", "5+3", "4+5", "5+4", "5+5")
 FREQUENCY = np.array([0.50, 0.25, 0.08, 0.02, 0.01, 0.09, 0.04, 0.01])
@@ -76,17 +76,7 @@ SLICE_SHARE = 0.1  # part of the variance of u that differs between the slices o
 SPLITS = ("unlabelled", "train", "val", "test")
 
 
-class Estimate(float):
-    """A number computed by simulation, which carries its error.
-
-    Attributes:
-        standard_error: of the simulation; the number itself depends on no data.
-    """
-
-    standard_error: float
-
-
-def best_auroc(scheme: str, *, seed: int = 0) -> Estimate:
+def best_auroc(scheme: str, *, seed: int = 0) -> ceiling.Estimate:
     r"""The macro one-vs-rest AUROC of the exact posterior, which no classifier can expect to beat.
 
     Drawn from the densities of the module's table, classes as frequent as in the data set.
@@ -105,20 +95,8 @@ def best_auroc(scheme: str, *, seed: int = 0) -> Estimate:
         >>> round(best_auroc("isup"), 2), round(best_auroc("grade2"), 2)
         (0.85, 0.85)
     """
-    member = _membership(scheme)
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(20):
-        score = rng.choice(len(GS), 10_000, p=FREQUENCY)
-        z = SHIFT[score] + rng.standard_normal((len(score), len(PARAMETERS)))
-        ranks = rankdata(_class_posterior(z, member), axis=0)
-        hit = member[score]
-        m = hit.sum(0)
-        auroc = ((ranks * hit).sum(0) - m * (m + 1) / 2) / (m * (len(score) - m))
-        values.append(auroc.mean())
-    best = Estimate(np.mean(values))
-    best.standard_error = float(np.std(values, ddof=1) / len(values) ** 0.5)
-    return best
+    member = ceiling.membership(SCHEMES, scheme, "phantom")
+    return ceiling.simulated(ceiling.macro_auroc, SHIFT, FREQUENCY, member, seed)
 
 
 def posterior(table: pd.DataFrame, scheme: str) -> np.ndarray:
@@ -136,34 +114,11 @@ def posterior(table: pd.DataFrame, scheme: str) -> np.ndarray:
     Raises:
         UserError: if the scheme is unknown or a row has no lesion parameters.
     """
-    member = _membership(scheme)
-    missing = [name for name in PARAMETERS if name not in table]
-    if missing or (table[list(PARAMETERS)] == "").any(axis=None):
-        raise UserError(
-            f"The table lacks {', '.join(missing) or 'lesion parameters in some rows'}; the exact "
-            "posterior needs rows of the phantom that have a lesion (select(labelled=...))."
-        )
-    theta = table[list(PARAMETERS)].to_numpy().astype(float)
+    member = ceiling.membership(SCHEMES, scheme, "phantom")
+    theta = ceiling.true_parameters(table, PARAMETERS, "rows of the phantom that have a lesion")
     u = np.log(theta)
     u[:, 1] -= np.log1p(-theta[:, 1])  # logit
-    return _class_posterior((u - CENTRE) / SPREAD, member)
-
-
-def _membership(scheme):
-    """Which class each Gleason score belongs to ``(score, class)``, 0 or 1."""
-    if scheme not in SCHEMES:
-        raise UserError(
-            f"The phantom has no label scheme {scheme!r}; known: {', '.join(SCHEMES)}."
-        )
-    classes, meaning = SCHEMES[scheme]
-    return np.array([[float(c == known) for known in meaning] for c in classes])
-
-
-def _class_posterior(z, member):
-    """Bayes' rule for standardised parameters ``z (slices, 4)``."""
-    log_joint = np.log(FREQUENCY) - 0.5 * ((z[:, None] - SHIFT) ** 2).sum(-1)
-    joint = np.exp(log_joint - log_joint.max(1, keepdims=True))
-    return joint @ member / joint.sum(1, keepdims=True)
+    return ceiling.posterior((u - CENTRE) / SPREAD, SHIFT, FREQUENCY, member)
 
 
 def prostate(
@@ -237,7 +192,7 @@ def _scores() -> Iterator[int]:
 
     So even a small split has every ISUP, and no count strays from its share.
     """
-    group = _membership("isup")
+    group = ceiling.membership(SCHEMES, "isup", "phantom")
     share, given = FREQUENCY @ group, np.zeros(len(GS))
     while True:
         isup = (share * (given.sum() + 1) - given @ group).argmax()
@@ -254,7 +209,7 @@ def _patient(rng, score):
     index = np.arange(n)
     z = (index - (n - 1) / 2) * SLICE_SPACING
     half_length = n * SLICE_SPACING / 2
-    anatomy, waves = rng.standard_normal(24), rng.random((sum(w[2] for w in WAVES.values()), 4))
+    anatomy, waves = rng.standard_normal(24), rng.random((n_waves(WAVES), 4))
     lesion = np.zeros((n, len(DECIMALS)))
     if score is not None:
         seen = int(rng.integers(3, 7))

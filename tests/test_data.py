@@ -178,7 +178,7 @@ def test_a_pickled_array_is_refused(tmp_path):
 
 
 def test_an_unknown_name_lists_the_embedded_sets():
-    with pytest.raises(UserError, match="phantom or a folder with images.npy"):
+    with pytest.raises(UserError, match="phantom, histology or a folder with images.npy"):
         data.open("no such set")
 
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 CODE = sorted(p for d in ("hallulib", "data_prep", "book") for p in (ROOT / d).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 # Of these, a module imports only what stands before it.
-ORDER = """__init__ shapes phantom data sde score unet sample classmodel flow likelihood bound
-    calibration metrics artifacts train estimators few_labels parameters figures notebooks
+ORDER = """__init__ shapes phantom tissue data sde score unet sample classmodel flow likelihood
+    bound calibration metrics artifacts train estimators few_labels parameters figures notebooks
     grid""".split()
 TOP = set(
     """.ci .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE
