@@ -245,7 +245,7 @@ def broken(kind: str, classes: Path) -> None:
         ("text", "x.png: not a whole image", ()),
         ("nan", "x.npy: pixels are NaN or infinite", ()),
         ("pickle", "x.npy: not a whole image", ()),
-        ("colour", "x.png: colour among grey images; --grey", ()),
+        ("colour", "x.png: colour among grey images; all must be alike, and --grey", ()),
         ("small", "x.png: 4 pixels wide and --size is 8", ("--fit=crop",)),
         ("frames", "2 images in one file", ()),
         ("stack", "x.npy: shape (2, 16, 16)", ()),

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import npz
 from data_prep.__main__ import main
+from data_prep.arrays import Stream
 from hallulib import data
 
 BRAIN = Path(__file__).parents[2] / "shared" / "data" / "brain_mri" / "brain_mri_64.npz"
@@ -64,7 +64,7 @@ def test_colour_arrays_keep_their_channels(tmp_path, arrays, capsys):
 def test_a_stream_reads_what_numpy_reads_in_any_order(tmp_path):
     whole = images(700, 5)
     np.savez_compressed(tmp_path / "a.npz", x=whole)
-    stream = npz.Stream(str(tmp_path / "a.npz"), "x")
+    stream = Stream(str(tmp_path / "a.npz"), "x")
     for start, stop in ((0, 3), (3, 4), (600, 700), (10, 300), (0, 700)):
         assert np.array_equal(stream.read(start, stop), whole[start:stop])
 
