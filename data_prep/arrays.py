@@ -88,10 +88,7 @@ def write(
     Raises:
         UserError: see `data_prep.writer.prepare`.
     """
-    opened.cache_clear()  # a file may have changed since
-    blanks = tiles.blanks(args)
-    card["processing"]["steps"] += blanks.steps
-    read = partial(read_block, size=args.size, blanks=blanks)
+    read = partial(read_block, size=args.size, blanks=tiles.blanks(args))
     return prepare(
         args.out, items, read, card, notes=notes, workers=workers, overwrite=args.overwrite
     )
@@ -214,10 +211,9 @@ class Sliced:
         return np.rint(part).astype(np.uint8)
 
 
-@lru_cache(maxsize=1)
 def opened(path: str, array: str) -> Stream | Sliced:
     """The array of images of a file, by the name of the file; the last one is kept open."""
-    return Sliced(path, array) if path.endswith((".npy", ".h5")) else Stream(path, array)
+    return _opened(File.of(Path(path)), array)
 
 
 def dataset(path: str, name: str):
@@ -238,6 +234,12 @@ def dataset(path: str, name: str):
     if not isinstance(found, h5py.Dataset):
         raise UserError(f"{path}: no array {name!r}; it holds {', '.join(file) or 'nothing'}")
     return found
+
+
+@lru_cache(maxsize=1)
+def _opened(file: File, array: str) -> Stream | Sliced:  # a file that changed is opened anew
+    kind = Sliced if file.path.endswith((".npy", ".h5")) else Stream
+    return kind(file.path, array)
 
 
 def _mapped(path: str) -> np.ndarray:

@@ -93,12 +93,13 @@ def write(args: argparse.Namespace, plan: pd.DataFrame, scheme: str, card: dict,
 
 def card_of(args: argparse.Namespace, labels: dict) -> dict:
     """The card of an .npz, from the command line."""
+    blank = tiles.blanks(args).steps
     return {
         "name": args.name or args.out.name,
         "origin": args.origin,
         "licence": args.licence,
         "spacing_mm": args.spacing,
-        "processing": {"steps": [f"area-averaged to {args.size} pixels"]},
+        "processing": {"steps": [*blank, f"area-averaged to {args.size} pixels"]},
         "labels": labels,
         "coordinates": ["item"],
         "warnings": args.warning,
@@ -143,9 +144,7 @@ def _kept(file: Path, told: str, n: int) -> np.ndarray:
     try:
         return _column(file, name, n).astype(float) <= float(limit)
     except ValueError as error:
-        raise UserError(
-            f"{file}: --keep {told!r} is no comparison of numbers ({error})"
-        ) from error
+        raise UserError(f"{file}: --keep {told!r} does not compare numbers ({error})") from error
 
 
 def _named(labels: np.ndarray, names: np.ndarray, args: argparse.Namespace) -> np.ndarray:
