@@ -173,7 +173,7 @@ class Sliced:
 
     def __init__(self, file: str, array: str):
         self.where = f"{file}: array {array}" if array else file
-        self.array = dataset(file, array) if array else _mapped(file)
+        self.array = dataset(file, array) if array else _Mapped(file)
         self.shape = self.array.shape
         if self.array.dtype.kind not in "uif" or not _are_images(self.shape):
             raise UserError(
@@ -242,11 +242,23 @@ def _opened(file: File, array: str) -> Stream | Sliced:  # a file that changed i
     return kind(file.path, array)
 
 
-def _mapped(path: str) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except FAULTS as error:
-        raise UserError(f"{path}: not a whole .npy file ({error}); fetch it again") from error
+class _Mapped:
+    """An .npy file, mapped anew for each read: pages of a map that stays open count as memory."""
+
+    def __init__(self, path: str):
+        self.path = path
+        array = self._map()
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def _map(self) -> np.ndarray:
+        try:
+            return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except FAULTS as error:
+            told = f"{self.path}: not a whole .npy file ({error}); fetch it again"
+            raise UserError(told) from error
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return np.array(self._map()[part])
 
 
 def _are_images(shape: tuple[int, ...]) -> bool:
