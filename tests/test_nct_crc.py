@@ -1,11 +1,6 @@
 """NCT-CRC-HE-100K and CRC-VAL-HE-7K into an image set: folders of TIFF by tissue."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -129,23 +124,3 @@ def test_an_impossible_size_is_told(archive, tmp_path, capsys, size):
     command = ("nct_crc", archive[1], None, f"--size={size}")
     told = refused(capsys, tmp_path / "set", *command)
     assert f"--size is {size}" in told
-
-
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(archive, whole, tmp_path):
-    out = tmp_path / "set"
-    words = ["nct_crc", archive[0], out, "--test", archive[1], "--size=28", "--workers=1"]
-    command = [sys.executable, "-m", "data_prep", *map(str, words)]
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
-    staged, end = out.with_name("set.partial"), time.monotonic() + 100
-    while not list(staged.glob("*.npz")):
-        assert run.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not out.exists()
-    assert list(staged.glob("*.npz"))
-    resumed = prepared(out, *[None if word == out else word for word in words[:-1]])
-    assert os.listdir(tmp_path) == ["set"]
-    for name in data.FILES:
-        assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()

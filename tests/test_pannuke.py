@@ -1,5 +1,9 @@
 """PanNuke into an image set: folds of arrays, memory-mapped."""
 
+import os
+import subprocess
+import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -104,6 +108,32 @@ def test_a_block_of_a_large_fold_is_all_that_is_in_memory(tmp_path):
     assert len(study.images) == len(blocks[-1].rows) > 0
     assert peak < 2e8
     assert str(file) not in Path("/proc/self/maps").read_text()  # its pages would count, too
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    root = make(tmp_path / "in", folds={1: ["Breast"] * 30})  # two blocks
+    command = ("pannuke", root, None, "--size=16", "--folds=1", "--unlabelled", "--name=set")
+    out = tmp_path / "out" / "set"
+    words = [str(out) if word is None else str(word) for word in command]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "data_prep", *words, "--workers=1"],
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[1],
+    )
+    staged, end = out.with_name("set.partial"), time.monotonic() + 100
+    while not list(staged.glob("*.npz")):
+        assert run.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    run.kill()
+    run.wait()
+    assert not out.exists()
+    assert list(staged.glob("*.npz"))
+    resumed, whole = prepared(out, *command), prepared(tmp_path / "whole", *command)
+    assert os.listdir(out.parent) == ["set"]
+    assert len(resumed) == 30
+    for name in data.FILES:
+        assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
 def change(kind: str, root: Path) -> None:
