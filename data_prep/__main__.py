@@ -7,13 +7,17 @@ import sys
 from hallulib import UserError
 
 ARCHIVES = {
-    "folder": "images in one folder per class, or images and a CSV",
+    "folder": "images in one folder per class, images and a CSV, or tiles without labels",
     "npz": "arrays of one NumPy .npz file",
     "medmnist": "a MedMNIST collection, downloaded or from its .npz file",
     "picai": "PI-CAI prostate MRI: T2-weighted slices graded by expert masks",
     "cbis_ddsm": "CBIS-DDSM film mammograms: benign or malignant by biopsy",
     "inbreast": "INbreast digital mammograms: benign or malignant by BI-RADS",
     "vindr": "VinDr-Mammo digital mammograms: benign or malignant by BI-RADS",
+    "nct_crc": "NCT-CRC-HE-100K and CRC-VAL-HE-7K: nine tissues of colorectal cancer",
+    "pannuke": "PanNuke: tiles of 19 tissues, with that label or without",
+    "patch_camelyon": "PatchCamelyon: lymph nodes, normal or with metastasis",
+    "breakhis": "BreakHis: breast tumours, benign or malignant, of eight kinds",
 }
 
 

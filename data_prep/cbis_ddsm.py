@@ -20,6 +20,7 @@ import pandas as pd
 
 from data_prep import birads, films
 from data_prep.plan import is_below
+from data_prep.tables import read_table
 from data_prep.volumes import Fault
 from data_prep.writer import Report
 from hallulib import UserError
@@ -147,7 +148,7 @@ def _read(tables: Path, name: str) -> tuple[list[dict], list[str]]:
     """The rows of one table, one per abnormality, checked."""
     kind, part = TABLES[name]
     file = tables / f"{name.replace('_', '_case_description_')}_set.csv"
-    table = films.read_table(file, COLUMNS)
+    table = read_table(file, COLUMNS)
     again = table.duplicated()
     rows = []
     for number, row in table[~again].iterrows():

@@ -1,41 +1,37 @@
-"""A folder of images: one folder per class, or a CSV with a label for each file."""
+"""A folder of images: one folder per class, a CSV with a label for each file, or no label."""
 
 import argparse
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from data_prep import pictures
+from data_prep import files, pictures, tiles
 from data_prep.plan import add_origin, add_output, add_splits, check_known, is_below, order, settle
-from data_prep.writer import Report, Study, prepare, versions
+from data_prep.writer import Report, prepare, versions
 from hallulib import UserError
-from hallulib.area import area_average
 
 HELP = """
 Without --csv, the folders in IN are the classes; a folder "unlabelled" holds images without label.
 If IN holds train, val or test, these are the splits and the classes are inside them.
 With --csv, the table has the columns file (below IN) and label, and if it can patient and split;
-an empty label means unlabelled. Only pixels, label and split are taken along: patients get new
-names, and the column item (line of the CSV, or place in the sorted list of files) leads back.
+an empty label means unlabelled.
+With --unlabelled, all images in IN, at any depth, are without label: sets to learn tissue from.
+
+--patient-pattern finds the patient in the path of each file below IN, with its first group, or
+else as a whole; in barcodes of TCGA these are the first 12 characters. Only pixels, label and
+split are taken along: patients get new names, and the column item (line of the CSV, or place in
+the sorted list of files) leads back.
 
   python -m data_prep folder scans/ sets/scans --origin "our hospital" --licence "internal"
   python -m data_prep folder scans/ sets/scans --csv table.csv --label grade --classes low,high
+  python -m data_prep folder TCGA-BRCA/ sets/tcga --unlabelled --blank drop \\
+      --patient-pattern "TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}" --origin "TCGA-BRCA"
+  python -m data_prep folder VGH/ sets/vgh --unlabelled --blank drop --origin "VGH"
 """
-BLOCK = 64  # files read by one worker at a time
-
-
-@dataclass(frozen=True)
-class Block:
-    """Files read together. ``files``: (path, bytes, time of change) of each; ``rows``: its row."""
-
-    key: str
-    files: tuple[tuple[str, int, int], ...]
-    rows: tuple[tuple[tuple[str, str], ...], ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = HELP
     parser.add_argument("source", type=Path, metavar="IN", help="the folder with the images")
     add_output(parser)
-    parser.add_argument("--csv", type=Path, help="table with file, label, [patient], [split]")
+    told = "table with file, label, [patient], [split]"
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--csv", type=Path, help=told)
+    labels.add_argument("--unlabelled", action="store_true", help="all images, at any depth")
+    told = "regular expression that finds the patient in a path"
+    parser.add_argument("--patient-pattern", type=_pattern, metavar="REGEX", help=told)
     parser.add_argument(
         "--label", default="label", help="name of the label, and of its column (default label)"
     )
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fit", choices=["pad", "crop"], default="pad", help="how to make squares (default pad)"
     )
     parser.add_argument("--grey", action="store_true", help="turn colour into grey")
+    tiles.add_arguments(parser, "ignore")
     add_splits(parser)
     add_origin(parser)
 
@@ -66,82 +68,101 @@ def run(args: argparse.Namespace) -> Report:
         raise UserError(f"{args.source}: no such folder; a folder with images is needed")
     if args.size < 1:
         raise UserError(f"--size is {args.size}; at least 1 pixel is needed")
-    plan, notes = _from_csv(args) if args.csv else _from_folders(args.source)
+    plan, notes = _listed(args)
     where = str(args.csv or args.source)
     values = args.classes.split(",") if args.classes else order(plan["label"])
     check_known(plan["label"], values, where)
     plan, odd = settle(plan, args.fractions, args.seed, where)
-    grey = args.grey or pictures.read(args.source / plan["file"].iloc[0]).ndim == 2
-    read = partial(
-        read_block, size=args.size, fit=args.fit, channels=1 if grey else 3, to_grey=args.grey
-    )
-    items = list(_blocks(plan, args.source, args.label))
-    card = _card(args, values, grey)
+    plan["file"] = [str(args.source / name) for name in plan["file"]]
+    grey = args.grey or pictures.read(Path(plan["file"].iloc[0])).ndim == 2
+    blanks = tiles.blanks(args)
+    how = files.Reading(args.size, args.fit, 1 if grey else 3, args.grey, blanks=blanks)
     return prepare(
         args.out,
-        items,
-        read,
-        card,
+        list(files.blocks(plan, {args.label: "label"})),
+        partial(files.read_block, how=how),
+        _card(args, values, grey, blanks),
         notes=[*notes, *odd],
         workers=args.workers,
         overwrite=args.overwrite,
     )
 
 
-def read_block(block: Block, size: int, fit: str, channels: int, to_grey: bool) -> Study:
-    """Reads the files of a block.
+def _listed(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
+    """The plan: columns file (below the folder), patient, label, split; index = item."""
+    if args.csv:
+        plan, notes = _from_csv(args)
+    elif args.unlabelled:
+        plan, notes = _from_tree(args.source)
+    else:
+        plan, notes = _from_folders(args.source)
+    if args.patient_pattern:
+        nobody = plan["patient"] == ""
+        found = _patients(plan.loc[nobody, "file"], args.patient_pattern, args.source)
+        plan.loc[nobody, "patient"] = found
+    return plan, notes
 
-    Args:
-        block: what to read.
-        size: side of the images, in pixels.
-        fit: ``"pad"`` or ``"crop"``.
-        channels: 1 or 3, as the first file of all.
-        to_grey: turn colour into grey.
 
-    Raises:
-        UserError: a file cannot be read, has another number of channels or is too small.
-    """
-    images, notes = [], []
-    for name, *_ in block.files:
-        pixels = pictures.read(Path(name), to_grey)
-        if (pixels.ndim == 3) != (channels == 3):
-            kinds = ("grey", "colour") if channels == 3 else ("colour", "grey")
-            raise UserError(f"{name}: {kinds[0]} among {kinds[1]} images; --grey makes all grey")
-        pixels, deep = pictures.to_bytes(pixels)
-        pixels, odd = pictures.to_square(pixels, fit)
-        if len(pixels) < size:
-            raise UserError(
-                f"{name}: {len(pixels)} pixels wide and --size is {size}; enlarging invents"
-                " detail, so a smaller --size is needed"
-            )
-        planes = pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
-        images.append(area_average(planes[None], size)[0])
-        notes += deep + odd
-    return Study(images, [dict(row) for row in block.rows], notes)
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
+def _patients(names: Sequence[str], pattern: re.Pattern[str], root: Path) -> list[str]:
+    """What the pattern finds in each path; all or none, since a patient overlooked is a leak."""
+    matches = [pattern.search(Path(name).as_posix()) for name in names]
+    found = [(match[1 if pattern.groups else 0] or "") if match else "" for match in matches]
+    missed = [name for name, patient in zip(names, found, strict=True) if not patient]
+    if missed:
+        raise UserError(
+            f"{root / missed[0]}: {pattern.pattern!r} finds no patient in the path of this and of"
+            f" {len(missed) - 1} other images; one that fits every image is needed"
+        )
+    return found
+
+
+def _from_tree(root: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The plan of images without label, at any depth."""
+    found, left = [], 0
+    for folder in _tree(root):
+        images, others = files.images(folder)
+        found += [str(file.relative_to(root)) for file in images]
+        left += others
+    rows = [(name, "", "", "") for name in sorted(found)]
+    return _plan(rows, root), [files.NO_IMAGE] * left
+
+
+def _tree(root: Path) -> Iterator[Path]:
+    yield root
+    for folder in files.folders(root):
+        yield from _tree(folder)
 
 
 def _from_folders(root: Path) -> tuple[pd.DataFrame, list[str]]:
     """The plan of class folders: columns file, patient, label, split; index = place."""
     rows, notes = [], []
     for split, folder in _class_folders(root):
-        if _folders(folder):
+        deeper = files.folders(folder)
+        if deeper:
             raise UserError(
-                f"{_folders(folder)[0]}: a folder in a class folder; images must lie directly in"
-                " class folders (splits are named train, val, test)"
+                f"{deeper[0]}: a folder in a class folder; images must lie directly in class"
+                " folders (splits are named train, val, test)"
             )
-        files, left = _images(folder)
+        images, left = files.images(folder)
         label = "" if folder.name == "unlabelled" else folder.name
-        rows += [(str(file.relative_to(root)), "", label, split) for file in files]
-        notes += ["file that is not an image left out"] * left
+        rows += [(str(file.relative_to(root)), "", label, split) for file in images]
+        notes += [files.NO_IMAGE] * left
     return _plan(rows, root), notes
 
 
 def _class_folders(root: Path) -> list[tuple[str, Path]]:
     """(split, folder) of each class; the split is "" where the folders do not tell."""
-    tops = _folders(root)
+    tops = files.folders(root)
     splits = [folder for folder in tops if folder.name in ("train", "val", "test")]
     for folder in (root, *splits):
-        loose, _ = _images(folder)
+        loose, _ = files.images(folder)
         if loose:
             raise UserError(
                 f"{loose[0]}: an image outside a class folder; put it in a folder named by its"
@@ -151,7 +172,7 @@ def _class_folders(root: Path) -> list[tuple[str, Path]]:
     strange = [folder for folder in others if splits and folder.name != "unlabelled"]
     if strange:
         raise UserError(f"{strange[0]}: a class beside train, val or test; classes go inside them")
-    inside = [(split.name, folder) for split in splits for folder in _folders(split)]
+    inside = [(split.name, folder) for split in splits for folder in files.folders(split)]
     return inside + [("", folder) for folder in others]
 
 
@@ -168,7 +189,7 @@ def _from_csv(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
     notes = ["column of the CSV left out"] * len(set(table.columns) - set(wanted))
     listed = {args.source / name for name in table["file"]}
     for folder, _, _ in os.walk(args.source):
-        found = _images(Path(folder))[0]
+        found = files.images(Path(folder))[0]
         notes += ["image not in the CSV left out"] * sum(file not in listed for file in found)
     plan = table.reindex(columns=wanted, fill_value="")
     return _plan(plan.set_axis(["file", "patient", "label", "split"], axis=1), args.csv), notes
@@ -213,35 +234,12 @@ def _plan(rows, where: Path) -> pd.DataFrame:
     return plan
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
-
-
-def _images(folder: Path) -> tuple[list[Path], int]:
-    """The image files right in a folder, sorted, and how many other files."""
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")]
-    images = [f for f in files if f.suffix.lower() in pictures.SUFFIXES]
-    return images, len(files) - len(images)
-
-
-def _blocks(plan: pd.DataFrame, root: Path, scheme: str) -> Iterator[Block]:
-    for number, start in enumerate(range(0, len(plan), BLOCK)):
-        part = plan.iloc[start : start + BLOCK]
-        files, rows = [], []
-        for item, row in zip(part.index, part.to_dict("records"), strict=True):
-            stat = (root / row["file"]).stat()
-            files.append((str(root / row["file"]), stat.st_size, stat.st_mtime_ns))
-            told = {"patient": row["patient"], "split": row["split"], "item": str(item)}
-            told |= {scheme: row["label"]} if row["label"] else {}
-            rows.append(tuple(told.items()))
-        yield Block(f"block {number}", tuple(files), tuple(rows))
-
-
-def _card(args: argparse.Namespace, values: list[str], grey: bool) -> dict:
+def _card(args: argparse.Namespace, values: list[str], grey: bool, blanks: tiles.Blanks) -> dict:
     steps = [
         "images deeper than 8 bits: 0.5th to 99.5th percentile of each image to 0..255",
         "pad: median of the border" if args.fit == "pad" else "crop: centre",
         *(["colour to luminance (ITU-R 601)"] if args.grey else []),
+        *blanks.steps,
         f"area-averaged to {args.size} pixels",
         f"{'grey' if grey else 'colour'}; splits by seed {args.seed}, {args.fractions}",
     ]

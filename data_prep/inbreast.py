@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import birads, films
+from data_prep.tables import read_table
 from data_prep.writer import Report
 from hallulib import UserError
 
@@ -100,7 +101,7 @@ def list_films(file: Path, three: str) -> tuple[pd.DataFrame, list[str]]:
     Raises:
         UserError: it cannot be read, or a row is impossible.
     """
-    table, notes = films.once(films.read_table(file, COLUMNS, ";"), "file name", file)
+    table, notes = films.once(read_table(file, COLUMNS, ";"), "file name", file)
     rows = []
     for number, row in table.iterrows():
         where = f"{file}: row {number}"

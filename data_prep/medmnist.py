@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from data_prep import npz
+from data_prep import arrays, npz, tiles
 from data_prep.plan import add_output, settle
 from data_prep.writer import Report
 from hallulib import UserError
@@ -20,7 +20,10 @@ medmnist package knows. The smallest published size that reaches --size is used.
   python -m data_prep medmnist pathmnist sets/path --file pathmnist_64.npz
 """
 SIZES = (28, 64, 128, 224)
-WARNINGS = {"pathmnist": "val shares patients with train; only test is from other patients"}
+UNKNOWN = "patients are not published; the authors' splits are kept"
+WARNINGS = {
+    "pathmnist": f"{UNKNOWN}: val shares patients with train, only test is from other patients"
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("collection", metavar="NAME", help="for example pathmnist, breastmnist")
     add_output(parser)
     parser.add_argument("--file", type=Path, help="the .npz, if it is on disk already")
+    tiles.add_arguments(parser, "ignore")
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -51,13 +55,11 @@ def run(args: argparse.Namespace) -> Report:
     values = list(info["label"].values())
     args.origin, args.licence, args.spacing = f"MedMNIST {args.collection}", info["license"], None
     args.name = args.name or args.collection
-    args.warning = [
-        WARNINGS.get(args.collection, "patients are not published; the authors' splits are kept")
-    ]
+    args.warning = [WARNINGS.get(args.collection, UNKNOWN)]
     card = npz.card_of(args, {"label": {"values": values, "meaning": {v: v for v in values}}})
     card["origin"] += f", {info['url' + flag]}, MD5 {md5}"
-    items = list(npz.blocks(plan.reset_index(level=0), file, "label", md5))
-    return npz.write(args, items, card, notes)
+    plan = plan.reset_index(level="array").assign(file=str(file))
+    return npz.write(args, plan.assign(part=plan["array"]), "label", card, notes)
 
 
 def _info(name: str) -> dict:
@@ -112,7 +114,7 @@ def _plan(file: Path, info: dict) -> pd.DataFrame:
     for split in ("train", "val", "test"):
         numbers = npz._column(file, f"{split}_labels")
         labels = [info["label"].get(number, number) for number in numbers]
-        npz.check_count(file, f"{split}_images", len(labels))
+        arrays.check(file, f"{split}_images", len(labels))
         plan = {"label": labels, "split": split, "patient": ""}
         parts[f"{split}_images"] = pd.DataFrame(plan, dtype=str)
     return pd.concat(parts, names=["array"])

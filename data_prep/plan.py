@@ -175,8 +175,6 @@ def _keep_together(plan: pd.DataFrame, where: str) -> None:
 
 
 def _divide(plan: pd.DataFrame, shares: Mapping[str, float], seed: int) -> list[str]:
-    from hallulib.data import split_patients  # late: imports torch, which workers do not need
-
     given = set(plan["split"]) - {"", "unlabelled"}
     notes = []
     if "train" in given and "val" not in given and shares.get("val", 0) > 0:
@@ -187,6 +185,8 @@ def _divide(plan: pd.DataFrame, shares: Mapping[str, float], seed: int) -> list[
     left = {split: share for split, share in shares.items() if split not in given}
     if not todo.any():
         return notes
+    from hallulib.data import split_patients  # late: imports torch, which not all need
+
     left = left if sum(left.values()) > 0 else {"train": 1.0}
     left = {split: share / sum(left.values()) for split, share in left.items()}
     patients, labels = list(plan.loc[todo, "patient"]), list(plan.loc[todo, "label"])

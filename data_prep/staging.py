@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from hallulib import UserError
@@ -147,7 +148,8 @@ def _cores() -> int:
 
 def _run(job, todo, workers: int) -> Iterator[None]:
     if workers < 2:
-        yield from (job(item, path) for item, path in todo)
+        with threadpool_limits(1):
+            yield from (job(item, path) for item, path in todo)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
@@ -168,6 +170,7 @@ def _run(job, todo, workers: int) -> Iterator[None]:
 def _start_worker() -> None:
     """Leaves Ctrl-C to the parent, and ends when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threadpool_limits(1)  # a worker per core: threads of BLAS would only wait for each other
 
     def follow():
         multiprocessing.parent_process().join()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import birads, films
+from data_prep.tables import read_table
 from data_prep.writer import Report
 from hallulib import UserError
 
@@ -90,7 +91,7 @@ def list_films(root: Path, three: str) -> tuple[pd.DataFrame, list[str]]:
         UserError: a table cannot be read, or a row is impossible.
     """
     file = root / "breast-level_annotations.csv"
-    table, notes = films.once(films.read_table(file, COLUMNS), "image id", file)
+    table, notes = films.once(read_table(file, COLUMNS), "image id", file)
     found = read_findings(root / "finding_annotations.csv")
     rows = [_film(row, f"{file}: row {row.name}", three, found) for _, row in table.iterrows()]
     unknown = len(set(found) - set(table["image id"]))
@@ -112,7 +113,7 @@ def read_findings(file: Path) -> dict[str, set[str]]:
         UserError: it cannot be read, or a row has no list of texts.
     """
     found: dict[str, set[str]] = {}
-    table = films.read_table(file, ["image id", "finding categories"])
+    table = read_table(file, ["image id", "finding categories"])
     for number, (image, text) in zip(table.index, table.to_numpy(), strict=True):
         try:
             listed = ast.literal_eval(text)

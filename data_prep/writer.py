@@ -45,6 +45,7 @@ class Report:
         patients: how many.
         splits: split -> class of the first scheme ("" = none) -> images.
         counts: what was odd, by name -> how often.
+        warnings: what readers of the card must know.
     """
 
     out: Path
@@ -52,6 +53,7 @@ class Report:
     patients: int
     splits: dict[str, dict[str, int]]
     counts: dict[str, int]
+    warnings: Sequence[str] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.out}: {self.images} images of {self.patients} patients"]
@@ -59,6 +61,7 @@ class Report:
             told = ", ".join(f"{name or 'no label'} {n}" for name, n in classes.items())
             lines.append(f"{sum(classes.values()):>9}  {split:<11} {told}")
         lines += [f"{n:>9}  {name}" for name, n in self.counts.items()]
+        lines += [f"{'warning':>9}  {told}" for told in self.warnings]
         return "\n".join(lines)
 
 
@@ -82,8 +85,8 @@ def prepare(
         card: ``name``, ``origin``, ``licence``, ``spacing_mm`` ([row, column] or None),
             ``processing`` {``steps``: [text], ``versions``}, ``labels`` {scheme: {``values``,
             ``meaning``}} (the first scheme is the default) and ``coordinates``, the allow-list of
-            further columns. Every setting that changes a pixel belongs in ``steps``. The writer
-            adds ``counts``, ``report`` and ``sha256``.
+            further columns; and if need be ``warnings``. Every setting that changes a pixel
+            belongs in ``steps``. The writer adds ``counts``, ``report`` and ``sha256``.
         splits: patient -> split, or a function of the whole table that returns it; used for rows
             whose ``split`` is empty. See `by_fraction`.
         notes: oddities found before reading, counted with those of the studies.
@@ -173,7 +176,8 @@ def _assemble(out: Path, staging: Path, items, staged, card, splits, notes) -> R
     odd = Counter([*notes, *(note for about in abouts for note in about["notes"])])
     odd += _copies([p for about in abouts for p in about["prints"]], table["split"])
     counts = {"images": len(table), "patients": table["patient"].nunique()}
-    report = Report(out, **counts, splits=_tally(table, card), counts=dict(sorted(odd.items())))
+    told = {"splits": _tally(table, card), "counts": dict(sorted(odd.items()))}
+    report = Report(out, **counts, **told, warnings=card.get("warnings", ()))
     card = card | {"counts": counts | {"splits": report.splits}, "report": report.counts}
     data.check_table(table, card, out.name)
     with writing(out):

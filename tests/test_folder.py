@@ -208,6 +208,57 @@ def test_padding_keeps_every_pixel_and_cropping_adds_none(height, width, colour)
     assert (white == 255).all()
 
 
+BARCODES = ["TCGA-A2-A0CM-01Z-00-DX1", "TCGA-A2-A0CM-01Z-00-DX2", "TCGA-E2-A14N-01Z-00-DX1"]
+TCGA = "--patient-pattern=TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}"
+
+
+@pytest.fixture
+def slides(tmp_path) -> Path:
+    """Tiles in one folder per slide, as cut from TCGA; two slides are of one patient."""
+    for code in BARCODES:
+        for i in range(4):
+            save(tmp_path / "in" / "tiles" / f"{code}.4D1F" / f"{i}_0.png", pixels(16, 16, 3))
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("pattern", [TCGA, "--patient-pattern=tiles/(.{12})"])
+def test_tiles_without_label_are_found_at_any_depth_and_patients_in_their_paths(slides, pattern):
+    assert prepare(slides, "--unlabelled", pattern) == 0
+    opened = data.open(slides.parent / "set")
+    assert (len(opened), set(opened.table["split"]), opened.schemes) == (12, {"unlabelled"}, ())
+    assert list(opened.table["patient"]) == ["p00001"] * 8 + ["p00002"] * 4
+    assert not [told for told in opened.card["report"] if "without patient" in told]
+    for name in ("table.csv", "card.json"):
+        assert "A0CM" not in (slides.parent / "set" / name).read_text()
+    assert prepare(slides, "--unlabelled", out="own") == 0
+    assert data.open(slides.parent / "own").table["patient"].nunique() == 12
+
+
+def test_patients_of_paths_keep_labelled_images_in_one_split(slides):
+    for i, folder in enumerate(sorted((slides / "tiles").iterdir())):
+        for file in list(folder.iterdir()):
+            target = slides / ("low", "high")[i % 2] / f"{folder.name}_{file.name}"
+            target.parent.mkdir(exist_ok=True)
+            file.rename(target)
+    shutil.rmtree(slides / "tiles")
+    assert prepare(slides, TCGA) == 0
+    table = data.open(slides.parent / "set").table
+    assert sorted(table["patient"].value_counts()) == [4, 8]
+    assert (table.groupby("patient")["split"].nunique() == 1).all()
+
+
+def test_a_path_without_patient_is_refused(slides, capsys):
+    save(slides / "tiles" / "control" / "0_0.png", pixels(16, 16, 3))
+    told = refused(capsys, slides, "--unlabelled", TCGA)
+    assert "control/0_0.png: 'TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}' finds no patient in the path" in told
+
+
+@pytest.mark.parametrize("options", [["--patient-pattern=("], ["--unlabelled", "--csv=x.csv"]])
+def test_a_broken_pattern_and_labels_of_no_labels_exit_with_2(slides, options):
+    with pytest.raises(SystemExit, match="2"):
+        prepare(slides, *options)
+
+
 def test_an_empty_folder_is_told(tmp_path, capsys):
     (tmp_path / "in" / "sick").mkdir(parents=True)
     (tmp_path / "in" / "sick" / "notes.txt").write_text("")
@@ -245,7 +296,7 @@ def broken(kind: str, classes: Path) -> None:
         ("text", "x.png: not a whole image", ()),
         ("nan", "x.npy: pixels are NaN or infinite", ()),
         ("pickle", "x.npy: not a whole image", ()),
-        ("colour", "x.png: colour among grey images; --grey", ()),
+        ("colour", "x.png: colour among grey images; all must be alike, and --grey", ()),
         ("small", "x.png: 4 pixels wide and --size is 8", ("--fit=crop",)),
         ("frames", "2 images in one file", ()),
         ("stack", "x.npy: shape (2, 16, 16)", ()),

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import npz
 from data_prep.__main__ import main
+from data_prep.arrays import Stream
 from hallulib import data
 
 BRAIN = Path(__file__).parents[2] / "shared" / "data" / "brain_mri" / "brain_mri_64.npz"
@@ -53,6 +53,30 @@ def test_arrays_become_an_image_set_with_patients_kept_together(tmp_path, arrays
     assert opened.labels("label").tolist() == arrays["label"][items].tolist()
 
 
+def test_images_can_be_kept_by_a_limit(tmp_path, arrays, capsys):
+    arrays["white"] = np.linspace(0, 1, 60).astype(np.float32)
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--size=12", "--keep")
+    told = run(capsys, *command, "white <= .5")
+    opened = data.open(tmp_path / "set")
+    assert np.array_equal(opened.images, arrays["images"][arrays["white"] <= 0.5, None])
+    assert "30  image left out by white <= .5" in told
+    out = tmp_path / "other"
+    told = run(capsys, *command[:2], out, *command[3:], "white<=half", status=2)
+    assert "a.npz: --keep 'white<=half' does not compare numbers" in told
+    told = run(capsys, *command[:2], out, *command[3:], "grey<=.5", status=2)
+    assert "no array 'grey'" in told
+
+
+def test_blank_tiles_are_left_out_if_asked(tmp_path, arrays, capsys):
+    arrays["images"][::4] = 250
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--size=6")
+    assert "15  blank tile, white: left out" in run(capsys, *command, "--blank=drop")
+    places = data.open(tmp_path / "set").table["item"].astype(int)
+    assert sorted(places) == [i for i in range(60) if i % 4]
+
+
 def test_colour_arrays_keep_their_channels(tmp_path, arrays, capsys):
     arrays["images"] = images(60, 12, 3)
     np.savez_compressed(tmp_path / "a.npz", **arrays)
@@ -64,7 +88,7 @@ def test_colour_arrays_keep_their_channels(tmp_path, arrays, capsys):
 def test_a_stream_reads_what_numpy_reads_in_any_order(tmp_path):
     whole = images(700, 5)
     np.savez_compressed(tmp_path / "a.npz", x=whole)
-    stream = npz.Stream(str(tmp_path / "a.npz"), "x")
+    stream = Stream(str(tmp_path / "a.npz"), "x")
     for start, stop in ((0, 3), (3, 4), (600, 700), (10, 300), (0, 700)):
         assert np.array_equal(stream.read(start, stop), whole[start:stop])
 
@@ -147,10 +171,28 @@ def test_a_collection_keeps_its_splits_labels_and_licence(toy, capsys):
     assert np.array_equal(opened.select("val").images, data.area_average(stored, 14))
 
 
-def test_the_card_of_pathmnist_warns_of_shared_patients():
-    from data_prep.medmnist import WARNINGS
-
-    assert "val shares patients with train" in WARNINGS["pathmnist"]
+def test_pathmnist_is_nine_tissues_and_the_report_says_that_val_shares_patients(
+    tmp_path, capsys, monkeypatch
+):
+    medmnist = pytest.importorskip("medmnist", reason="medmnist is not installed")
+    parts, file = {}, tmp_path / "pathmnist.npz"
+    for split, n in (("train", 27), ("val", 9), ("test", 18)):
+        parts[f"{split}_images"] = images(n, 28, 3)
+        parts[f"{split}_labels"] = (np.arange(n) % 9)[:, None].astype(np.uint8)
+    np.savez_compressed(file, **parts)
+    md5 = hashlib.md5(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(medmnist.INFO, "pathmnist", medmnist.INFO["pathmnist"] | {"MD5": md5})
+    command = ("medmnist", "pathmnist", tmp_path / "set", "--file", file, "--size=28")
+    told = run(capsys, *command)
+    opened = data.open(tmp_path / "set")
+    for split in ("train", "val", "test"):
+        part = opened.select(split)
+        assert np.array_equal(part.images, np.moveaxis(parts[f"{split}_images"], 3, 1))
+        assert part.labels("label").tolist() == parts[f"{split}_labels"][:, 0].tolist()
+    assert len(opened.classes("label")) == 9
+    assert "54  image without patient: counted as its own, so leaks between splits cannot" in told
+    assert "warning  patients are not published" in told
+    assert "val shares patients with train, only test is from other patients" in told
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,10 @@ def test_the_card_tells_versions_counts_and_sums(tmp_path):
     assert set(card["processing"]["versions"]) >= {"python", "numpy", "hallulib"}
 
 
-@pytest.mark.parametrize("archive", ["folder", "npz", "medmnist"])
+ARCHIVES = "folder npz medmnist nct_crc pannuke patch_camelyon breakhis".split()
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
 def test_help_tells_what_an_archive_needs(archive, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([archive, "--help"])

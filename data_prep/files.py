@@ -1,0 +1,119 @@
+"""Image files, read in blocks: what archives that are folders of pictures share."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_prep import pictures
+from data_prep.staging import File, Study
+from data_prep.tiles import Blanks
+from hallulib import UserError
+from hallulib.area import area_average
+
+BLOCK = 64  # files read by one worker at a time
+NO_IMAGE = "file that is not an image left out"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Files read together, and the row of each."""
+
+    key: str
+    files: tuple[File, ...]
+    rows: tuple[tuple[tuple[str, str], ...], ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures become images.
+
+    Args:
+        size: side of the images, in pixels.
+        fit: how to make squares, ``"pad"`` or ``"crop"``.
+        channels: 1 or 3, as the first file of all.
+        to_grey: turn colour into grey.
+        shape: (height, width) that every file must have, if they are to be alike.
+        blanks: what becomes of blank tiles.
+    """
+
+    size: int
+    fit: str = "pad"
+    channels: int = 3
+    to_grey: bool = False
+    shape: tuple[int, int] | None = None
+    blanks: Blanks = Blanks()
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders right in a folder, sorted; hidden ones and those of macOS do not count."""
+    return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
+
+
+def images(folder: Path) -> tuple[list[Path], int]:
+    """The image files right in a folder, sorted, and how many other files."""
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")]
+    found = [f for f in files if f.suffix.lower() in pictures.SUFFIXES]
+    return found, len(files) - len(found)
+
+
+def blocks(plan: pd.DataFrame, columns: Mapping[str, str]) -> Iterator[Block]:
+    """The plan in blocks of neighbours.
+
+    Args:
+        plan: strings, one row per image: ``file``, ``patient``, ``split`` and more; the index
+            becomes the column ``item``.
+        columns: further columns to write -> columns of the plan.
+    """
+    columns = {"patient": "patient", "split": "split"} | columns
+    for number, start in enumerate(range(0, len(plan), BLOCK)):
+        part = plan.iloc[start : start + BLOCK]
+        rows = []
+        for item, row in zip(part.index, part.to_dict("records"), strict=True):
+            told = {name: row[column] for name, column in columns.items() if row[column]}
+            rows.append(tuple((told | {"item": str(item)}).items()))
+        found = tuple(File.of(Path(file)) for file in part["file"])
+        yield Block(f"block {number}", found, tuple(rows))
+
+
+def read_block(block: Block, how: Reading) -> Study:
+    """Reads the files of a block.
+
+    Raises:
+        UserError: a file cannot be read, is not of the shape that is asked for, has another number
+            of channels or is too small.
+    """
+    kept, rows, notes = [], [], []
+    for file, row in zip(block.files, block.rows, strict=True):
+        pixels, odd = _square(file.path, how)
+        stays, blank = how.blanks.check(pixels)
+        notes += odd + blank
+        if stays:
+            planes = pixels[None] if how.channels == 1 else np.moveaxis(pixels, 2, 0)
+            kept.append(area_average(planes[None], how.size)[0])
+            rows.append(dict(row))
+    return Study(kept, rows, notes)
+
+
+def _square(path: str, how: Reading) -> tuple[np.ndarray, list[str]]:
+    """One file as uint8 (H, H) or (H, H, 3), H at least the size asked for; and notes."""
+    pixels = pictures.read(Path(path), how.to_grey)
+    if (pixels.ndim == 3) != (how.channels == 3):
+        kinds = ("grey", "colour") if how.channels == 3 else ("colour", "grey")
+        raise UserError(
+            f"{path}: {kinds[0]} among {kinds[1]} images; all must be alike, and --grey of the"
+            " archive folder makes them grey"
+        )
+    if how.shape and pixels.shape[:2] != how.shape:
+        found, needed = (f"{h} x {w}" for h, w in (pixels.shape[:2], how.shape))
+        raise UserError(f"{path}: {found} pixels; {needed} are needed, as in the whole archive")
+    pixels, deep = pictures.to_bytes(pixels)
+    pixels, odd = pictures.to_square(pixels, how.fit)
+    if len(pixels) < how.size:
+        raise UserError(
+            f"{path}: {len(pixels)} pixels wide and --size is {how.size}; enlarging invents"
+            " detail, so a smaller --size is needed"
+        )
+    return pixels, deep + odd
