@@ -355,7 +355,7 @@ class ScoreClassifier(ClassifierMixin, BaseEstimator):
         return given.double()
 
 
-def _some(images: Images, n: int, seed: int) -> Images:
+def _some(images: Others, n: int, seed: int) -> Tensor:
     """At most n images, drawn at random."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]]
 

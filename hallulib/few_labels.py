@@ -53,7 +53,8 @@ class Contest:
         copies: moved and mirrored copies of each labelled image it learns from as well.
         adapt: which of its weights learn then.
         lr: their learning rate.
-        class_rate: that of the class vectors, as a multiple of ``lr``.
+        class_rate: that of the class vectors, as a multiple of ``lr``, at most: a third of the
+            number of labelled images, since few of them are soon remembered.
         width: of the score model.
         effort, confidence, power: of the decision, see :func:`hallulib.bound.decide`.
         weigh: folds in which labelled images are held out to weigh the noise levels in place of
@@ -217,7 +218,7 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
         copies=contest.copies,
         steps=min(contest.steps, 40 + 3 * len(labelled)),
         lr=contest.lr,
-        class_rate=contest.class_rate,
+        class_rate=min(contest.class_rate, max(1, len(labelled) / 3)),
         effort=contest.effort,
         confidence=contest.confidence,
         power=contest.power,

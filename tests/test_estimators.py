@@ -204,3 +204,23 @@ def test_a_copy_answers_the_same(fitted):
     x, _ = bars(8)
     other = copy.deepcopy(fitted)
     np.testing.assert_array_equal(other.predict_proba(x), fitted.predict_proba(x))
+
+
+def test_held_out_images_weigh_the_noise_levels_and_the_answer_learns_from_all():
+    x, y = bars(24)
+    told = dict(steps=150, lr=2e-3, **TINY | {"effort": 16})
+    plain = ScoreClassifier(**told).fit(x, y)
+    weighed = ScoreClassifier(weigh=2, **told).fit(x, y)
+    assert plain.levels_.weights is None
+    assert max(weighed.levels_.weights) == pytest.approx(1)
+    assert sum(weighed.levels_.shares) == pytest.approx(1)
+    for a, b in zip(plain.model_.parameters(), weighed.model_.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert weighed.score(*bars(seed=1)) > 0.9
+
+
+@pytest.mark.parametrize("weigh", [1, 5])
+def test_more_folds_than_labelled_images_are_told(weigh):
+    x, y = bars(8)
+    with pytest.raises(UserError, match=rf"weigh is {weigh} and the rarest class has 4 labelled"):
+        ScoreClassifier(weigh=weigh, steps=1, **TINY).fit(x, y)
