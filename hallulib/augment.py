@@ -34,7 +34,7 @@ from hallulib.adaptation import relabelled
 from hallulib.autoencoder import Autoencoder
 from hallulib.backbone import read, train_resnet
 from hallulib.data import ImageSet
-from hallulib.few_labels import columns
+from hallulib.few_labels import choose, columns
 from hallulib.quality import AnyImages
 from hallulib.score import ScoreModel
 from hallulib.selection import FeatureSpace, take
@@ -162,23 +162,6 @@ def _identity(folder: Path) -> str:
     return hashlib.sha256((folder / artifacts.CARD).read_bytes()).hexdigest()
 
 
-def choose(y: Labels, share: float | int, seed: int) -> np.ndarray:
-    """Positions of a share of the images of every class, at least two of each.
-
-    Raises:
-        UserError: a class with fewer than two images.
-    """
-    rng, kept = np.random.default_rng(seed), []
-    for c in range(int(y.max()) + 1):
-        of_class = rng.permutation(np.flatnonzero(y.numpy() == c))
-        if len(of_class) < 2:
-            raise UserError(
-                f"class {c} has {len(of_class)} labelled training images; at least 2 are needed"
-            )
-        kept.append(of_class[: max(2, round(share * len(of_class)))])
-    return np.sort(np.concatenate(kept))
-
-
 def synthesise(
     found: Pretrained, trial: Trial, x: Images, y: Labels, names: list[str], n: int, seed: int
 ) -> tuple[AnyImages, Int[Tensor, " _made"]]:
@@ -282,7 +265,13 @@ def _measure(images: ImageSet, trial: Trial, prior: Pretrained, seed: int, folde
             f"{images.name}: {len(names)} classes of {trial.scheme} in the split train; at least "
             "2 are needed"
         )
-    rows = choose(y, trial.share, seed)
+    rare = int(torch.bincount(y).min())
+    if rare < 2:
+        raise UserError(
+            f"{images.name}: a class of {trial.scheme} has {rare} image in the split train; at "
+            "least 2 are needed"
+        )
+    rows = choose(y, 0, seed, trial.share)
     x, y = known.tensor(rows), y[rows]
     asked = np.sort(np.random.default_rng(0).permutation(len(test))[: trial.n_test])
     x_test = test.tensor(asked)

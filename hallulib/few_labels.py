@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -172,21 +172,24 @@ def columns(scores: pd.DataFrame, method: str) -> np.ndarray:
     return scores[[c for c in scores if c.startswith(f"{method} ")]].to_numpy()
 
 
-def choose(labels: Labels, per_class: int, seed: int) -> np.ndarray:
-    """Positions of ``per_class`` images of each class, all with 0; more labels add to fewer.
+def choose(
+    labels: Labels, per_class: int, seed: int, share: float | int = 1
+) -> Int[np.ndarray, " kept"]:
+    """Positions of ``per_class`` images of each class, or of a share; more labels add to fewer.
 
     With the same seed the images for 1 per class are among those for 5, and so on.
 
     Args:
         labels: class indices, -1 where there is none.
-        per_class: images of each class.
+        per_class: images of each class; 0 takes a share of them.
         seed: of the order in which images of a class are taken.
+        share: of the images of each class, at least two; all unless given.
     """
     y, rng = labels.numpy(), np.random.default_rng(seed)
     kept = []
     for c in np.unique(y[y >= 0]):
         of_class = rng.permutation(np.flatnonzero(y == c))
-        kept.append(of_class[: per_class or None])
+        kept.append(of_class[: per_class or max(2, round(share * len(of_class)))])
     return np.sort(np.concatenate(kept))
 
 

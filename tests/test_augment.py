@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hallulib import UserError, data
-from hallulib.augment import ARMS, Trial, choose, read_fold, run, table
+from hallulib.augment import ARMS, Trial, read_fold, run, table
+from hallulib.few_labels import choose
 from hallulib.selection import ADMITTED
 
 TINY = Trial(
@@ -65,7 +64,7 @@ def test_as_many_unselected_as_selected_images_of_each_class_are_learnt_from(fou
 
 def test_labelled_images_are_those_of_the_fold(found, phantom):
     known = phantom.select("train", labelled="grade2")
-    rows = choose(known.labels("grade2"), TINY.share, TINY.seed)
+    rows = choose(known.labels("grade2"), 0, TINY.seed, TINY.share)
     real = read_fold(found[1][0])[0]
     torch.testing.assert_close(real, known.tensor(rows), atol=1e-5, rtol=0)
 
@@ -81,23 +80,13 @@ def test_labels_that_a_fold_did_not_keep_change_nothing(found, phantom):
     """All labels of training images but those of the fold are taken away."""
     known = (phantom.table["split"] == "train") & (phantom.table["grade2"] != "")
     positions = np.flatnonzero(known)
-    kept = positions[choose(phantom.select("train", labelled="grade2").labels("grade2"), 0.1, 0)]
+    y = phantom.select("train", labelled="grade2").labels("grade2")
+    kept = positions[choose(y, 0, 0, 0.1)]
     blind = phantom.table.copy()
     blind.loc[np.setdiff1d(positions, kept), ["gs", "isup", "grade2"]] = ""
     told, _ = run(replace(phantom, table=blind), replace(TINY, share=1, folds=1))
     expected = found[0].query("fold == 0")
     pd.testing.assert_frame_equal(told, expected, rtol=1e-3)
-
-
-@given(st.integers(0, 10**6), st.floats(0.01, 1))
-@settings(max_examples=30, deadline=None)
-def test_a_share_of_every_class_is_kept(seed, share):
-    y = torch.tensor([0] * 50 + [1] * 9 + [2] * 2)
-    rows = choose(y, share, seed)
-    assert len(set(rows)) == len(rows)
-    expected = [max(2, round(share * n)) for n in (50, 9, 2)]
-    assert torch.bincount(y[rows]).tolist() == expected
-    assert set(choose(y, share / 2, seed)) <= set(rows)
 
 
 def made_up(accuracy, folds=5, patients=30, seed=0):
@@ -161,9 +150,14 @@ def test_impossible_settings_are_told_in_a_sentence(change, message):
         replace(TINY, **change)
 
 
-def test_a_class_with_a_single_image_is_told(phantom):
-    with pytest.raises(UserError, match="class 1 has 1 labelled training images; at least 2"):
-        choose(torch.tensor([0, 0, 1]), 0.5, 0)
+def test_a_class_with_a_single_image_is_told(phantom, found):
+    train = phantom.table["split"] == "train"
+    rare = phantom.classes("grade2")[1]
+    rows = np.flatnonzero(train & (phantom.table["grade2"] == rare))[1:]
+    few = phantom.table.copy()
+    few.loc[rows, "grade2"] = ""
+    with pytest.raises(UserError, match="a class of grade2 has 1 image in the split train; at"):
+        run(replace(phantom, table=few), replace(TINY, folds=1))
 
 
 def test_a_set_with_a_single_class_is_told(phantom, found):

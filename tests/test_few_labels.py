@@ -82,6 +82,17 @@ def test_labels_that_were_not_chosen_are_not_seen(phantom, scores):
     pd.testing.assert_frame_equal(told, scores, rtol=1e-4)
 
 
+@given(st.integers(0, 10**6), st.floats(0.01, 1))
+@settings(max_examples=30, deadline=None)
+def test_a_share_of_every_class_is_kept(seed, share):
+    y = torch.tensor([0] * 50 + [1] * 9 + [2] * 2)
+    rows = choose(y, 0, seed, share)
+    assert len(set(rows)) == len(rows)
+    expected = [max(2, round(share * n)) for n in (50, 9, 2)]
+    assert torch.bincount(y[rows]).tolist() == expected
+    assert set(choose(y, 0, seed, share / 2)) <= set(rows)
+
+
 def test_the_table_pairs_methods_and_resamples_patients(scores):
     found = table(scores).set_index(["method", "measure"])
     assert len(found) == 2 * len(METHODS)

@@ -19,6 +19,7 @@ import torch
 
 from hallulib import augment, autoencoder, data, metrics, quality, selection, steering, unet
 from hallulib.backbone import train_resnet
+from hallulib.few_labels import choose
 from hallulib.sample import draw
 from hallulib.train import pretrain
 
@@ -111,7 +112,7 @@ def admission(images, pretraining, training, n):
     found = augment.pretrained(images, trial)
     known = images.select("train", labelled=scheme)
     labels = known.labels(scheme)
-    rows = augment.choose(labels, trial.share, 0)
+    rows = choose(labels, 0, 0, trial.share)
     x, y, names = known.tensor(rows), labels[rows], images.classes(scheme)
     judge = steering.NoisyClassifier(found.model, names)
     for _ in steering.train(judge, found.autoencoder.encode(x), y, steps=training):
