@@ -43,7 +43,7 @@ weights: $(READY)  ## train the weights that ship with the library anew (two hou
 lint: $(READY)  ## style of code and notebooks, outputs in notebooks
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/nbstripout --keep-id --verify book/*.ipynb
+	@$(BIN)/nbstripout --keep-id --verify book/*.ipynb book/grids/*.ipynb
 
 lock: $(READY)  ## renew requirements.lock and environment.yml from requirements.in
 	@$(BIN)/python -m pip install --quiet uv

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 CODE = sorted(p for d in ("hallulib", "data_prep", "book") for p in (ROOT / d).rglob("*.py"))
-NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+NOTEBOOKS = sorted(p for d in ("book", "book/grids") for p in (ROOT / d).glob("*.ipynb"))
 # Of these, a module imports only what stands before it.
 ORDER = """__init__ shapes phantom tissue data sde score unet sample classmodel flow likelihood
     levels bound calibration metrics artifacts train autoencoder steering selection estimators

@@ -102,6 +102,7 @@ def admission(images, pretraining, training, n):
     scheme = images.schemes[0]
     trial = augment.Trial(
         scheme,
+        factor=4 if images.size >= 64 else 2,
         encoding=pretraining // 2,
         encoder_width=16,
         width=24,
