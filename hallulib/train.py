@@ -161,9 +161,11 @@ def _start(
     model.train()
     model.to(memory_format=torch.channels_last)  # a step takes 0.73 of the time on a CPU too
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    vectors = model.network.classes.weight
-    others = [p for p in model.parameters() if p is not vectors]
-    groups = [dict(params=others, rate=1.0), dict(params=[vectors], rate=class_rate)]
+    # any network may be trained; one without class vectors has a single group
+    rates = {1.0: [], class_rate: []}
+    for name, p in model.named_parameters():
+        rates[class_rate if name == "network.classes.weight" else 1.0].append(p)
+    groups = [dict(params=params, rate=rate) for rate, params in rates.items() if params]
     optimizer = torch.optim.Adam(groups, lr=lr, fused=device.type == "cuda")
     rng = torch.Generator(device).manual_seed(seed)
     return State(model, ema, optimizer, rng, torch.full((steps,), torch.nan, device=device))

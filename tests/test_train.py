@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from hallulib import UserError, unet
 from hallulib.checkpoint import CHECKPOINT, LOG
-from hallulib.score import denoised_of_eps
+from hallulib.score import ScoreModel, denoised_of_eps
+from hallulib.sde import VPSDE
 from hallulib.train import pretrain
 
 
@@ -138,6 +139,35 @@ def test_labels_reach_the_class_vectors_and_dropping_all_of_them_does_not():
     assert (moved[1:] == 0).all()
     dropped = run(labels=y, p_uncond=1.0).model.network.classes.weight
     assert torch.equal(dropped.detach(), start)
+
+
+def test_class_vectors_move_as_fast_as_they_are_told_and_the_first_step_of_others_is_the_same():
+    """Adam's first step is the learning rate, whatever the gradient."""
+    labels = torch.arange(32) % 2
+    start = dict(model().named_parameters())
+    told = dict(labels=labels, steps=1, warmup=0, lr=1e-3, p_uncond=0.0)
+    slow, fast = run(**told).model, run(**told, class_rate=10).model
+    for name, p in slow.named_parameters():
+        moved = (dict(fast.named_parameters())[name] - start[name]).abs().max()
+        if name == "network.classes.weight":
+            assert moved.item() == pytest.approx(1e-2, rel=1e-2)
+        else:
+            assert moved == (p - start[name]).abs().max()
+
+
+def test_a_network_without_class_vectors_learns_as_well():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x, timesteps, y):
+            return self.layer(x)
+
+    plain = ScoreModel(VPSDE(), Plain())
+    before = plain.network.layer.weight.clone()
+    *_, state = pretrain(plain, images(), steps=2, class_rate=5, **SETTINGS)
+    assert not torch.equal(state.model.network.layer.weight, before)
 
 
 def test_the_log_has_one_line_per_step(tmp_path):
