@@ -37,7 +37,7 @@ from hallulib.data import ImageSet
 from hallulib.few_labels import choose, columns
 from hallulib.quality import AnyImages
 from hallulib.score import ScoreModel
-from hallulib.selection import FeatureSpace, take
+from hallulib.selection import FeatureSpace, copy_threshold, take
 from hallulib.shapes import Images, Labels
 from hallulib.supports import augmented
 
@@ -122,12 +122,12 @@ class Pretrained:
     Attributes:
         autoencoder: between images and latents.
         model: the unconditional score model of the latents.
-        folders: of the two runs.
+        folders: of the two runs, where they are runs.
     """
 
     autoencoder: Autoencoder
     model: ScoreModel
-    folders: tuple[Path, Path]
+    folders: tuple[Path, ...]
 
 
 def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pretrained:
@@ -284,16 +284,16 @@ def _measure(images: ImageSet, trial: Trial, prior: Pretrained, seed: int, folde
         train_resnet, steps=trial.resnet_steps, width=trial.resnet_width, seed=seed, batch_size=32
     )
     networks = {"real": fit(x, y, change=None, told="real")}
-    networks["classical"] = fit(x, y, change=_changed, told="classical")
+    networks["classical"] = fit(x, y, change=changed, told="classical")
     per_class = -(-round(trial.ratio * len(x)) // len(names))
     made, wanted = synthesise(prior, trial, x, y, names, per_class * trial.candidates, seed)
-    space = FeatureSpace.fit(networks["classical"], x, y, held_out.tensor())
+    space = FeatureSpace.fit(networks["classical"], x, y, copy_threshold(x, held_out.tensor()))
     verdicts = space.judge(made, wanted, trial.confidence)
     chosen = {"selected": take(verdicts, per_class, names)}
     chosen["unselected"] = _at_random(wanted, chosen["selected"], seed)
     for arm, kept in chosen.items():
         both = torch.cat([x, made[kept]]), torch.cat([y, wanted[kept]])
-        networks[arm] = fit(*both, change=_changed, told=arm)
+        networks[arm] = fit(*both, change=changed, told=arm)
 
     told = pd.DataFrame({"patient": test.table["patient"].iloc[asked].to_numpy()})
     told["label"] = y_test[asked].numpy()
@@ -322,7 +322,8 @@ def _renumbered(y: Labels, position: dict[int, int]) -> Labels:
     return torch.tensor([position.get(c, -1) for c in y.tolist()])
 
 
-def _changed(x: Images, rng: torch.Generator) -> Images:
+def changed(x: Images, rng: torch.Generator) -> Images:
+    """Shifted, mirrored and of other contrast: what the arm ``classical`` learns from."""
     return augmented(x, x[:, None], rng)
 
 

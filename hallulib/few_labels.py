@@ -29,8 +29,8 @@ from hallulib import UserError, artifacts, metrics
 from hallulib.backbone import read, train_resnet
 from hallulib.calibration import log_odds
 from hallulib.data import ImageSet
-from hallulib.estimators import ScoreClassifier
 from hallulib.quality import features
+from hallulib.score_classifier import ScoreClassifier
 from hallulib.shapes import Labels
 from hallulib.train import pretrained
 

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hallulib import UserError, aucm, checkpoint
@@ -177,13 +177,22 @@ def predict(
         One logit per query and class; their softmax is the chance of each class.
     """
     if n < made.shape[-2]:
-        with torch.no_grad():
-            sure = classifier.logits(made.flatten(-3, -2), real).softmax(-1)
-            sure = sure.unflatten(-2, made.shape[-3:-1])  # ... class, candidate, probability of
-            own = torch.diagonal(sure, dim1=-3, dim2=-1).mT
-            best = own.topk(n, -1).indices
+        best = surest(classifier, real, made, n)
         made = made.gather(-2, best[..., None].expand(*best.shape, made.shape[-1]))
     vectors = torch.cat([real, made], -2)
     weights = torch.ones(vectors.shape[:-1], device=vectors.device)
     weights[..., real.shape[-2] :] = weight
     return classifier.logits(query, vectors, weights)
+
+
+@torch.no_grad()
+def surest(
+    classifier: PrototypeClassifier,
+    real: Float[Tensor, "*episodes n_way k_shot d"],
+    made: Float[Tensor, "*episodes n_way m d"],
+    n: int,
+) -> Int[Tensor, "*episodes n_way {n}"]:
+    """Which ``n`` made supports of each class the real ones give to it with most certainty."""
+    sure = classifier.logits(made.flatten(-3, -2), real).softmax(-1)
+    sure = sure.unflatten(-2, made.shape[-3:-1])  # ... class, candidate, probability of
+    return torch.diagonal(sure, dim1=-3, dim2=-1).mT.topk(n, -1).indices

@@ -5,6 +5,7 @@ method, all methods on the same episodes. It is kept as a run: found again by it
 where it was stopped, its weights and its table checked by checksum.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def run(images: ImageSet, trial: Trial, *, from_scratch: bool = False) -> Result
 def _do(images: ImageSet, trial: Trial, folder: Path) -> None:
     """Train, keep the weights, and measure what is kept, in half precision."""
     source, classifiers = _train(images, trial, folder)
-    _save(folder, source, classifiers)
+    _save(folder, source, classifiers, images)
     _load(folder, source, classifiers)
     todo = list(_todo(images, trial, source, classifiers))
     bar = tqdm(total=len(todo) * trial.n_episodes, desc="test episodes")
@@ -269,13 +270,15 @@ def _read(file: Path) -> pd.DataFrame:
     return pd.read_csv(file)
 
 
-def _save(folder: Path, source: Source, classifiers: Classifiers) -> None:
+def _save(folder: Path, source: Source, classifiers: Classifiers, images: ImageSet) -> None:
     """Weights in half precision: what is shipped must be small."""
+    labels = source.model.labels if isinstance(source, Hallucinator) else ()
+    told = {"channels": str(images.channels), "labels": json.dumps(labels)}
     parts = {"generator": _weights(source)}
     parts |= {f"plus_{n}": c.state_dict() for n, c in classifiers.items()}
     for name, tensors in parts.items():
         kept = {k: v.to(_precision(k, v)).contiguous() for k, v in tensors.items()}
-        save_file(kept, folder / f"{name}.safetensors")
+        save_file(kept, folder / f"{name}.safetensors", told)
 
 
 def _precision(name: str, tensor: Tensor) -> torch.dtype:

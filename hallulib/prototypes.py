@@ -120,9 +120,14 @@ class PrototypeClassifier(nn.Module):
         metric: as for `similarity`. It is multiplied by ``exp(log_scale)``, learned from 10 for
             the cosine, which alone could not come near a probability of 1, and from 1 otherwise.
 
+    Attributes:
+        settings: what `build` was told; none for a classifier put together otherwise.
+
     Raises:
         UserError: an unknown metric.
     """
+
+    settings: dict | None = None
 
     def __init__(self, backbone: nn.Module, embedding: nn.Module, metric: str = "cosine"):
         super().__init__()
@@ -193,9 +198,13 @@ def build(
     embedding = KINDS[_known(kind, KINDS, "kind of embedding")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PrototypeClassifier(
+        classifier = PrototypeClassifier(
             resnet18(channels, width), embedding(8 * width, reduce_to), metric
         )
+    classifier.settings = dict(
+        kind=kind, channels=channels, width=width, reduce_to=reduce_to, metric=metric
+    )
+    return classifier
 
 
 def _known(name: str, names: Collection[str], what: str) -> str:

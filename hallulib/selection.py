@@ -50,36 +50,28 @@ class FeatureSpace:
 
     @classmethod
     def fit(
-        cls,
-        network: nn.Module,
-        images: Images,
-        y: Labels,
-        held_out: AnyImages,
-        quantile: float = 0.01,
+        cls, network: nn.Module, images: Images, y: Labels, copy_distance: float
     ) -> "FeatureSpace":
-        """Centroids of real labelled images, and the distance at which others are copies.
+        """Centroids of real labelled images.
 
         Args:
             network: trained on ``images``.
             images: real labelled images.
             y: their classes, 0 to k - 1.
-            held_out: real images of other patients; the ``quantile`` of their distances to
-                ``images`` is the ``copy_distance``.
-            quantile: share of new real images that would be taken for copies.
+            copy_distance: see above; `copy_threshold` measures one.
 
         Raises:
-            UserError: a class without an image, or nothing held out.
+            UserError: a class without an image.
         """
         counts = torch.bincount(y)
-        if (counts == 0).any() or not len(held_out):
+        if (counts == 0).any():
             raise UserError(
-                f"{int((counts == 0).sum())} classes without an image and {len(held_out)} "
-                "held-out images found; an image of each class and a held-out one are needed"
+                f"{int((counts == 0).sum())} classes without an image found; an image of each "
+                "class is needed"
             )
         f = normalised(read(network, images)[0])
         centroids = np.stack([f[(y == c).numpy()].mean(0) for c in range(len(counts))])
-        distance = nearest(images, held_out).distance
-        return cls(network, centroids, images, float(torch.quantile(distance, quantile)))
+        return cls(network, centroids, images, copy_distance)
 
     def judge(
         self, samples: Images, wanted: Labels, confidence: float | int = 0.5
@@ -113,6 +105,22 @@ class FeatureSpace:
             ADMITTED,
         )
         return told
+
+
+def copy_threshold(images: Images, others: AnyImages, quantile: float = 0.01) -> float:
+    """How near to one of some images only few other real images are.
+
+    Args:
+        images: real images that must not be copied.
+        others: real images of other patients.
+        quantile: share of them that would be taken for copies.
+
+    Raises:
+        UserError: no other image, or one of another shape.
+    """
+    if not len(others):
+        raise UserError("0 other images found; at least 1 is needed to know what a copy is")
+    return float(torch.quantile(nearest(images, others).distance, quantile))
 
 
 def normalised(

@@ -1,6 +1,6 @@
 """All settings of the one-shot experiment, and its result."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
@@ -88,6 +88,19 @@ class Trial:
     def settings(self) -> dict:
         """All of it as what JSON can hold."""
         return asdict(self) | {"counts": list(self.counts), "decays": list(self.decays)}
+
+    @classmethod
+    def of(cls, settings: dict) -> "Trial":
+        """The trial that has these settings, among others that are none of its own.
+
+        Raises:
+            KeyError, TypeError: a setting is missing or unknown.
+            UserError: a value is impossible.
+        """
+        own = {field.name: settings[field.name] for field in fields(cls)}
+        own |= {"counts": tuple(own["counts"]), "decays": tuple(own["decays"])}
+        own |= {"recipe": Recipe(**own["recipe"]), "fit": Fit(**own["fit"])}
+        return cls(**own)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from hallulib import UserError
-from hallulib.selection import ADMITTED, REASONS, FeatureSpace, normalised, rates, take
+from hallulib.selection import (
+    ADMITTED,
+    REASONS,
+    FeatureSpace,
+    copy_threshold,
+    normalised,
+    rates,
+    take,
+)
 
 NAMES = ("right", "up")
 
@@ -18,8 +26,7 @@ def space(copy_distance=0.01):
     network[2].weight.data = 4 * torch.eye(2)
     x = points([[0.9, 0.1], [0.7, 0.1], [0.1, 0.8], [0.0, 0.6]])
     y = torch.tensor([0, 0, 1, 1])
-    found = FeatureSpace.fit(network, x, y, points([[0.5, 0.5], [0.3, 0.1]]))
-    return FeatureSpace(network, found.centroids, x, copy_distance)
+    return FeatureSpace.fit(network, x, y, copy_distance)
 
 
 def points(rows):
@@ -66,7 +73,9 @@ def test_the_copy_distance_is_that_of_new_real_images():
     x = torch.rand((30, 1, 4, 4))
     held_out = torch.rand((200, 1, 4, 4))
     network = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(16, 2))
-    found = FeatureSpace.fit(network, x, torch.arange(30) % 2, held_out, quantile=0.1)
+    found = FeatureSpace.fit(
+        network, x, torch.arange(30) % 2, copy_threshold(x, held_out, quantile=0.1)
+    )
     gaps = (held_out[:, None] - x).square().mean((2, 3, 4)).sqrt().amin(1)
     assert (gaps < found.copy_distance).double().mean() == pytest.approx(0.1, abs=0.01)
     assert (found.judge(x, torch.zeros(30).long())["verdict"] == "copy").all()
@@ -99,7 +108,7 @@ def test_nothing_admitted_says_why_and_what_to_do():
 def test_a_space_needs_every_class_and_something_held_out():
     network = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(2, 2))
     x = points([[0.1, 0.2], [0.3, 0.4]])
-    with pytest.raises(UserError, match="0 classes without an image and 0 held-out images"):
-        FeatureSpace.fit(network, x, torch.tensor([0, 1]), x[:0])
-    with pytest.raises(UserError, match="1 classes without an image and 2 held-out"):
-        FeatureSpace.fit(network, x, torch.tensor([0, 2]), x)
+    with pytest.raises(UserError, match="0 other images found"):
+        copy_threshold(x, x[:0])
+    with pytest.raises(UserError, match="1 classes without an image"):
+        FeatureSpace.fit(network, x, torch.tensor([0, 2]), 0.1)

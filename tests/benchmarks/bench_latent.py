@@ -119,7 +119,9 @@ def admission(images, pretraining, training, n):
     for _ in steering.train(judge, found.autoencoder.encode(x), y, steps=training):
         pass
     network = train_resnet(x, y, steps=training, width=trial.resnet_width)
-    space = selection.FeatureSpace.fit(network, x, y, images.select("val").tensor())
+    space = selection.FeatureSpace.fit(
+        network, x, y, selection.copy_threshold(x, images.select("val").tensor())
+    )
     wanted = torch.arange(len(names)).repeat_interleave(n)
     admitted, told = {}, dict(gradient_scale=trial.gradient_scale, clip=False, seed=0)
     for sampler, steps in (("dpm_solver", 20), ("ancestral", 1000)):

@@ -1,0 +1,340 @@
+"""Classification by likelihood as a scikit-learn estimator, which goes into pipelines as any."""
+
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.base import ClassifierMixin
+from sklearn.model_selection import StratifiedKFold
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hallulib import UserError, unet
+from hallulib.adaptation import ADAPTS, adaptable, relabelled
+from hallulib.bound import bound, decide
+from hallulib.calibration import LogDensities, fit_temperature, log_odds, posterior
+from hallulib.classmodel import check_images
+from hallulib.image_estimator import ImageEstimator, Others
+from hallulib.levels import Levels, informative_levels, leads, weighed_levels
+from hallulib.likelihood import dequantise, log_density
+from hallulib.score import ScoreModel
+from hallulib.shapes import Images
+from hallulib.supports import moved
+from hallulib.train import pretrain
+
+METHODS = ("decide", "bound", "exact")
+
+
+class ScoreClassifier(ClassifierMixin, ImageEstimator):
+    r"""Classify images by the likelihood that a class-conditional score model gives them.
+
+    .. math:: p(c \mid x) \propto p(c)\, p_\theta(x \mid c)^{1/T}
+
+    ``fit`` trains the model, from scratch or from a pretrained one; images without labels help
+    it to learn what images look like. Forms of images: see
+    :class:`hallulib.image_estimator.ImageEstimator`, which also saves and loads.
+
+    Args:
+        pretrained: score model to start from, or its folder; its own labels may be others.
+            ``None`` starts from scratch.
+        adapt: which weights of a pretrained model learn: ``"all"``, ``"low_rank"``,
+            ``"classes"``.
+        channels: of images that come as rows.
+        copies: moved and mirrored copies of each labelled image to train on as well; with few
+            labels they keep the model from remembering the images instead of the class.
+        steps: optimiser steps; 0 takes a pretrained model as it is.
+        batch_size: images per step.
+        lr: Adam's learning rate.
+        class_rate: that of the class vectors, as a multiple of ``lr``; see
+            :func:`hallulib.train.pretrain`.
+        width: of a new network, see :func:`hallulib.unet.build`.
+        method: ``"decide"``, adaptive and fast; ``"bound"``; or ``"exact"``, by the probability
+            flow.
+        effort: network evaluations for each image and class, at most for ``"decide"``.
+        confidence: of each comparison that drops a class, see :func:`hallulib.bound.decide`.
+        power: weight ``s ** power`` of noise levels in ``"decide"``; 0 is the likelihood.
+        weigh: with 2 or more, noise levels count instead by what they tell about labelled images
+            that were held out, in so many folds of which each costs a training of its own; the
+            model that answers learns from all (:func:`hallulib.levels.weighed_levels`).
+        priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
+        centre: subtract from each class what it is ahead by, on the mean, on images without
+            labels; for classes that are about equally frequent among them.
+        temperature: T, 1 takes densities at their word; `calibrate` finds a better one.
+        batch: most pairs of image and class in the network at once.
+        folder: where training keeps its checkpoint, so that it can go on after an interruption.
+        device: a GPU if there is one.
+        random_state: of everything, a whole number.
+        verbose: show a progress bar.
+
+    Attributes:
+        classes_: the labels, sorted.
+        model_: the trained `ScoreModel`, on its device.
+        levels_: noise levels at which its classes differ most or, with ``weigh``, where they are
+            told apart best, for ``"decide"``.
+        priors_: one number per class.
+        offset_: what is subtracted from the log-likelihood of each class.
+        temperature_: T.
+
+    Source:
+        Sarker et al. 2025, https://arxiv.org/abs/2502.17727; Li et al. 2023.
+
+    Example:
+        >>> x = np.sign(np.random.default_rng(0).normal(size=(8, 64)))
+        >>> ScoreClassifier(steps=2, width=8, effort=4).fit(x, x[:, 0] > 0).predict(x).shape
+        (8,)
+    """
+
+    # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
+    def __init__(
+        self,
+        pretrained=None,
+        *,
+        adapt="all",
+        channels=1,
+        copies=0,
+        steps=2000,
+        batch_size=32,
+        lr=4e-4,
+        class_rate=25,
+        width=32,
+        method="decide",
+        effort=32,
+        confidence=0.99,
+        power=0.5,
+        weigh=0,
+        priors="equal",
+        centre=False,
+        temperature=1.0,
+        batch=128,
+        folder=None,
+        device=None,
+        random_state=0,
+        verbose=False,
+    ):
+        self.pretrained = pretrained
+        self.adapt = adapt
+        self.channels = channels
+        self.copies = copies
+        self.steps = steps
+        self.batch_size = batch_size
+        self.lr = lr
+        self.class_rate = class_rate
+        self.width = width
+        self.method = method
+        self.effort = effort
+        self.confidence = confidence
+        self.power = power
+        self.weigh = weigh
+        self.priors = priors
+        self.centre = centre
+        self.temperature = temperature
+        self.batch = batch
+        self.folder = folder
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X, y, unlabelled=None) -> "ScoreClassifier":
+        """Train the score model: every class is drawn equally often.
+
+        Args:
+            X: labelled images.
+            y: their labels, numbers or strings.
+            unlabelled: images without labels, of the same kind; they fill half of every batch.
+
+        Raises:
+            UserError: an unknown setting, or images that do not suit the network.
+            ValueError: scikit-learn's own checks of X and y.
+        """
+        if self.method not in METHODS or self.adapt not in ADAPTS:
+            raise UserError(
+                f"method {self.method!r}, adapt {self.adapt!r} found; one of "
+                f"{', '.join(METHODS)} and one of {', '.join(ADAPTS)} are needed"
+            )
+        own, y = self._first(X, y)
+        check_classification_targets(y)
+        self.classes_, position = np.unique(y, return_inverse=True)
+        labels = torch.from_numpy(position)
+        self.priors_ = self._priors(labels)
+        others = own[:0]
+        if unlabelled is not None:
+            others = self._further(unlabelled)
+        adaptive = self.method == "decide" and len(self.classes_) > 1
+        weighed = self._weighed(own, labels, others) if adaptive and self.weigh else None
+        folder = None if self.folder is None else Path(self.folder)
+        self.model_ = self._trained(own, labels, others, folder)
+        if adaptive:
+            # images it cannot have remembered show where classes differ
+            self.levels_ = weighed or informative_levels(
+                self.model_,
+                _some(others if len(others) else own, 32, self.random_state).to(self._on()),
+                power=self.power,
+                seed=self.random_state,
+                batch=self.batch,
+            )
+        self.temperature_ = self.temperature
+        self.offset_ = torch.zeros(len(self.classes_), dtype=torch.float64)
+        if self.centre and len(others):
+            ahead = self.log_ratio(_some(others, 96, self.random_state + 1).numpy())
+            self.offset_ = ahead.mean(0) - ahead.mean()
+        return self
+
+    def calibrate(self, X, y) -> "ScoreClassifier":
+        """Set the temperature that makes the probabilities of other images most likely.
+
+        Args:
+            X: images that the model was not trained on.
+            y: their labels.
+
+        Raises:
+            UserError: a label that was not in the training.
+        """
+        check_is_fitted(self)
+        y = np.asarray(y)
+        if not np.isin(y, self.classes_).all():
+            strange = y[~np.isin(y, self.classes_)][0]
+            known = ", ".join(map(str, self.classes_))
+            raise UserError(f"label {str(strange)!r} was not among those of the training: {known}")
+        position = torch.from_numpy(np.searchsorted(self.classes_, y))
+        self.temperature_ = fit_temperature(self.log_ratio(X), position, self.priors_)
+        return self
+
+    def log_ratio(
+        self, X, return_evaluations: bool = False
+    ) -> LogDensities | tuple[LogDensities, np.ndarray]:
+        """Log-likelihood of each class against the most likely one, before priors, in nats.
+
+        Args:
+            X: images.
+            return_evaluations: give the network evaluations that each image took as well.
+        """
+        x, k = self._further(X).to(self._on()), len(self.classes_)
+        common = {"seed": self.random_state, "batch": self.batch}
+        if k == 1:
+            value, evaluations = torch.zeros(len(x), 1), torch.zeros(len(x), dtype=torch.int64)
+        elif self.method == "decide":
+            common |= {"levels": self.levels_, "power": self.power, "pairs": self.effort}
+            found = decide(
+                self.model_, x, first=min(8, self.effort), confidence=self.confidence, **common
+            )
+            value, evaluations = found.log_ratio, found.evaluations
+        else:
+            x = dequantise(x, self.random_state)
+            if self.method == "bound":
+                value = bound(self.model_, x, pairs=self.effort, **common).value
+            else:
+                value = log_density(self.model_, x, steps=self.effort - 1, **common).value
+            evaluations = torch.full((len(x),), k * self.effort)
+        value = value.double().cpu() - self.offset_
+        value = value - value.max(1, keepdim=True).values
+        return (value, evaluations.cpu().numpy()) if return_evaluations else value
+
+    def predict_proba(self, X) -> np.ndarray:
+        """Probability of each class, in the order of ``classes_``."""
+        return posterior(self.log_ratio(X), self.priors_, self.temperature_).numpy()
+
+    def decision_function(self, X) -> np.ndarray:
+        """Log-odds of each class against all others; of the second class alone if there are two.
+
+        Unlike probabilities they stay distinct where one class is all but certain.
+        """
+        odds = log_odds(self._log_posterior(X)).numpy()
+        return odds[:, 1] if len(self.classes_) == 2 else odds
+
+    def predict(self, X) -> np.ndarray:
+        """The class of highest probability."""
+        best = self._log_posterior(X).argmax(1).numpy()
+        return self.classes_[best]
+
+    def _log_posterior(self, X) -> LogDensities:
+        """Log-probability of each class, up to a constant per image."""
+        return self.log_ratio(X) / self.temperature_ + self.priors_.log()
+
+    def _weighed(self, own: Images, labels: Tensor, others: Others) -> Levels:
+        """Noise levels by what they tell about images that a training did not see."""
+        least = int(torch.bincount(labels).min())
+        if not 2 <= self.weigh <= least:
+            raise UserError(
+                f"weigh is {self.weigh} and the rarest class has {least} labelled images; 0, or "
+                "from 2 to that many are needed"
+            )
+        folds = StratifiedKFold(self.weigh, shuffle=True, random_state=self.random_state)
+        found = []
+        for i, (seen, held_out) in enumerate(folds.split(labels, labels)):
+            folder = None if self.folder is None else Path(self.folder) / f"fold-{i}"
+            model = self._trained(own[seen], labels[seen], others, folder)
+            x, y = own[held_out].to(self._on()), labels[held_out]
+            found.append(leads(model, x, y, seed=self.random_state, batch=self.batch))
+        return weighed_levels(model.sde, torch.cat(found).cpu())
+
+    def _trained(
+        self, own: Images, labels: Tensor, others: Others, folder: Path | None
+    ) -> ScoreModel:
+        """A model that has learnt from labelled images, their copies, and those without labels."""
+        names = [str(label) for label in self.classes_]
+        rng = torch.Generator().manual_seed(self.random_state)
+        images = torch.cat([own, *(moved(own, rng) for _ in range(self.copies))])
+        labels = labels.repeat(1 + self.copies)
+        weights = 1 / torch.bincount(labels)[labels].double() / len(names)
+        if len(others):
+            images = torch.cat([images, others])
+            labels = torch.cat([labels, labels.new_full((len(others),), -1)])
+            weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
+        if self.pretrained is None:
+            model = unet.build(
+                size=images.shape[2],
+                channels=self.channels,
+                labels=names,
+                width=self.width,
+                seed=self.random_state,
+            )
+        else:
+            start = self.pretrained
+            start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
+            model = relabelled(start, names)
+            check_images(model, images)
+            adaptable(model, self.adapt, seed=self.random_state)
+        if self.steps == 0:
+            return model.to(self._on()).eval().requires_grad_(False)
+        loop = pretrain(
+            model.to(self._on()),
+            images.to(self._on()),
+            labels.to(self._on()),
+            weights=weights.to(self._on()),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            class_rate=self.class_rate,
+            warmup=min(500, self.steps // 10),
+            seed=self.random_state,
+            folder=folder,
+        )
+        for state in tqdm(loop, total=self.steps, disable=not self.verbose, desc="training"):
+            trained = state.ema
+        return trained
+
+    def _priors(self, labels: Tensor) -> Tensor:
+        counts = torch.bincount(labels).double()
+        if isinstance(self.priors, str):
+            if self.priors not in ("equal", "observed"):
+                raise UserError(
+                    f"priors is {self.priors!r}; 'equal', 'observed' or one number per class "
+                    "is needed"
+                )
+            counts = counts if self.priors == "observed" else torch.ones_like(counts)
+            return counts / counts.sum()
+        given = torch.tensor([float(p) for p in self.priors if isinstance(p, Real)])
+        if len(given) != len(counts) or given.min() <= 0 or abs(given.sum() - 1) > 1e-6:
+            raise UserError(
+                f"priors are {list(self.priors)}; {len(counts)} numbers above 0 that sum to 1 "
+                "are needed"
+            )
+        return given.double()
+
+
+def _some(images: Others, n: int, seed: int) -> Tensor:
+    """At most n images, drawn at random."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]]
