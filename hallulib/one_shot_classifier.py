@@ -22,7 +22,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
-from hallulib import UserError, artifacts, checkpoint, prototypes, unet
+from hallulib import UserError, artifacts, prototypes, unet
 from hallulib.adaptation import relabelled
 from hallulib.calibration import log_odds
 from hallulib.episodes import Episode
@@ -113,7 +113,8 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
         own = torch.tensor([[float(i < len(r)) for i in range(most)] for r in rows])
         support = x[np.stack([np.resize(r, most) for r in rows])].to(self._on())
         made = self._hallucinate(source, names, support, trial.fit.candidates)
-        vectors = [self.network_.embed(part.flatten(0, 1)) for part in (support, made)]
+        with torch.no_grad():
+            vectors = [self.network_.embed(part.flatten(0, 1)) for part in (support, made)]
         real, new = (v.unflatten(0, (len(names), -1)) for v in vectors)
         if trial.fit.candidates > 1 and self.n_hallucinated:
             best = surest(self.network_, real, new, self.n_hallucinated)
@@ -182,18 +183,9 @@ def _trained(
                 "generator=score_model pool=0 is needed"
             )
         model = unet.build(size=settings["size"], channels=channels, width=trial.pretraining_width)
-        source = Hallucinator(relabelled(model, names), trial.recipe, seed=trial.seed)
-        state = checkpoint.part("model", saved)
-        key = "network.classes.weight"
-        known, vectors = state[key], source.model.state_dict()[key].clone()
-        for i, name in enumerate(names):
-            if name in labels:
-                vectors[i] = known[labels.index(name)]
-        source.model.load_state_dict(state | {key: vectors})
-        source.model.to(device)
-        if source.encoder is not None:
-            source.encoder.load_state_dict(checkpoint.part("encoder", saved))
-            source.encoder.to(device)
+        model = relabelled(model.to(device), names)
+        source = Hallucinator(model, trial.recipe, seed=trial.seed)
+        source.load_tensors(source.tensors() | _renamed(saved, source, labels, names))
         networks = {}
         for n in trial.counts:
             networks[n] = prototypes.build(
@@ -212,3 +204,23 @@ def _trained(
             "hallulib.oneshot.run is needed"
         ) from fault
     return trial, source, networks
+
+
+def _renamed(
+    saved: dict[str, Tensor], source: Hallucinator, labels: tuple[str, ...], names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """What a generator has learnt, its class vectors those of the new names.
+
+    A name it knows keeps its vector and what Adam remembers of it; new ones start at zero, as does
+    the null class, which is the last.
+    """
+    weight = source.model.network.classes.weight
+    place = [p is weight for p in source.optimizer.param_groups[0]["params"]].index(True)
+    own = {"model.network.classes.weight", f"adam.{place}.exp_avg", f"adam.{place}.exp_avg_sq"}
+    renamed = dict(saved)
+    for key in own & saved.keys():
+        renamed[key] = saved[key].new_zeros(weight.shape)
+        for i, name in enumerate(names):
+            if name in labels:
+                renamed[key][i] = saved[key][labels.index(name)]
+    return renamed

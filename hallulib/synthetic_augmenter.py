@@ -54,8 +54,8 @@ class SyntheticAugmenter(ImageEstimator):
         >>> x = np.sign(np.random.default_rng(0).normal(size=(12, 256)))
         >>> told = dict(encoding=2, pretraining=2, width=8, steering=2, resnet_steps=2)
         >>> some = SyntheticAugmenter(sampler_steps=2, **told).fit(x, x[:, 0] > 0)
-        >>> some.synthetic_.shape, some.verdicts_["verdict"].unique()  # grey, so near to all
-        ((48, 1, 16, 16), array(['copy'], dtype=object))
+        >>> some.synthetic_.shape, len(some.verdicts_)
+        ((48, 1, 16, 16), 48)
     """
 
     # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
