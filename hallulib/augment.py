@@ -38,6 +38,7 @@ from hallulib.few_labels import choose, columns
 from hallulib.quality import AnyImages
 from hallulib.score import ScoreModel
 from hallulib.selection import FeatureSpace, copy_threshold, take
+from hallulib.settings import check_known, check_least
 from hallulib.shapes import Images, Labels
 from hallulib.supports import augmented
 
@@ -101,18 +102,16 @@ class Trial:
     seed: int = 0
 
     def __post_init__(self):
-        least = dict(folds=1, encoding=1, pretraining=1, steering=1, sampler_steps=1, candidates=1)
-        least |= dict(encoder_width=8, width=8, resnet_steps=1, resnet_width=1, n_test=2)
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
+        check_least(self, folds=1, encoding=1, encoder_width=8, pretraining=1, width=8, n_test=2)
+        check_least(
+            self, steering=1, sampler_steps=1, candidates=1, resnet_steps=1, resnet_width=1
+        )
+        check_known(self, steer=STEERS)
         if not (0 < self.share <= 1 and self.ratio > 0 and 0 <= self.confidence < 1):
             raise UserError(
                 f"share {self.share}, ratio {self.ratio}, confidence {self.confidence} found; a "
                 "share above 0 to 1, a ratio above 0 and a confidence from 0 to below 1 are needed"
             )
-        if self.steer not in STEERS:
-            raise UserError(f"steer is {self.steer!r}; one of {', '.join(STEERS)} is needed")
 
 
 @dataclass(frozen=True)

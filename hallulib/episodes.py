@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from hallulib import UserError
 from hallulib.data import ImageSet
 from hallulib.integrity import SPLITS
+from hallulib.settings import check_known, check_least
 
 Draw = np.random.Generator
 
@@ -117,7 +118,8 @@ class Episodes:
         self.n_way = len(images.classes(scheme)) if n_way is None else n_way
         self.k_shot, self.n_query, self.n_spare, self.seed = k_shot, n_query, n_spare, seed
         self.share_patients, self.frequencies = share_patients, frequencies
-        self._check_numbers()
+        check_least(self, n_way=2, k_shot=1, n_query=1, n_spare=0, seed=0)
+        check_known(self, frequencies=("balanced", "natural"))
         patient = np.arange(len(images)) if share_patients else images.table["patient"]
         self._patient = np.unique(patient, return_inverse=True)[1]
         found = self._grouped(images, scheme, split)
@@ -188,14 +190,6 @@ class Episodes:
         if self.frequencies == "balanced":
             return np.full(self.n_way, self.n_query)
         return apportion(np.array([len(c.rows) for c in classes]), self.n_way * self.n_query)
-
-    def _check_numbers(self) -> None:
-        least = {"n_way": 2, "k_shot": 1, "n_query": 1, "n_spare": 0, "seed": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
-        if self.frequencies not in ("balanced", "natural"):
-            raise UserError(f"frequencies is {self.frequencies!r}; known: balanced, natural")
 
     def _grouped(self, images: ImageSet, scheme: str, split: str) -> list[_Class]:
         known, labels = images.classes(scheme), images.labels(scheme).numpy()

@@ -31,6 +31,7 @@ from hallulib.calibration import log_odds
 from hallulib.data import ImageSet
 from hallulib.quality import features
 from hallulib.score_classifier import ScoreClassifier
+from hallulib.settings import check_least
 from hallulib.shapes import Labels
 from hallulib.train import pretrained
 
@@ -88,19 +89,8 @@ class Contest:
     seed: int = 0
 
     def __post_init__(self):
-        least = {
-            "per_class": 0,
-            "n_test": 2,
-            "pretraining": 1,
-            "steps": 1,
-            "copies": 0,
-            "width": 8,
-            "weigh": 0,
-            "weigh_up_to": 0,
-        }
-        for name, low in (least | {"effort": 2, "resnet_steps": 1, "resnet_width": 1}).items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
+        check_least(self, per_class=0, n_test=2, pretraining=1, steps=1, copies=0, width=8)
+        check_least(self, weigh=0, weigh_up_to=0, effort=2, resnet_steps=1, resnet_width=1)
 
 
 def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd.DataFrame:

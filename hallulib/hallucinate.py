@@ -17,7 +17,6 @@ Source:
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +30,7 @@ from hallulib.adaptation import ADAPTS, SupportEncoder, adaptable, relabelled
 from hallulib.episodes import Episode
 from hallulib.sample import SAMPLERS, draw
 from hallulib.score import ScoreModel, denoising_loss, stratified_times
+from hallulib.settings import check_known, check_least
 from hallulib.shapes import Images, Labels
 from hallulib.supports import Shots, Source, check_support
 
@@ -74,22 +74,8 @@ class Recipe:
     sampler_steps: int = 5
 
     def __post_init__(self):
-        known = {"condition": ("class", "support"), "adapt": ADAPTS, "sampler": tuple(SAMPLERS)}
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
-        least = {
-            "rank": 1,
-            "adapt_steps": 0,
-            "lr": 0,
-            "copies": 1,
-            "guidance_scale": 0,
-            "sampler_steps": 1,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not low <= value < math.inf:
-                raise UserError(f"{name} is {value}; a number of at least {low} is needed")
+        check_known(self, condition=("class", "support"), adapt=ADAPTS, sampler=tuple(SAMPLERS))
+        check_least(self, rank=1, adapt_steps=0, lr=0, copies=1, guidance_scale=0, sampler_steps=1)
         if not 0 <= self.p_uncond <= 1:
             raise UserError(f"p_uncond is {self.p_uncond}; 0 to 1 is needed")
         if not 0 < self.start_time <= 1:

@@ -11,7 +11,6 @@ Source:
     Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from hallulib import UserError, aucm, checkpoint
 from hallulib.prototypes import PrototypeClassifier
+from hallulib.settings import check_known, check_least
 from hallulib.shapes import Images, Labels
 from hallulib.supports import Shots
 
@@ -54,16 +54,9 @@ class Fit:
     candidates: int = 1
 
     def __post_init__(self):
-        known = {"loss": ("aucm", "cross_entropy"), "mode": ("adam", "sgd")}
-        known["inner"] = ("exact", "running")
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
-        least = {"lr": 0, "weight_decay": 0, "margin": 0, "weight": 0, "candidates": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not low <= value < math.inf:
-                raise UserError(f"{name} is {value}; a number of at least {low} is needed")
+        check_known(self, loss=("aucm", "cross_entropy"), mode=("adam", "sgd"))
+        check_known(self, inner=("exact", "running"))
+        check_least(self, lr=0, weight_decay=0, margin=0, weight=0, candidates=1)
         if not self.margin > 0:
             raise UserError(f"margin is {self.margin}; a number above 0 is needed")
 

@@ -1,15 +1,45 @@
-"""Settings as dataclasses, and how one set of them is made from another by a short text."""
+"""Settings as dataclasses: what they may be, and how a short text makes one set from another."""
 
 import dataclasses
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from hallulib import UserError
 
 Settings = TypeVar("Settings")
+
+
+def check_least(settings: object, **least: float | int) -> None:
+    """Refuse numbers that are too small, infinite or no numbers.
+
+    Args:
+        settings: holds them as attributes.
+        least: name of each and the least it may be.
+
+    Raises:
+        UserError: one of them is less.
+    """
+    for name, low in least.items():
+        if not low <= getattr(settings, name) < math.inf:
+            raise UserError(f"{name} is {getattr(settings, name)}; at least {low} is needed")
+
+
+def check_known(settings: object, **known: Collection[str]) -> None:
+    """Refuse names that nobody knows.
+
+    Args:
+        settings: holds them as attributes.
+        known: name of each and the values it may have.
+
+    Raises:
+        UserError: one of them is another.
+    """
+    for name, values in known.items():
+        if getattr(settings, name) not in values:
+            raise UserError(f"{name} is {getattr(settings, name)!r}; known: {', '.join(values)}")
 
 
 def vary(standard: Settings, changes: Mapping[str, object] | str) -> Settings:

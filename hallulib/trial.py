@@ -9,6 +9,7 @@ from hallulib import UserError
 from hallulib.hallucinate import Recipe, check_pool
 from hallulib.learner import Fit
 from hallulib.prototypes import PrototypeClassifier
+from hallulib.settings import check_known, check_least
 from hallulib.supports import CHANGES, Source
 
 GENERATORS = ("score_model", "oracle", "memory", *CHANGES)
@@ -72,14 +73,11 @@ class Trial:
     fit: Fit = field(default_factory=Fit)
 
     def __post_init__(self):
-        if self.generator not in GENERATORS:
-            raise UserError(f"generator is {self.generator!r}; known: {', '.join(GENERATORS)}")
+        check_known(self, generator=GENERATORS)
         if 0 not in self.counts or max(self.counts) < 1 or min(self.counts) < 0:
             raise UserError(f"counts are {self.counts}; 0 and some number above it are needed")
-        least = {"pool": 0, "steps": 0, "per_epoch": 1, "n_validation": 0, "n_episodes": 2}
-        for name, low in (least | {"n_spare": 0, "pretraining": 0, "seed": 0}).items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}; at least {low} is needed")
+        check_least(self, pool=0, steps=0, per_epoch=1, n_validation=0, n_episodes=2)
+        check_least(self, n_spare=0, pretraining=0, seed=0)
         if not all(0 <= part <= 1 for part in self.decays):
             raise UserError(f"decays are {self.decays}; parts of the training, 0 to 1, are needed")
         if self.pool and self.generator == "score_model":

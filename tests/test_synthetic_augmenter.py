@@ -1,0 +1,91 @@
+"""SyntheticAugmenter adds only what was admitted, and pretrains on nothing with a label."""
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+
+from hallulib import UserError, augment, data
+from hallulib.estimators import SyntheticAugmenter
+from hallulib.selection import ADMITTED, rates
+
+TINY = dict(encoding=2, pretraining=2, width=8, steering=2, sampler_steps=2, resnet_steps=4)
+TINY |= dict(confidence=0, candidates=3)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Labelled and unlabelled images of the phantom."""
+    found = data.open("phantom", 16)
+    known = found.select("train", labelled="grade2")
+    rows = np.arange(0, len(known), 30)
+    names = np.array(found.classes("grade2"))[known.labels("grade2")[rows]]
+    return known.tensor(rows).numpy(), names, found.select("unlabelled").tensor(range(64)).numpy()
+
+
+@pytest.fixture(scope="module")
+def fitted(images):
+    return SyntheticAugmenter(**TINY).fit(*images)
+
+
+def test_what_is_added_was_admitted_and_the_real_images_stay(fitted, images):
+    x, y, _ = images
+    more, labels = fitted.resample(x, y)
+    np.testing.assert_array_equal(more[: len(x)], x)
+    np.testing.assert_array_equal(labels[: len(y)], y)
+    per_class = -(-len(x) // 2)
+    assert len(fitted.synthetic_) == len(fitted.verdicts_) == 3 * 2 * per_class
+    passed = (fitted.verdicts_["verdict"] == ADMITTED).to_numpy()
+    pool = {image.tobytes() for image in fitted.synthetic_[passed]}
+    assert len(more) > len(x)
+    assert all(image.tobytes() in pool for image in more[len(x) :])
+    admitted = rates(fitted.verdicts_, list(map(str, fitted.classes_)))[ADMITTED]
+    for name in fitted.classes_:
+        assert (labels[len(y) :] == name).sum() == min(per_class, admitted[name])
+
+
+def test_images_come_back_in_the_form_they_came_in(fitted, images):
+    x, y, _ = images
+    whole, _ = fitted.resample(x, y)
+    flat, _ = fitted.resample(x.reshape(len(x), -1), y)
+    np.testing.assert_array_equal(flat, whole.reshape(len(whole), -1))
+    assert fitted.resample(x[:, 0], y)[0].shape[1:] == (16, 16)
+
+
+def test_the_seed_decides_and_a_clone_does_the_same(images):
+    one = SyntheticAugmenter(**TINY)
+    first, second = (clone(one).fit_resample(*images)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_it_goes_on_from_what_the_experiment_pretrained(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HALLULIB_RUNS", str(tmp_path))
+    whole = data.open("phantom", 16)
+    whole = whole.select(rows=range(0, len(whole), 20))  # the rest would only take time
+    trial = augment.Trial("grade2", encoding=2, encoder_width=8, pretraining=2, width=8)
+    folders = augment.pretrained(whole, trial).folders
+    x, y, _ = images
+    found = SyntheticAugmenter([str(f) for f in folders], **TINY).fit(x, y)
+    assert found.synthetic_.shape[1:] == (1, 16, 16)
+    with pytest.raises(UserError, match="pretrained names 1 folders"):
+        SyntheticAugmenter(folders[:1], **TINY).fit(x, y)
+
+
+def test_it_is_saved_without_pickle_and_comes_back(fitted, images, tmp_path):
+    x, y, _ = images
+    fitted.save(tmp_path)
+    again = SyntheticAugmenter.load(tmp_path)
+    for one, other in zip(again.resample(x, y), fitted.resample(x, y), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_what_does_not_suit_is_told_in_a_sentence(fitted, images):
+    x, y, _ = images
+    with pytest.raises(UserError, match="2 classes, the rarest with 1 images"):
+        SyntheticAugmenter(**TINY).fit(x[:3], ["low", "low", "high"])
+    with pytest.raises(UserError, match="none of .* synthetic images .* was admitted"):
+        SyntheticAugmenter(**TINY | {"confidence": 0.999999}).fit_resample(x, y)
+    with pytest.raises(UserError, match="candidates is 0"):
+        SyntheticAugmenter(**TINY | {"candidates": 0}).fit(x, y)
+    with pytest.raises(ValueError, match="768 features, .* expecting 256"):
+        fitted.resample(np.zeros((4, 3, 16, 16), np.float32), np.zeros(4))
