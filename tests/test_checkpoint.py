@@ -1,13 +1,14 @@
 """Checkpoints: what is written is read back bit by bit, or refused in one sentence."""
 
 import csv
+import os
 
 import pytest
 import torch
 from torch import nn
 from toy_task import same
 
-from hallulib import UserError, artifacts, checkpoint
+from hallulib import UserError, checkpoint
 from hallulib.checkpoint import CHECKPOINT, LOG
 
 SETTINGS = {"lr": 1e-3, "decays": (0.5, 0.8), "recipe": {"rank": 4}}
@@ -78,7 +79,7 @@ def test_no_other_file_is_left_behind(tmp_path):
 def test_a_write_that_dies_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch, dies_at):
     """Whichever rename was the last, the log never lacks steps that the checkpoint has."""
     write(tmp_path, step=3)
-    replace, calls = artifacts.os.replace, []
+    replace, calls = os.replace, []
 
     def dying(*paths):
         calls.append(paths)
@@ -86,7 +87,7 @@ def test_a_write_that_dies_leaves_the_last_whole_checkpoint(tmp_path, monkeypatc
             raise KeyboardInterrupt
         replace(*paths)
 
-    monkeypatch.setattr(artifacts.os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, step=6)
     monkeypatch.undo()

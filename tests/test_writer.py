@@ -74,7 +74,14 @@ def wait_for(condition, seconds: float = 200) -> None:
         time.sleep(0.005)
 
 
-def test_a_run_killed_at_a_random_point_ends_with_the_same_bytes(tmp_path):
+def alive(session: int) -> bool:
+    """Whether a process of the session that a run began is left."""
+    stats = (Path(f"/proc/{p}/stat") for p in os.listdir("/proc") if p.isdigit())
+    texts = [s.read_text() for s in stats if s.exists()]
+    return any(int(text.rsplit(")", 1)[1].split()[3]) == session for text in texts)
+
+
+def test_workers_die_with_a_killed_run_and_another_ends_with_the_same_bytes(tmp_path):
     (tmp_path / "a").mkdir()
     items = [Patient(n, sleep=0.02) for n in range(40)]
     make(tmp_path / "whole", items)
@@ -85,6 +92,7 @@ def test_a_run_killed_at_a_random_point_ends_with_the_same_bytes(tmp_path):
     wait_for(lambda: len(list(staged.glob("*.npz"))) >= count)
     run.kill()
     run.communicate()
+    wait_for(lambda: not alive(run.pid), 20)
     assert staged.is_dir()
     assert not out.exists()
     before = {f.name: f.stat().st_mtime_ns for f in staged.glob("*.npz")}
@@ -167,21 +175,6 @@ def test_a_killed_worker_is_told_and_the_rest_is_kept(tmp_path):
     with pytest.raises(UserError, match="a worker was killed, most likely for lack of memory"):
         make(tmp_path / "set", items, workers=2)
     assert (tmp_path / "set.partial").is_dir()
-
-
-def test_workers_die_with_a_killed_parent(tmp_path):
-    out = tmp_path / "set"
-    run = start(out, workers=2)
-    wait_for(lambda: len(list(tmp_path.glob("set.partial/*.npz"))) > 0)
-    run.kill()
-    run.wait()
-
-    def alive():
-        stats = (Path(f"/proc/{p}/stat") for p in os.listdir("/proc") if p.isdigit())
-        texts = [s.read_text() for s in stats if s.exists()]
-        return any(int(t.rsplit(")", 1)[1].split()[3]) == run.pid for t in texts)  # session id
-
-    wait_for(lambda: not alive(), 20)
 
 
 @pytest.mark.parametrize(
