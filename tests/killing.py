@@ -4,6 +4,7 @@ Started as a program it imports the library once, and then forks for every life 
 for: a life takes as long as its work, without the seconds of an interpreter that imports torch.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -56,6 +57,16 @@ class Server:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+def in_session(leader: int) -> bool:
+    """Whether a process of the session that this one began is left, its own end included."""
+    stats = (Path(f"/proc/{p}/stat") for p in os.listdir("/proc") if p.isdigit())
+    texts = []
+    for stat in stats:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            texts.append(stat.read_text())
+    return any(int(text.rsplit(")", 1)[1].split()[3]) == leader for text in texts)
 
 
 def serve() -> None:

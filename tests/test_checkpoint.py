@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from toy_task import same
 
@@ -95,6 +96,21 @@ def test_a_write_that_dies_leaves_the_last_whole_checkpoint(tmp_path, monkeypatc
     assert step == 3
     assert set(found) == set(tensors())
     assert len((tmp_path / LOG).read_text().splitlines()) - 1 >= step
+
+
+def test_a_write_that_fails_leaves_nothing_of_its_own(tmp_path, monkeypatch):
+    """Nor what safetensors writes beside its file."""
+    write(tmp_path, step=3)
+
+    def full(tensors, file, metadata):
+        file.with_name(".tmp4j7vaG").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r": cannot write \(No space left on device\); a writable"):
+        write(tmp_path, step=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, LOG]
+    assert checkpoint.read(tmp_path, SETTINGS)[1] == 3
 
 
 def test_nothing_is_found_where_nothing_was_written(tmp_path):

@@ -8,6 +8,7 @@ import time
 import nbformat
 import pytest
 from distributed import LocalCluster
+from killing import in_session
 
 from conftest import ROOT
 from hallulib import UserError, grid
@@ -256,6 +257,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
     assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
     assert "Traceback" not in told
     wait_until(lambda: not any(map(alive, kernels.read_text().split())), 20)
+    wait_until(lambda: not in_session(process.pid), 20)  # its workers neither
     (finished,) = tiny.cells.glob("*.json")
     assert json.loads(finished.read_text())["parameters"]["STEPS"] == 1
     tiny.write("")
@@ -271,6 +273,19 @@ def test_an_address_without_a_scheduler_is_named(tiny, capsys):
         printed = capsys.readouterr().err
         assert f"no dask scheduler answers at {address}; give the address" in printed
         assert "Traceback" not in printed
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_a_chapter_runs(tiny, address, capsys):
+    tiny.ask("cells: [{}]")
+    (tiny.home / "file").write_text("")
+    folder = tiny.home / "file" / "cells"
+    assert grid.main([str(tiny.file), "--out", str(folder), "--address", address]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(str(folder))
+    assert told.endswith(
+        "cannot write (Not a directory); a writable folder with enough space is needed"
+    )
+    assert tiny.ran() == []
 
 
 def test_at_least_one_worker_is_needed(tiny, capsys):
