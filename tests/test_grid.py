@@ -7,6 +7,7 @@ import time
 
 import nbformat
 import pytest
+import toy_runs
 from distributed import LocalCluster
 from killing import in_session
 
@@ -273,6 +274,22 @@ def test_an_address_without_a_scheduler_is_named(tiny, capsys):
         printed = capsys.readouterr().err
         assert f"no dask scheduler answers at {address}; give the address" in printed
         assert "Traceback" not in printed
+
+
+def test_a_cell_killed_as_it_ends_is_not_there_before_its_notebook_is_gone(tmp_path, monkeypatch):
+    def die(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("HALLULIB_RESULTS", "")  # which the cell changes
+    monkeypatch.setattr(grid.notebooks, "execute", toy_runs.execute)
+    cell = tmp_path / "toy.ipynb", {"STEPS": 1}, tmp_path / "cell.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(grid.disk, "drop", die)
+        with pytest.raises(KeyboardInterrupt):
+            grid.run_cell(*cell)
+    assert not (tmp_path / "cell.json").exists()
+    assert grid.run_cell(*cell)["measured"]["product"]["value"] == 0.1
+    assert [path.name for path in tmp_path.iterdir()] == ["cell.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_a_chapter_runs(tiny, address, capsys):

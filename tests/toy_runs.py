@@ -54,14 +54,14 @@ def joint_training(folder: Path) -> None:
 
 def cells(folder: Path) -> None:
     """Three cells one after the other, without the seconds that each kernel takes."""
-    notebooks.execute = _execute
+    notebooks.execute = execute
     for steps in range(3):
         file = folder / f"{steps}.json"
         if not file.exists() or json.loads(file.read_text())["error"]:
             grid.run_cell(Path("01_toy.ipynb"), {"STEPS": steps, "SEED": 0}, file)
 
 
-def _execute(chapter: Path, out: Path, values: dict) -> nbformat.NotebookNode:
+def execute(chapter: Path, out: Path, values: dict) -> nbformat.NotebookNode:
     """Writes the notebook after each of its code cells, as papermill does."""
     row = {"product": {"value": values["STEPS"] * 0.1, "low": None, "high": None, "n": 1}}
     text = {"text/plain": repr(json.dumps(row))}
