@@ -256,7 +256,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
         finally:
             process.kill()
     assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
-    assert "Traceback" not in told
+    assert stop == signal.SIGKILL or "Traceback" not in told  # of workers whose head is gone
     wait_until(lambda: not any(map(alive, kernels.read_text().split())), 20)
     wait_until(lambda: not in_session(process.pid), 20)  # its workers neither
     (finished,) = tiny.cells.glob("*.json")
