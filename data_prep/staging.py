@@ -1,6 +1,5 @@
 """Reads items in worker processes and stages each as one file, so that a killed run can go on."""
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -22,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from hallulib import UserError
+from hallulib.disk import writing
 
 
 class Item(Protocol):
@@ -122,22 +122,6 @@ def read_images(path: Path) -> np.ndarray:
     """Images (n, C, H, W) of a staged file."""
     with np.load(path, allow_pickle=False) as staged:
         return np.ascontiguousarray(staged["images"])
-
-
-@contextlib.contextmanager
-def writing(where: Path) -> Iterator[None]:
-    """Turns a failure to write into one sentence.
-
-    Raises:
-        UserError: full disk, no permission, a file in the way.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{where}: cannot write ({error.strerror or error});"
-            " a writable folder with enough space is needed"
-        ) from error
 
 
 def _cores() -> int:

@@ -27,11 +27,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_prep.staging import Item, Study, fields, read_about, read_images, stage, writing
+from data_prep.staging import Item, Study, fields, read_about, read_images, stage
 from hallulib import UserError
+from hallulib.disk import writing
 
 __all__ = ["Item", "Report", "Study", "by_fraction", "prepare", "versions"]
 
+REPLACED = "replaced"
 Splits = Callable[[pd.DataFrame], Mapping[str, str]] | Mapping[str, str] | None
 
 
@@ -101,6 +103,8 @@ def prepare(
     if not items:
         raise UserError(f"{out}: nothing to prepare; at least one image is needed")
     staging = out.with_name(out.name + ".partial")
+    with writing(out):
+        _put_back(out, staging)
     _check_free(out, staging, overwrite)
     made = [folder for folder in (staging, *staging.parents) if not folder.exists()]
     card = _complete(card)
@@ -110,9 +114,10 @@ def prepare(
         staged = stage(items, read, card, staging, workers)
         return _assemble(out, staging, items, staged, card, splits, notes)
     except UserError:
-        shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):  # parents made here, as long as they are empty
-            for folder in made[1:]:
+        with contextlib.suppress(OSError):
+            _put_back(out, staging)
+            shutil.rmtree(staging, ignore_errors=True)
+            for folder in made[1:]:  # parents made here, as long as they are empty
                 folder.rmdir()
         raise
     except ChildProcessError as error:
@@ -154,8 +159,14 @@ def _check_free(out: Path, staging: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is not an image set, so it is not replaced; name another output")
     if staging.exists():
         strange = [f for f in staging.glob("*") if f.suffix not in (".npz", ".tmp")]
-        if any(f.name not in ("set", "replaced") for f in strange):
+        if any(f.name not in ("set", REPLACED) for f in strange):
             raise UserError(f"{staging} holds files of others; name another output or move it")
+
+
+def _put_back(out: Path, staging: Path) -> None:
+    """The set that was to be replaced, if the run ended before another took its place."""
+    if (staging / REPLACED).exists() and not out.exists():
+        os.replace(staging / REPLACED, out)
 
 
 def _complete(card: dict) -> dict:
@@ -184,7 +195,8 @@ def _assemble(out: Path, staging: Path, items, staged, card, splits, notes) -> R
         new = _write(staging / "set", staged, (len(table), *shape), table, card)
         data.open(new)
         if out.exists():
-            os.replace(out, staging / "replaced")
+            shutil.rmtree(staging / REPLACED, ignore_errors=True)  # of a run killed as it ended
+            os.replace(out, staging / REPLACED)
         os.replace(new, out)
     shutil.rmtree(staging, ignore_errors=True)
     return report

@@ -5,7 +5,6 @@ every file, versions, seconds and device. The runs of this machine lie in ``runs
 ``HALLULIB_RUNS`` says); a few ship with the library.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +20,8 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from hallulib import UserError, __version__
+from hallulib import UserError, __version__, disk
+from hallulib.checkpoint import CHECKPOINT
 
 SHIPPED = Path(__file__).parent / "weights"
 CARD = "run.json"
@@ -65,19 +65,25 @@ def load_or_train(
         settings: everything the result depends on; what JSON can hold.
 
     Raises:
-        UserError: a file of the found run differs from its checksum.
+        UserError: a file of the found run differs from its checksum, or the folder of the runs
+            cannot be written.
     """
     name = re.sub(r"[^\w-]+", "-", name)  # a name may come from a data set: it stays one folder
     folder = runs_folder() / f"{name}-{_key(settings)}"
-    if from_scratch:
-        (folder / CARD).unlink(missing_ok=True)
-    else:
+    if (folder / CARD).exists():
+        # left by a run that was killed as it finished; from scratch must not go on from it
+        disk.drop(folder / CHECKPOINT)
+        if from_scratch:
+            disk.drop(folder / CARD)
+    if not from_scratch:
         for found in (folder, SHIPPED / name):
             if is_finished(found, settings):
                 return found
-    folder.mkdir(parents=True, exist_ok=True)
     # of several processes that need one model, the first trains it and the others wait
-    with FileLock(folder.with_name(folder.name + ".lock")):
+    with disk.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(folder.name + ".lock")).acquire()
+    with lock:
         if from_scratch or not is_finished(folder, settings):
             start = time.monotonic()
             train(folder, **settings)
@@ -92,9 +98,9 @@ def _key(settings: dict) -> str:
 
 def finish(folder: Path, settings: dict, seconds: float) -> None:
     """Declare a run finished: write its card at once, and only then drop its checkpoint."""
-    checkpoint = folder / "checkpoint.safetensors"
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD)
-    files = [p for p in files if p != checkpoint]
+    disk.drop_partial(folder)
+    made_of = folder / CARD, folder / CHECKPOINT
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p not in made_of)
     card = {
         "settings": settings,
         "seconds": round(seconds, 1),
@@ -102,7 +108,7 @@ def finish(folder: Path, settings: dict, seconds: float) -> None:
         "sha256": {p.relative_to(folder).as_posix(): _sha256(p) for p in files},
     }
     write_json(folder / CARD, card)
-    checkpoint.unlink(missing_ok=True)
+    disk.drop(folder / CHECKPOINT)
 
 
 def is_finished(folder: Path, settings: dict) -> bool:
@@ -183,18 +189,9 @@ class Ledger:
         return pd.DataFrame(self.measured).T.rename_axis("number").astype(float)
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name to write under; once that is done, the file is renamed to ``path`` in one step."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
-
-
 def write_json(path: Path, content: dict) -> None:
     """Write JSON beside its place and rename it, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
+    with disk.whole(path) as partial:
         partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

@@ -29,7 +29,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hallulib import UserError, artifacts, autoencoder, metrics, sample, steering, train, unet
+from hallulib import (
+    UserError,
+    artifacts,
+    autoencoder,
+    disk,
+    metrics,
+    sample,
+    steering,
+    train,
+    unet,
+)
 from hallulib.adaptation import relabelled
 from hallulib.autoencoder import Autoencoder
 from hallulib.backbone import read, train_resnet
@@ -301,9 +311,10 @@ def _measure(images: ImageSet, trial: Trial, prior: Pretrained, seed: int, folde
             told[f"{arm} {name}"] = column
     verdicts["selected"], verdicts["unselected"] = chosen["selected"], chosen["unselected"]
     pixels = {"real": _bytes(x), "labels": y, "synthetic": _bytes(made)}
-    save_file(pixels, folder / SYNTHETIC)
-    verdicts.to_csv(folder / VERDICTS, index=False)
-    told.to_csv(folder / SCORES, index=False)
+    with disk.whole_files(folder) as new:
+        save_file(pixels, new / SYNTHETIC)
+        verdicts.to_csv(new / VERDICTS, index=False)
+        told.to_csv(new / SCORES, index=False)
 
 
 def read_fold(folder: Path) -> tuple[Images, Labels, AnyImages, pd.DataFrame]:

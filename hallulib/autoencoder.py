@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hallulib import UserError, artifacts, checkpoint
+from hallulib import UserError, artifacts, checkpoint, disk
 from hallulib.data import ImageSet
 from hallulib.shapes import Images, Latents, PerImage
 
@@ -153,8 +153,13 @@ def build(
 
 
 def save(model: Autoencoder, folder: Path) -> None:
-    """Write the weights and the standardisation as an ``AutoencoderKL`` folder of diffusers."""
-    model.kl.save_pretrained(folder)
+    """Write the weights and the standardisation as an ``AutoencoderKL`` folder of diffusers.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with disk.whole_files(folder) as partial:
+        model.kl.save_pretrained(partial)
 
 
 def load(folder: Path) -> Autoencoder:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hallulib import UserError, artifacts
+from hallulib import UserError, disk
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "losses.csv"
 
@@ -65,15 +65,18 @@ def write(
         step: steps taken.
         settings: what JSON can hold; a run with others cannot resume from here.
         log: column name -> one number per step so far, for ``losses.csv``.
+
+    Raises:
+        UserError: they cannot be written; the checkpoint before is still there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     metadata = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
     # the log first: a run that is killed between the two writes it again
-    with artifacts.whole(folder / LOG) as partial, partial.open("w", newline="") as file:
+    with disk.whole(folder / LOG) as partial, partial.open("w", newline="") as file:
         rows = enumerate(zip(*log.values(), strict=True), start=1)
         csv.writer(file).writerows([("step", *log), *((i, *row) for i, row in rows)])
-    with artifacts.whole(folder / CHECKPOINT) as partial:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+    with disk.whole_files(folder) as partial:
+        tensors = {k: v.contiguous() for k, v in tensors.items()}
+        save_file(tensors, partial / CHECKPOINT, metadata)
 
 
 def read(folder: Path, settings: dict) -> tuple[dict[str, Tensor], int] | None:

@@ -25,7 +25,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from hallulib import UserError, artifacts, metrics
+from hallulib import UserError, artifacts, disk, metrics
 from hallulib.backbone import read, train_resnet
 from hallulib.calibration import log_odds
 from hallulib.data import ImageSet
@@ -112,7 +112,7 @@ def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd
 
     def measure(folder: Path, **_) -> None:
         scores = _measure(images, contest, folder)
-        with artifacts.whole(folder / SCORES) as partial:
+        with disk.whole(folder / SCORES) as partial:
             scores.to_csv(partial, index=False)
 
     folder = artifacts.load_or_train(

@@ -34,7 +34,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hallulib import UserError, artifacts, notebooks
+from hallulib import UserError, artifacts, disk, notebooks
 
 PARTS = ("chapter", "common", "grid", "cells")
 
@@ -90,11 +90,15 @@ def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> dict[str, An
     """Run one cell where this is called and write it to ``file``; ``error`` tells what failed.
 
     The executed notebook stays beside the file if the cell failed.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     # papermill changes the folder of the whole process and back: with several threads in a
     # worker, none may go back to another one than the root
     os.chdir(notebooks.ROOT)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with disk.writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     executed, start = file.with_suffix(".ipynb"), time.monotonic()
     try:
         with TemporaryDirectory() as own:  # the numbers of a cell are in its file, not the book's
@@ -102,11 +106,10 @@ def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> dict[str, An
             told = _results(notebooks.execute(notebook, executed, values))
     except Exception as error:  # whatever it was is the outcome of this cell; the others go on
         told = {"error": _sentence(error)}
+    else:  # first this: a cell that is there is not looked at again
+        disk.drop(executed)
     told["seconds"] = round(time.monotonic() - start, 1)
-    cell = _write(notebook, values, file, told)
-    if cell["error"] is None:
-        executed.unlink()
-    return cell
+    return _write(notebook, values, file, told)
 
 
 def _write(notebook, values, file, told):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hallulib import artifacts, meta, prototypes, train, unet
+from hallulib import artifacts, disk, meta, prototypes, train, unet
 from hallulib.adaptation import relabelled
 from hallulib.comparison import share_of_oracle, table
 from hallulib.data import ImageSet
@@ -88,7 +88,7 @@ def _do(images: ImageSet, trial: Trial, folder: Path) -> None:
     bar.close()
     _write(folder / TABLE, pd.concat([_read(part) for part in parts], axis=1))
     for part in parts:
-        part.unlink()
+        disk.drop(part)
 
 
 def episodes(images: ImageSet, trial: Trial, split: str) -> Episodes:
@@ -262,7 +262,7 @@ def _measure(
 
 def _write(file: Path, table: pd.DataFrame) -> None:
     """Write a table beside its place and rename it into it."""
-    with artifacts.whole(file) as partial:
+    with disk.whole(file) as partial:
         table.to_csv(partial, index=False)
 
 
@@ -276,9 +276,10 @@ def _save(folder: Path, source: Source, classifiers: Classifiers, images: ImageS
     told = {"channels": str(images.channels), "labels": json.dumps(labels)}
     parts = {"generator": _weights(source)}
     parts |= {f"plus_{n}": c.state_dict() for n, c in classifiers.items()}
-    for name, tensors in parts.items():
-        kept = {k: v.to(_precision(k, v)).contiguous() for k, v in tensors.items()}
-        save_file(kept, folder / f"{name}.safetensors", told)
+    with disk.whole_files(folder) as partial:
+        for name, tensors in parts.items():
+            kept = {k: v.to(_precision(k, v)).contiguous() for k, v in tensors.items()}
+            save_file(kept, partial / f"{name}.safetensors", told)
 
 
 def _precision(name: str, tensor: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hallulib import UserError
+from hallulib import UserError, disk
 from hallulib.score import ScoreModel
 from hallulib.sde import SDE, SDES, VPSDE
 from hallulib.shapes import Images, Labels, Times
@@ -113,19 +113,25 @@ def save(model: ScoreModel, folder: Path) -> None:
 
     For a VP model with the default rates, ``DDPMPipeline.from_pretrained(folder)`` samples the
     null class; other diffusions keep the network but are no DDPM, so no scheduler is written.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     unet = model.network.unet
     unet.register_to_config(class_embed_type=None)  # the null class needs no class input
-    if model.sde == VPSDE():
-        scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
-        DDPMPipeline(unet, scheduler).save_pretrained(folder)
-    else:
-        unet.save_pretrained(Path(folder) / "unet")
-    unet.register_to_config(class_embed_type="identity")
-    save_file({"classes": model.network.classes.weight.detach()}, Path(folder) / CLASSES)
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
     name = next(name for name, kind in SDES.items() if type(model.sde) is kind)
     sidecar = {"sde": {"name": name, **asdict(model.sde)}, "labels": model.labels}
-    (Path(folder) / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+    with disk.whole_files(folder) as partial:
+        try:
+            if model.sde == VPSDE():
+                DDPMPipeline(unet, scheduler).save_pretrained(partial)
+            else:
+                unet.save_pretrained(partial / "unet")
+        finally:
+            unet.register_to_config(class_embed_type="identity")
+        save_file({"classes": model.network.classes.weight.detach()}, partial / CLASSES)
+        (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
 
 
 def load(folder: Path) -> ScoreModel:

@@ -1,6 +1,8 @@
 """Runs are found by their settings and trusted by their checksum."""
 
+import errno
 import json
+import os
 import time
 from multiprocessing.pool import ThreadPool
 
@@ -57,6 +59,49 @@ def test_an_interrupted_run_is_resumed_in_its_folder():
         steps=3,
     )
     assert seen == ["half"]
+
+
+def test_what_a_run_killed_as_it_wrote_left_is_no_part_of_its_result():
+    train = Training()
+
+    def left(folder, **settings):
+        train(folder, **settings)
+        (folder / "run.json.partial").write_text("{")
+        (folder / ".partial").mkdir()
+        (folder / ".partial" / ".tmp4j7vaG").write_text("half")
+
+    folder = artifacts.load_or_train("net", left, steps=3)
+    assert artifacts.load_or_train("net", left, steps=3) == folder
+    assert train.calls == 1
+    assert sorted(p.name for p in folder.iterdir()) == ["run.json", "unet"]
+
+
+def test_a_run_killed_between_its_card_and_its_end_leaves_no_checkpoint():
+    seen = []
+
+    def train(folder, **settings):
+        seen.append((folder / "checkpoint.safetensors").exists())
+
+    for from_scratch in (False, False, True):
+        folder = artifacts.load_or_train("net", train, from_scratch=from_scratch, steps=3)
+        assert not (folder / "checkpoint.safetensors").exists()
+        (folder / "checkpoint.safetensors").write_text("the last step")
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_number_that_cannot_be_written_is_one_sentence(runs, monkeypatch, code):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    ledger = artifacts.Ledger("05_test", seed=1)
+    ledger.keep("auc", 0.8, n=40)
+    before = (runs / "results" / "05_test" / "auc.json").read_bytes()
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=rf"auc\.json: cannot write \({os.strerror(code)}\)"):
+        ledger.keep("auc", 0.9, n=40)
+    (kept,) = (runs / "results" / "05_test").iterdir()
+    assert kept.read_bytes() == before
 
 
 def test_two_processes_that_need_one_model_train_it_once():

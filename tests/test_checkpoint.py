@@ -1,13 +1,15 @@
 """Checkpoints: what is written is read back bit by bit, or refused in one sentence."""
 
 import csv
+import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from toy_task import same
 
-from hallulib import UserError, artifacts, checkpoint
+from hallulib import UserError, checkpoint
 from hallulib.checkpoint import CHECKPOINT, LOG
 
 SETTINGS = {"lr": 1e-3, "decays": (0.5, 0.8), "recipe": {"rank": 4}}
@@ -78,7 +80,7 @@ def test_no_other_file_is_left_behind(tmp_path):
 def test_a_write_that_dies_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch, dies_at):
     """Whichever rename was the last, the log never lacks steps that the checkpoint has."""
     write(tmp_path, step=3)
-    replace, calls = artifacts.os.replace, []
+    replace, calls = os.replace, []
 
     def dying(*paths):
         calls.append(paths)
@@ -86,7 +88,7 @@ def test_a_write_that_dies_leaves_the_last_whole_checkpoint(tmp_path, monkeypatc
             raise KeyboardInterrupt
         replace(*paths)
 
-    monkeypatch.setattr(artifacts.os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, step=6)
     monkeypatch.undo()
@@ -94,6 +96,21 @@ def test_a_write_that_dies_leaves_the_last_whole_checkpoint(tmp_path, monkeypatc
     assert step == 3
     assert set(found) == set(tensors())
     assert len((tmp_path / LOG).read_text().splitlines()) - 1 >= step
+
+
+def test_a_write_that_fails_leaves_nothing_of_its_own(tmp_path, monkeypatch):
+    """Nor what safetensors writes beside its file."""
+    write(tmp_path, step=3)
+
+    def full(tensors, file, metadata):
+        file.with_name(".tmp4j7vaG").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r": cannot write \(No space left on device\); a writable"):
+        write(tmp_path, step=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, LOG]
+    assert checkpoint.read(tmp_path, SETTINGS)[1] == 3
 
 
 def test_nothing_is_found_where_nothing_was_written(tmp_path):

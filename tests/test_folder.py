@@ -68,6 +68,18 @@ def test_folders_become_labels_and_every_split_has_every_class(classes, capsys):
     assert "23  image without patient: counted as its own" in capsys.readouterr().out
 
 
+def test_the_card_tells_the_seed_of_the_splits_and_the_same_one_makes_the_same_bytes(classes):
+    for out, seed in (("one", 7), ("two", 7), ("other", 8)):
+        assert prepare(classes, f"--seed={seed}", "--name=set", out=out) == 0
+    one, two, other = (
+        [(classes.parent / out / name).read_bytes() for name in data.FILES]
+        for out in ("one", "two", "other")
+    )
+    assert one == two != other
+    steps = data.open(classes.parent / "one").card["processing"]["steps"]
+    assert "splits by seed 7" in " ".join(steps)
+
+
 def test_pixels_are_those_of_the_files_in_sorted_order(classes):
     prepare(classes)
     opened = data.open(classes.parent / "set")

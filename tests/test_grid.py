@@ -7,7 +7,9 @@ import time
 
 import nbformat
 import pytest
+import toy_runs
 from distributed import LocalCluster
+from killing import in_session
 
 from conftest import ROOT
 from hallulib import UserError, grid
@@ -254,8 +256,9 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
         finally:
             process.kill()
     assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
-    assert "Traceback" not in told
+    assert stop == signal.SIGKILL or "Traceback" not in told  # of workers whose head is gone
     wait_until(lambda: not any(map(alive, kernels.read_text().split())), 20)
+    wait_until(lambda: not in_session(process.pid), 20)  # its workers neither
     (finished,) = tiny.cells.glob("*.json")
     assert json.loads(finished.read_text())["parameters"]["STEPS"] == 1
     tiny.write("")
@@ -271,6 +274,35 @@ def test_an_address_without_a_scheduler_is_named(tiny, capsys):
         printed = capsys.readouterr().err
         assert f"no dask scheduler answers at {address}; give the address" in printed
         assert "Traceback" not in printed
+
+
+def test_a_cell_killed_as_it_ends_is_not_there_before_its_notebook_is_gone(tmp_path, monkeypatch):
+    def die(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("HALLULIB_RESULTS", "")  # which the cell changes
+    monkeypatch.setattr(grid.notebooks, "execute", toy_runs.execute)
+    cell = tmp_path / "toy.ipynb", {"STEPS": 1}, tmp_path / "cell.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(grid.disk, "drop", die)
+        with pytest.raises(KeyboardInterrupt):
+            grid.run_cell(*cell)
+    assert not (tmp_path / "cell.json").exists()
+    assert grid.run_cell(*cell)["measured"]["product"]["value"] == 0.1
+    assert [path.name for path in tmp_path.iterdir()] == ["cell.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_a_chapter_runs(tiny, address, capsys):
+    tiny.ask("cells: [{}]")
+    (tiny.home / "file").write_text("")
+    folder = tiny.home / "file" / "cells"
+    assert grid.main([str(tiny.file), "--out", str(folder), "--address", address]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(str(folder))
+    assert told.endswith(
+        "cannot write (Not a directory); a writable folder with enough space is needed"
+    )
+    assert tiny.ran() == []
 
 
 def test_at_least_one_worker_is_needed(tiny, capsys):

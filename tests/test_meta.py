@@ -1,17 +1,10 @@
 """Joint training and evaluation: who learns from what, the same bytes again, nothing leaks."""
 
 import copy
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from toy_task import IMAGES, classifiers, hallucinator, image_set, same, score_model, tasks
 
@@ -153,35 +146,6 @@ def test_rates_that_fall_at_the_same_step_or_never_resume_alike(tmp_path):
     resumed = train(tmp_path, fit=FITS["cross_entropy"], decays=decays)
     assert same(resumed.tensors(), whole.tensors())
     assert resumed.learners[0].optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
-
-
-def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
-    """SIGKILL soon after a checkpoint was written, and while one is being written."""
-    script = textwrap.dedent(
-        """
-        import sys, torch
-        sys.path.insert(0, sys.argv[2])
-        from test_meta import train
-        torch.set_num_threads(int(sys.argv[3]))  # the order of sums is part of the bytes
-        train(sys.argv[1], steps=30, per_epoch=1)
-        """
-    )
-    threads = str(torch.get_num_threads())
-    command = [sys.executable, "-c", script, str(tmp_path), os.path.dirname(__file__), threads]
-    path, deadline = tmp_path / CHECKPOINT, time.monotonic() + 240
-    process = subprocess.Popen(command)
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.15)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    before = path.stat().st_mtime_ns
-    resumed = train(tmp_path, steps=30, per_epoch=1)
-    assert path.stat().st_mtime_ns > before
-    whole = train(tmp_path / "whole", steps=30, per_epoch=1)
-    assert same(resumed.tensors(), whole.tensors())
-    assert same(*(load_file(f / CHECKPOINT) for f in (tmp_path, tmp_path / "whole")))
-    assert (tmp_path / LOG).read_bytes() == (tmp_path / "whole" / LOG).read_bytes()
 
 
 def test_a_finished_training_only_hands_over_its_state(tmp_path):

@@ -1,15 +1,7 @@
 """Training: it learns, it resumes to the same bytes, and it refuses what it cannot use."""
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hallulib import UserError, unet
 from hallulib.checkpoint import CHECKPOINT, LOG
@@ -61,42 +53,6 @@ def test_a_stopped_training_resumes_to_the_same_bytes(tmp_path, stop):
     run(tmp_path, stop=stop, labels=torch.arange(32) % 3 - 1)
     resumed = run(tmp_path, labels=torch.arange(32) % 3 - 1)
     assert same(resumed, run(labels=torch.arange(32) % 3 - 1))
-
-
-def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
-    """SIGKILL at arbitrary moments, a write of the checkpoint included."""
-    script = textwrap.dedent(
-        """
-        import sys, torch
-        sys.path.insert(0, sys.argv[2])
-        from test_train import run
-        torch.set_num_threads(1)
-        run(sys.argv[1], steps=60, every=1)
-        """
-    )
-    command = [sys.executable, "-c", script, str(tmp_path), os.path.dirname(__file__)]
-    for delay in (0.05, 0.2):
-        process = subprocess.Popen(command)
-        deadline = time.monotonic() + 60
-        before = (
-            (tmp_path / CHECKPOINT).stat().st_mtime_ns if (tmp_path / CHECKPOINT).exists() else 0
-        )
-        while process.poll() is None and time.monotonic() < deadline:
-            if (tmp_path / CHECKPOINT).exists() and (
-                tmp_path / CHECKPOINT
-            ).stat().st_mtime_ns > before:
-                time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.01)
-        process.wait()
-    subprocess.run(command, check=True)
-    uninterrupted = tmp_path / "whole"
-    subprocess.run([*command[:3], str(uninterrupted), command[4]], check=True)
-    killed, whole = (load_file(f / CHECKPOINT) for f in (tmp_path, uninterrupted))
-    assert killed.keys() == whole.keys()
-    assert all(torch.equal(killed[k], whole[k]) for k in whole)
-    assert (tmp_path / LOG).read_bytes() == (uninterrupted / LOG).read_bytes()
 
 
 def test_a_finished_training_only_hands_over_its_state(tmp_path):

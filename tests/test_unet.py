@@ -1,5 +1,8 @@
 """The network: its null class, its folder, and stock diffusers reading that folder."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -105,6 +108,20 @@ def test_colour_images_are_predicted_too():
 def test_a_size_that_cannot_be_halved_is_explained():
     with pytest.raises(UserError, match="side 34 do not suit .* stopped at 17: a multiple of 8"):
         unet.build(size=34)
+
+
+def test_a_model_that_cannot_be_saved_is_as_it_was_and_so_is_its_folder(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    m = small()
+    unet.save(m, tmp_path)
+    files = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(unet.DDPMPipeline, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"cannot write \(No space left on device\)"):
+        unet.save(m, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == files
+    assert m.network.unet.config.class_embed_type == "identity"
 
 
 def test_a_folder_that_is_no_model_is_explained(tmp_path):

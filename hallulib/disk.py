@@ -1,0 +1,116 @@
+"""Files that are there whole or not at all, and one sentence where they cannot be written.
+
+What is being written lies beside its place under a name that ends in ``.partial``; no reader
+looks there. A failure removes it, and what a killed process left is written over or dropped.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hallulib import UserError
+
+PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Turn a failure to write into one sentence.
+
+    Args:
+        where: what is written, for the sentence.
+
+    Raises:
+        UserError: full disk, no permission, a file in the way.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{where}: cannot write ({_reason(error)});"
+            " a writable folder with enough space is needed"
+        ) from error
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    # safetensors tells the number of the system's error in its text alone
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    told = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
+    return told or " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file under; once that is done, it is renamed to ``path`` in one step.
+
+    Args:
+        path: of the file; its folder is made.
+
+    Raises:
+        UserError: it cannot be written; what was at ``path`` before still is.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            _move(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first failure is the one to tell
+                partial.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A folder to write files into; once all are there, each is renamed into ``folder``.
+
+    For what libraries write, which make further files of their own while they do.
+
+    Args:
+        folder: is made; its other files stay.
+
+    Raises:
+        UserError: they cannot be written; a file that was there before is still whole.
+    """
+    folder, partial = Path(folder), Path(folder) / PARTIAL
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in sorted(p for p in partial.rglob("*") if p.is_file()):
+                place = folder / file.relative_to(partial)
+                place.parent.mkdir(exist_ok=True)
+                _move(file, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def drop(file: Path) -> None:
+    """Remove a file if it is there.
+
+    Raises:
+        UserError: it is, and cannot be removed.
+    """
+    if file.exists():  # asked first: a disk that is read-only refuses to remove nothing, too
+        with writing(file):
+            file.unlink(missing_ok=True)
+
+
+def drop_partial(folder: Path) -> None:
+    """Remove what a process left right in a folder as it was killed while it wrote there."""
+    for left in list(folder.glob("*" + PARTIAL)):
+        with writing(left):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _move(file: Path, place: Path) -> None:
+    with file.open("r+b") as written:
+        os.fsync(written.fileno())  # some disks tell only now that they are full
+    os.replace(file, place)
