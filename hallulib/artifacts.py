@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from hallulib import UserError, __version__
+from hallulib import UserError, __version__, parallel
 
 SHIPPED = Path(__file__).parent / "weights"
 CARD = "run.json"
@@ -50,17 +50,24 @@ def provenance() -> dict[str, str]:
 
 
 def load_or_train(
-    name: str, train: Callable[..., None], *, from_scratch: bool = False, **settings
+    name: str,
+    train: Callable[..., None],
+    *,
+    together: bool = False,
+    from_scratch: bool = False,
+    **settings,
 ) -> Path:
     """The folder of a finished run with these settings: found, shipped, or trained now.
 
     Looks, in this order, for a finished run on this machine, for shipped weights, and else calls
     ``train(folder, **settings)``, which keeps its checkpoint in ``folder`` and so goes on where
-    an interrupted call stopped.
+    an interrupted call stopped. Of several processes that `accelerate launch` started, the main
+    one looks and decides for all.
 
     Args:
         name: of the model; characters that do not suit a folder become hyphens.
         train: writes its model into the folder it is given.
+        together: several processes share the work of ``train``; else the main one does it.
         from_scratch: train even if a finished run or shipped weights are there.
         settings: everything the result depends on; what JSON can hold.
 
@@ -69,20 +76,44 @@ def load_or_train(
     """
     name = re.sub(r"[^\w-]+", "-", name)  # a name may come from a data set: it stays one folder
     folder = runs_folder() / f"{name}-{_key(settings)}"
-    if from_scratch:
-        (folder / CARD).unlink(missing_ok=True)
-    else:
-        for found in (folder, SHIPPED / name):
-            if is_finished(found, settings):
-                return found
-    folder.mkdir(parents=True, exist_ok=True)
-    # of several processes that need one model, the first trains it and the others wait
-    with FileLock(folder.with_name(folder.name + ".lock")):
-        if from_scratch or not is_finished(folder, settings):
-            start = time.monotonic()
-            train(folder, **settings)
-            finish(folder, settings, time.monotonic() - start)
+    places = () if from_scratch else (folder, SHIPPED / name)
+    found = parallel.from_main(lambda: _first_finished(places, settings))
+    if found < len(places):
+        return places[found]
+    with _locked(folder):
+        if from_scratch and parallel.is_main():
+            (folder / CARD).unlink(missing_ok=True)
+        if parallel.from_main(lambda: not is_finished(folder, settings)):
+            _train(folder, train, settings, together)
+        parallel.wait()
     return folder
+
+
+def _first_finished(places: Sequence[Path], settings: dict) -> int:
+    """Position of the first place that holds the run, the number of places if none does."""
+    finished = (i for i, place in enumerate(places) if is_finished(place, settings))
+    return next(finished, len(places))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Of several programs that need one model, the first trains it and the others wait."""
+    if not parallel.is_main():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        yield
+
+
+def _train(folder: Path, train: Callable[..., None], settings: dict, together: bool) -> None:
+    if not (together or parallel.is_main()):
+        return
+    start = time.monotonic()
+    with contextlib.nullcontext() if together else parallel.alone():
+        train(folder, **settings)
+    if parallel.is_main():
+        finish(folder, settings, time.monotonic() - start)
 
 
 def _key(settings: dict) -> str:

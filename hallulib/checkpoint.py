@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hallulib import UserError, artifacts
+from hallulib import UserError, artifacts, parallel
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "losses.csv"
 
@@ -57,7 +57,7 @@ def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -
 def write(
     folder: Path, tensors: dict[str, Tensor], step: int, settings: dict, log: dict[str, list]
 ) -> None:
-    """Write a checkpoint and the log of the run.
+    """Write a checkpoint and the log of the run, which of several processes the main one does.
 
     Args:
         folder: made if it is not there.
@@ -66,6 +66,8 @@ def write(
         settings: what JSON can hold; a run with others cannot resume from here.
         log: column name -> one number per step so far, for ``losses.csv``.
     """
+    if not parallel.is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
     # the log first: a run that is killed between the two writes it again
@@ -115,6 +117,7 @@ def resume(state, folder: Path, settings: dict) -> None:
         UserError: as `read`, or the tensors are those of another model.
     """
     found = read(folder, settings)
+    parallel.wait()  # none writes the next one before all have read this one
     if found is None:
         return
     try:
