@@ -145,8 +145,9 @@ def dealt(
     for first in range(0, len(tasks), processes()):
         group = tasks[first : first + processes()]
         table = torch.zeros((len(group), *shape), dtype=torch.float64)
-        if rank() < len(group):
+        place = rank()  # it is 0 inside `alone`
+        if place < len(group):
             with alone():
-                found = work(group[rank()])
-            table[rank(), : len(found)] = torch.as_tensor(found)
+                found = work(group[place])
+            table[place, : len(found)] = torch.as_tensor(found)
         yield from _engine().reduce(table.to(_engine().device)).cpu().numpy()

@@ -13,27 +13,29 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 from hallulib import artifacts, data, parallel, train
-from hallulib.checkpoint import CHECKPOINT, part
+from hallulib.checkpoint import CHECKPOINT, LOG, part
 from hallulib.oneshot import PART, TABLE
 
 # the name of the option is that of the launcher: without a GPU it starts processes on the CPU
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
 LAUNCH += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-LAUNCH += ["--main_process_port=0", "--max_restarts=1"]
+LAUNCH += ["--main_process_port=0"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder of two launched processes; one was killed, and both were started again."""
+    """The folder of two processes; one was killed, and both were launched again."""
     home = tmp_path_factory.mktemp("two")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"HALLULIB_RUNS": str(home / "runs"), "PYTHONPATH": paths}
+    told = dict(env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
     command = [sys.executable, *LAUNCH, toy_processes.__file__, str(home)]
-    done = subprocess.run(
-        command, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
-    )
+    killed = subprocess.run(command, **told)
+    assert killed.returncode != 0
+    assert "(exitcode: -9) local_rank: 1" in killed.stderr
+    assert sorted(file.name for file in home.iterdir()) == [CHECKPOINT, LOG]
+    done = subprocess.run(command, **told)
     assert done.returncode == 0, done.stderr
-    assert "(exitcode: -9) local_rank: 1" in done.stderr
     return home
 
 
@@ -76,7 +78,7 @@ def test_joint_training_has_the_losses_and_episodes_of_one_process(two, one):
     assert torch.equal(shared["auroc"][:, plain], whole["auroc"][:, plain])
     assert (shared["auroc"] - whole["auroc"]).abs().mean() < 0.01
     curves = [
-        torch.tensor([[float(v) for v in row] for row in load_csv(runs, "losses.csv")[1:]])
+        torch.tensor([[float(v) for v in row] for row in load_csv(runs, LOG)[1:]])
         for runs in (two / "runs", one[1])
     ]
     torch.testing.assert_close(*curves, rtol=1e-4, atol=1e-6)

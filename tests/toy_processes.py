@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from toy_task import IMAGES, TASK
 
 from hallulib import artifacts, autoencoder, oneshot, parallel, unet
-from hallulib.checkpoint import named
+from hallulib.checkpoint import CHECKPOINT, named
 from hallulib.hallucinate import Recipe
 from hallulib.oneshot import Trial
 from hallulib.train import pretrain
@@ -58,8 +58,8 @@ def count(folder, **_):
 
 
 def main(folder):
-    restarted = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
-    found = named("score", score(folder, None if restarted else KILLED_AT))
+    again = (folder / CHECKPOINT).exists()
+    found = named("score", score(folder, None if again else KILLED_AT))
     found |= named("latents", latents()) | named("joint", joint())
     artifacts.load_or_train("by-one", count)
     save_file({k: v.contiguous() for k, v in found.items()}, folder / f"rank{parallel.rank()}")
