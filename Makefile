@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env book serve test chapters grid weights lint lock clean
+.PHONY: help env book serve test chapters grid doctor weights lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ chapters: $(READY)  ## only the chapters at test size
 grid: $(READY)  ## run a chapter with each cell of a grid (GRID=book/grids/NAME.yaml)
 	@$(BIN)/python -m hallulib.grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS)) \
 		$(if $(ADDRESS),--address "$(ADDRESS)")
+
+doctor: $(READY)  ## what is installed, what is wrong with it, what chapters cost (PARAMS=...)
+	@$(BIN)/python -m hallulib.doctor $(if $(PARAMS),--params "$(PARAMS)")
 
 weights: $(READY)  ## train the weights that ship with the library anew (two hours or more)
 	@$(BIN)/python -c "from hallulib import artifacts, data, oneshot, train; \

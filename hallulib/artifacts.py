@@ -5,6 +5,7 @@ every file, versions, seconds and device. The runs of this machine lie in ``runs
 ``HALLULIB_RUNS`` says); a few ship with the library.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from hallulib import UserError, __version__, disk
+from hallulib import UserError, __version__, disk, parallel
 from hallulib.checkpoint import CHECKPOINT
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -50,17 +51,24 @@ def provenance() -> dict[str, str]:
 
 
 def load_or_train(
-    name: str, train: Callable[..., None], *, from_scratch: bool = False, **settings
+    name: str,
+    train: Callable[..., None],
+    *,
+    together: bool = False,
+    from_scratch: bool = False,
+    **settings,
 ) -> Path:
     """The folder of a finished run with these settings: found, shipped, or trained now.
 
     Looks, in this order, for a finished run on this machine, for shipped weights, and else calls
     ``train(folder, **settings)``, which keeps its checkpoint in ``folder`` and so goes on where
-    an interrupted call stopped.
+    an interrupted call stopped. Of several processes that `accelerate launch` started, the main
+    one looks and decides for all.
 
     Args:
         name: of the model; characters that do not suit a folder become hyphens.
         train: writes its model into the folder it is given.
+        together: several processes share the work of ``train``; else the main one does it.
         from_scratch: train even if a finished run or shipped weights are there.
         settings: everything the result depends on; what JSON can hold.
 
@@ -70,25 +78,49 @@ def load_or_train(
     """
     name = re.sub(r"[^\w-]+", "-", name)  # a name may come from a data set: it stays one folder
     folder = runs_folder() / f"{name}-{_key(settings)}"
-    if (folder / CARD).exists():
+    if parallel.is_main() and (folder / CARD).exists():
         # left by a run that was killed as it finished; from scratch must not go on from it
         disk.drop(folder / CHECKPOINT)
         if from_scratch:
             disk.drop(folder / CARD)
-    if not from_scratch:
-        for found in (folder, SHIPPED / name):
-            if is_finished(found, settings):
-                return found
-    # of several processes that need one model, the first trains it and the others wait
+    places = () if from_scratch else (folder, SHIPPED / name)
+    found = parallel.from_main(lambda: _first_finished(places, settings))
+    if found < len(places):
+        return places[found]
+    with _locked(folder):
+        if parallel.from_main(lambda: from_scratch or not is_finished(folder, settings)):
+            _train(folder, train, settings, together)
+        parallel.wait()
+    return folder
+
+
+def _first_finished(places: Sequence[Path], settings: dict) -> int:
+    """Position of the first place that holds the run, the number of places if none does."""
+    finished = (i for i, place in enumerate(places) if is_finished(place, settings))
+    return next(finished, len(places))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Of several programs that need one model, the first trains it and the others wait."""
+    if not parallel.is_main():
+        yield
+        return
     with disk.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(folder.name + ".lock")).acquire()
     with lock:
-        if from_scratch or not is_finished(folder, settings):
-            start = time.monotonic()
-            train(folder, **settings)
-            finish(folder, settings, time.monotonic() - start)
-    return folder
+        yield
+
+
+def _train(folder: Path, train: Callable[..., None], settings: dict, together: bool) -> None:
+    if not (together or parallel.is_main()):
+        return
+    start = time.monotonic()
+    with contextlib.nullcontext() if together else parallel.alone():
+        train(folder, **settings)
+    if parallel.is_main():
+        finish(folder, settings, time.monotonic() - start)
 
 
 def _key(settings: dict) -> str:

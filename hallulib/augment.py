@@ -17,6 +17,7 @@ Source:
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from hallulib import (
     autoencoder,
     disk,
     metrics,
+    runs,
     sample,
     steering,
     train,
@@ -150,18 +152,17 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
     encoder, first = autoencoder.pretrained(images, from_scratch=from_scratch, **told)
     settings = dict(steps=trial.pretraining, batch_size=64, lr=4e-4, seed=trial.seed)
 
-    def fit(folder: Path, **_) -> None:
+    def start(folder: Path) -> Iterator[train.State]:
         latents = encoder.encode(autoencoder.unlabelled(images).to(device))
         channels, side, _ = encoder.shape
         model = unet.build(size=side, channels=channels, width=trial.width, seed=trial.seed)
-        loop = train.pretrain(model.to(device), latents, folder=folder, **settings)
-        for state in tqdm(loop, total=trial.pretraining, desc="training on latents"):
-            last = state.ema
-        unet.save(last, folder)
+        return train.pretrain(model.to(device), latents, folder=folder, **settings)
 
-    folder = artifacts.load_or_train(
+    folder = runs.kept(
         f"latent-score-{images.name}",
-        fit,
+        start,
+        lambda state, folder: unet.save(state.ema, folder),
+        told="training on latents",
         from_scratch=from_scratch,
         latents=_identity(first),
         width=trial.width,
@@ -217,8 +218,7 @@ def synthesise(
             warmup=trial.steering // 10,
             seed=seed,
         )
-        for state in tqdm(loop, total=trial.steering, desc="class-conditional"):
-            model = state.ema
+        model = runs.finished(loop, trial.steering, "class-conditional").ema
         made = sample.draw(model, wanted, guidance_scale=trial.guidance_scale, **told)
     return found.autoencoder.decode(made).cpu(), wanted.cpu()
 

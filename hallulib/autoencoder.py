@@ -22,9 +22,8 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from hallulib import UserError, artifacts, checkpoint, disk
+from hallulib import UserError, checkpoint, disk, parallel, runs
 from hallulib.data import ImageSet
 from hallulib.shapes import Images, Latents, PerImage
 
@@ -329,11 +328,13 @@ def train(
 def _step(state: State, x: Images, weights: dict, judged: bool, rate: float) -> Tensor:
     """One step of the autoencoder and, where it judges, one of the critic; the terms."""
     kl, (optimizer, judging) = state.model.kl, state.optimizers
+    mine, counts = parallel.share(len(x))
+    n, x = len(x), x[mine]
     for group in (*optimizer.param_groups, *judging.param_groups):
         group["lr"] = rate
     posterior = kl.encode(x).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=state.rng, device=x.device)
-    again = kl.decode(posterior.mean + posterior.std * noise).sample
+    noise = torch.randn((n, *state.model.shape), generator=state.rng, device=x.device)
+    again = kl.decode(posterior.mean + posterior.std * noise[mine]).sample
     spread = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
     terms = dict(pixels=(x - again).abs().mean(), sharpness=sharpness(x, again).mean())
     terms |= dict(kl=spread.mean(), critic=x.new_zeros(()))
@@ -341,16 +342,20 @@ def _step(state: State, x: Images, weights: dict, judged: bool, rate: float) -> 
         terms["critic"] = -state.judge(again).mean()
     loss = terms["pixels"] + sum(w * terms[name] for name, w in weights.items())
     loss.backward()
+    told = torch.stack([terms[name].detach() for name in TERMS])
+    told = parallel.combine(state.model.parameters(), told, counts)
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     state.judge.zero_grad()
     if judged:
         real, false = state.judge(x), state.judge(again.detach())
-        (F.relu(1 - real).mean() + F.relu(1 + false).mean()).backward()
+        loss = F.relu(1 - real).mean() + F.relu(1 + false).mean()
+        loss.backward()
+        parallel.combine(state.judge.parameters(), loss, counts)
         judging.step()
         judging.zero_grad()
-    return torch.stack([terms[name].detach() for name in TERMS])
+    return told
 
 
 def pretrained(
@@ -395,21 +400,21 @@ def pretrained(
     shape = dict(width=width, latent_channels=latent_channels, factor=factor)
     settings = dict(steps=steps, batch_size=batch_size, lr=lr, critic_weight=critic_weight)
 
-    def fit(folder: Path, **_) -> None:
-        x = unlabelled(images)
+    def start(folder: Path) -> Iterator[State]:
         model = build(size=images.size, channels=images.channels, seed=seed, **shape).to(device)
-        loop, bar = train(model, x.to(device), folder=folder, seed=seed, **settings), None
-        for state in loop:
-            if bar is None:  # a resumed run starts where its checkpoint left it
-                bar = tqdm(total=steps, initial=state.step - 1, desc=f"encoding {images.name}")
-            bar.update()
-        bar.close()
-        model.eval().standardise(x[:: max(1, len(x) // 1000)].to(device))
-        save(model, folder)
+        x = unlabelled(images).to(device)
+        return train(model, x, folder=folder, seed=seed, **settings)
 
-    folder = artifacts.load_or_train(
+    def keep(state: State, folder: Path) -> None:
+        x = unlabelled(images)
+        x = x[:: max(1, len(x) // 1000)].to(device)
+        save(state.model.eval().standardise(x), folder)
+
+    folder = runs.kept(
         f"autoencoder-{images.name}",
-        fit,
+        start,
+        keep,
+        told=f"encoding {images.name}",
         from_scratch=from_scratch,
         data=images.card.get("sha256") or images.card["origin"],
         size=images.size,

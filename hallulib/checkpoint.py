@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hallulib import UserError, disk
+from hallulib import UserError, disk, parallel
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "losses.csv"
 
@@ -57,7 +57,7 @@ def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -
 def write(
     folder: Path, tensors: dict[str, Tensor], step: int, settings: dict, log: dict[str, list]
 ) -> None:
-    """Write a checkpoint and the log of the run.
+    """Write a checkpoint and the log of the run, which of several processes the main one does.
 
     Args:
         folder: made if it is not there.
@@ -69,6 +69,8 @@ def write(
     Raises:
         UserError: they cannot be written; the checkpoint before is still there.
     """
+    if not parallel.is_main():
+        return
     metadata = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
     # the log first: a run that is killed between the two writes it again
     with disk.whole(folder / LOG) as partial, partial.open("w", newline="") as file:
@@ -118,6 +120,7 @@ def resume(state, folder: Path, settings: dict) -> None:
         UserError: as `read`, or the tensors are those of another model.
     """
     found = read(folder, settings)
+    parallel.wait()  # none writes the next one before all have read this one
     if found is None:
         return
     try:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hallulib import UserError
+from hallulib import UserError, parallel
 from hallulib.data import ImageSet
 from hallulib.episodes import Episode, Episodes
 from hallulib.learner import Fit, predict
@@ -54,6 +54,7 @@ def evaluate(
 
     What the source learns from an episode is undone after it. Vectors of real images are computed
     once; episodes are made and embedded ``EPISODES_AT_ONCE`` together where the source allows.
+    Several processes take turns at them, and all get all results.
 
     Args:
         methods: all of them see the same episodes and the first n of the same extra supports.
@@ -85,7 +86,8 @@ def evaluate(
     most = max(method.n for method in methods) * fit.candidates
     device = methods[0].classifier.log_scale.device
     vectors = {m.classifier: _Vectors(m.classifier.eval(), images) for m in methods}
-    for begin in range(first, n_episodes, EPISODES_AT_ONCE):
+
+    def measured(begin: int) -> Float[np.ndarray, "episodes methods"]:
         chunk = [episodes[i] for i in range(begin, min(begin + EPISODES_AT_ONCE, n_episodes))]
         support = torch.stack([pictures(images, episode, device)[0] for episode in chunk])
         extra = _make(source, chunk, support, most, [seed, begin])
@@ -96,7 +98,12 @@ def evaluate(
             orders = [rng.permuted(answers, axis=1) for _ in range(SHUFFLES)]
         logits = [_logits(m, vectors[m.classifier], chunk, extra, fit) for m in methods]
         scores = [x.softmax(-1) for x in logits]
-        yield np.stack([np.mean([auroc(y, x) for y in orders], 0) for x in scores], 1)
+        return np.stack([np.mean([auroc(y, x) for y in orders], 0) for x in scores], 1)
+
+    begins = range(first, n_episodes, EPISODES_AT_ONCE)
+    found = parallel.dealt(measured, begins, (EPISODES_AT_ONCE, len(methods)))
+    for begin, scores in zip(begins, found, strict=True):
+        yield scores[: n_episodes - begin]
 
 
 def _logits(

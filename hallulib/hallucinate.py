@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hallulib import UserError, checkpoint
+from hallulib import UserError, checkpoint, parallel
 from hallulib.adaptation import ADAPTS, SupportEncoder, adaptable, relabelled
 from hallulib.episodes import Episode
 from hallulib.sample import SAMPLERS, draw
@@ -230,11 +230,14 @@ class Hallucinator(Source):
         else:
             y = y.masked_fill(dropped, self.model.null)
         self.optimizer.zero_grad()
-        loss = denoising_loss(self.model, x_0, t, eps, y).mean()
+        mine, counts = parallel.share(len(x_0))
+        loss = denoising_loss(self.model, x_0[mine], t[mine], eps[mine], y[mine]).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        weights = self.optimizer.param_groups[0]["params"]
+        loss = parallel.combine(weights, loss, counts)
+        nn.utils.clip_grad_norm_(weights, 1.0)
         self.optimizer.step()
-        return loss.detach()
+        return loss
 
 
 def check_pool(recipe: Recipe) -> None:

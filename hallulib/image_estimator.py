@@ -14,7 +14,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from hallulib import UserError, artifacts, prototypes, unet
+from hallulib import UserError, artifacts, disk, prototypes, unet
 from hallulib.levels import Levels
 from hallulib.prototypes import PrototypeClassifier
 from hallulib.score import ScoreModel
@@ -73,14 +73,13 @@ class ImageEstimator(BaseEstimator):
         """
         check_is_fitted(self)
         folder, tensors = Path(folder), {}
-        folder.mkdir(parents=True, exist_ok=True)
         fitted = {k: v for k, v in vars(self).items() if k.endswith("_") and k[0] != "_"}
         parts = {"parameters": self.get_params(deep=False), "fitted": fitted}
         told = {
             part: {k: _told(v, f"{part}.{k}", folder, tensors) for k, v in held.items()}
             for part, held in parts.items()
         }
-        with artifacts.whole(folder / TENSORS) as partial:
+        with disk.whole(folder / TENSORS) as partial:
             save_file(tensors, partial)
         made_with = artifacts.provenance()
         artifacts.write_json(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hallulib import artifacts, disk, meta, prototypes, train, unet
+from hallulib import artifacts, disk, meta, parallel, prototypes, runs, train, unet
 from hallulib.adaptation import relabelled
 from hallulib.comparison import share_of_oracle, table
 from hallulib.data import ImageSet
@@ -62,6 +62,7 @@ def run(images: ImageSet, trial: Trial, *, from_scratch: bool = False) -> Result
     folder = artifacts.load_or_train(
         f"one-shot-{images.name}",
         lambda folder, **_: _do(images, trial, folder),
+        together=True,
         from_scratch=from_scratch,
         data=images.card.get("sha256") or images.card["origin"],
         size=images.size,
@@ -75,20 +76,25 @@ def run(images: ImageSet, trial: Trial, *, from_scratch: bool = False) -> Result
 def _do(images: ImageSet, trial: Trial, folder: Path) -> None:
     """Train, keep the weights, and measure what is kept, in half precision."""
     source, classifiers = _train(images, trial, folder)
-    _save(folder, source, classifiers, images)
+    if parallel.is_main():
+        _save(folder, source, classifiers, images)
+    parallel.wait()
     _load(folder, source, classifiers)
     todo = list(_todo(images, trial, source, classifiers))
-    bar = tqdm(total=len(todo) * trial.n_episodes, desc="test episodes")
+    told = dict(desc="test episodes", disable=not parallel.is_main())
+    bar = tqdm(total=len(todo) * trial.n_episodes, **told)
     parts = []
     for measurement in todo:
         parts.append(folder / f"{measurement.name}{PART}")
         for done in _measure(images, trial, measurement, parts[-1]):
-            _write(parts[-1], done)
+            if parallel.is_main():
+                _write(parts[-1], done)
             bar.update((len(parts) - 1) * trial.n_episodes + len(done) - bar.n)
     bar.close()
-    _write(folder / TABLE, pd.concat([_read(part) for part in parts], axis=1))
-    for part in parts:
-        disk.drop(part)
+    if parallel.is_main():
+        _write(folder / TABLE, pd.concat([_read(part) for part in parts], axis=1))
+        for part in parts:
+            disk.drop(part)
 
 
 def episodes(images: ImageSet, trial: Trial, split: str) -> Episodes:
@@ -173,8 +179,7 @@ def _source(images: ImageSet, trial: Trial, pretrained: bool, device: str) -> So
 def _train(images: ImageSet, trial: Trial, folder: Path) -> tuple[Source, Classifiers]:
     """The generator and the classifiers after the joint training, each with its best weights."""
     source, classifiers = start(images, trial)
-    bar = tqdm(total=trial.steps, desc=f"joint training on {images.name}")
-    for state in meta.meta_train(
+    loop = meta.meta_train(
         source,
         classifiers,
         images,
@@ -188,9 +193,8 @@ def _train(images: ImageSet, trial: Trial, folder: Path) -> tuple[Source, Classi
         seed=trial.seed,
         folder=folder,
         settings=trial.settings(),
-    ):
-        bar.update(state.step - bar.n)
-    bar.close()
+    )
+    state = runs.finished(loop, trial.steps, f"joint training on {images.name}")
     for classifier, best in zip(classifiers.values(), state.best, strict=True):
         classifier.load_state_dict(best)
     return source, classifiers

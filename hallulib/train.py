@@ -1,6 +1,8 @@
 """Training loops as generators of their state, and checkpoints that resume to the same bytes."""
 
+import argparse
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +10,8 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from hallulib import UserError, artifacts, checkpoint, unet
+from hallulib import UserError, checkpoint, data, parallel, runs, unet
 from hallulib.data import ImageSet
 from hallulib.score import ScoreModel, denoising_loss, stratified_times
 from hallulib.shapes import Images, Labels
@@ -75,7 +76,8 @@ def pretrain(
 
     Each step draws images with replacement, noises them at stratified times and lowers
     :func:`hallulib.score.denoising_loss`. The network runs channels last, on a GPU in bfloat16
-    and compiled; the caller decides when to look, since nothing here waits for the device.
+    and compiled; the caller decides when to look, since nothing here waits for the device. Several
+    processes share each batch, see :mod:`hallulib.parallel`.
 
     Args:
         model: trained in place, on its own device.
@@ -129,9 +131,12 @@ def pretrain(
         eps = torch.randn((n, *images.shape[1:]), generator=rng, device=device)
         dropped = torch.rand(n, generator=rng, device=device) < p_uncond
         y_batch = torch.where(dropped, model.null, y[rows])
+        mine, counts = parallel.share(n)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            loss = loss_of(model, images[rows], t, eps, y_batch).mean()
+            of_each = loss_of(model, images[rows[mine]], t[mine], eps[mine], y_batch[mine])
+        loss = of_each.mean()
         loss.backward()
+        loss = parallel.combine(trained, loss, counts)
         torch.nn.utils.clip_grad_norm_(trained, clip)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["rate"] * min(1.0, (state.step + 1) / max(warmup, 1))
@@ -140,7 +145,7 @@ def pretrain(
         decay = min(ema_decay, (1 + state.step) / (10 + state.step))
         with torch.no_grad():
             torch._foreach_lerp_(averaged, trained, 1 - decay)
-        state.losses[state.step] = loss.detach()
+        state.losses[state.step] = loss
         state.step += 1
         if state.step % every == 0 or state.step == steps:
             _check_finite(state)
@@ -217,12 +222,12 @@ def pretrained(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     labels = images.classes(scheme) if scheme else ()
 
-    def train(folder: Path, **_) -> None:
+    def start(folder: Path) -> Iterator[State]:
         x, y, weights = training_images(images, scheme)
         model = unet.build(
             size=images.size, channels=images.channels, labels=labels, width=width, seed=seed
         ).to(device)
-        loop = pretrain(
+        return pretrain(
             model,
             x.to(device),
             y.to(device),
@@ -233,18 +238,12 @@ def pretrained(
             seed=seed,
             folder=folder,
         )
-        bar = None
-        for state in loop:
-            if bar is None:  # a resumed run starts where its checkpoint left it
-                done = state.step - 1
-                bar = tqdm(total=steps, initial=done, desc=f"training on {images.name}")
-            bar.update()
-        bar.close()
-        unet.save(state.ema, folder)
 
-    folder = artifacts.load_or_train(
+    folder = runs.kept(
         f"score-{images.name}",
-        train,
+        start,
+        lambda state, folder: unet.save(state.ema, folder),
+        told=f"training on {images.name}",
         from_scratch=from_scratch,
         data=images.card.get("sha256") or images.card["origin"],
         size=images.size,
@@ -270,3 +269,34 @@ def training_images(
     labelled = y >= 0
     weights = torch.where(labelled, 1 / labelled.sum(), 1 / (~labelled).sum())
     return chosen.tensor(), y, weights
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 after a sentence about the input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hallulib.train",
+        description="Train the score model of an image set where chapters with these settings "
+        "find it, on several GPUs with: accelerate launch -m hallulib.train ...",
+    )
+    parser.add_argument("dataset", help="image set: a name or a folder")
+    parser.add_argument("--scheme", default="auto", help="label column; auto is the set's first")
+    parser.add_argument("--size", type=int, help="side the images are reduced to, pixels")
+    for name, value in dict(steps=4000, batch_size=32, width=32, seed=0).items():
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, default=value, help=f"default: {value}")
+    told = vars(parser.parse_args(arguments))
+    try:
+        images = data.open(told.pop("dataset"), told.pop("size"))
+        if told["scheme"] == "auto":
+            told["scheme"] = (images.schemes or (None,))[0]
+        _, folder = pretrained(images, **told)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if parallel.is_main():
+        print(f"the score model is in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,14 +1,17 @@
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import nbformat
 import pytest
 import toy_runs
-from distributed import LocalCluster
+from distributed import Client
 from killing import in_session
 
 from conftest import ROOT
@@ -63,10 +66,23 @@ def tiny(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def address():
-    """The scheduler of a cluster that was there before, as one of SSH or SLURM would be."""
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        yield cluster.scheduler_address
+def address(tmp_path_factory):
+    """The scheduler of a cluster that was there before, started by the commands of the book."""
+    page = (ROOT / "book" / "engines.md").read_text()
+    commands = re.findall(r"^dask (.*127\.0\.0\.1.*)$", page, re.M)
+    assert [command.split()[0] for command in commands] == ["scheduler", "worker"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    with ExitStack() as stack:
+        for command in commands:
+            words = [sys.executable, "-m", "dask", *command.replace("8786", port).split()]
+            told = dict(cwd=tmp_path_factory.mktemp("dask"), stderr=subprocess.DEVNULL)
+            process = stack.enter_context(subprocess.Popen(words, **told))
+            stack.callback(process.terminate)
+        found = f"tcp://127.0.0.1:{port}"
+        with Client(found, timeout=120, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=120)
+        yield found
 
 
 # --- the cells of a grid ----------------------------------------------------------------------
@@ -158,6 +174,12 @@ def test_two_workers_of_this_machine_fill_the_table(tiny, capsys):
     assert [cell["series"] for cell in cells] == [{"mine": [1.5, s]} for s in (2, 10, 2, 10)]
     assert all(cell["seconds"] > 0 and cell["made_with"]["torch"] for cell in cells)
     assert {path.suffix for path in tiny.cells.iterdir()} == {".json"}
+
+
+def test_workers_that_dask_started_fill_the_table_of_a_grid(tiny, address):
+    tiny.ask("grid: {STEPS: [2, 10]}")
+    assert tiny.run("--address", address) == 0
+    assert grid.collect(tiny.cells)["product"].tolist() == [0.2, 1.0]
 
 
 def test_a_finished_cell_never_runs_twice(tiny, address):
