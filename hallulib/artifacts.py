@@ -163,6 +163,11 @@ def is_finished(folder: Path, settings: dict) -> bool:
     return True
 
 
+def contents(folder: Path) -> str:
+    """Checksum of what a finished run wrote, whenever and wherever that was."""
+    return _key(json.loads((folder / CARD).read_text())["sha256"])
+
+
 def ship(folder: Path, name: str) -> Path:
     """Copy a finished run of this machine to the weights that travel with the library."""
     shutil.copytree(folder, SHIPPED / name, dirs_exist_ok=True)

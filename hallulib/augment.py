@@ -164,16 +164,11 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
         lambda state, folder: unet.save(state.ema, folder),
         told="training on latents",
         from_scratch=from_scratch,
-        latents=_identity(first),
+        latents=artifacts.contents(first),
         width=trial.width,
         **settings,
     )
     return Pretrained(encoder, unet.load(folder).to(device), (first, folder))
-
-
-def _identity(folder: Path) -> str:
-    """What sets a finished run apart: the checksum of its card."""
-    return hashlib.sha256((folder / artifacts.CARD).read_bytes()).hexdigest()
 
 
 def synthesise(
@@ -255,7 +250,7 @@ def run(
             f"augmented-{images.name}",
             measure,
             from_scratch=from_scratch,
-            latents=_identity(prior.folders[1]),
+            latents=artifacts.contents(prior.folders[1]),
             table=hashlib.sha256(images.table.to_csv().encode()).hexdigest(),
             fold=fold,
             **{k: v for k, v in asdict(trial).items() if k != "folds"},

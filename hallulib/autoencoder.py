@@ -416,7 +416,7 @@ def pretrained(
         keep,
         told=f"encoding {images.name}",
         from_scratch=from_scratch,
-        data=images.card.get("sha256") or images.card["origin"],
+        data=images.identity,
         size=images.size,
         seed=seed,
         **shape,

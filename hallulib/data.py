@@ -63,6 +63,11 @@ class ImageSet:
         """Label columns; the first is the default."""
         return tuple(self.card["labels"])
 
+    @property
+    def identity(self) -> str:
+        """What the images are, for runs that depend on them: a checksum, or how they are drawn."""
+        return self.card.get("sha256") or self.card["origin"]
+
     def classes(self, scheme: str) -> tuple[str, ...]:
         """The label values of a scheme, in the order of the card.
 

@@ -119,7 +119,7 @@ def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd
         f"few-labels-{images.name}",
         measure,
         from_scratch=from_scratch,
-        data=images.card.get("sha256") or images.card["origin"],
+        data=images.identity,
         table=hashlib.sha256(images.table.to_csv().encode()).hexdigest(),  # a part of a set too
         size=images.size,
         **asdict(contest),

@@ -64,7 +64,7 @@ def run(images: ImageSet, trial: Trial, *, from_scratch: bool = False) -> Result
         lambda folder, **_: _do(images, trial, folder),
         together=True,
         from_scratch=from_scratch,
-        data=images.card.get("sha256") or images.card["origin"],
+        data=images.identity,
         size=images.size,
         **trial.settings(),
     )

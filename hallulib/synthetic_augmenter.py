@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.utils.multiclass import check_classification_targets
-from tqdm.auto import tqdm
 
-from hallulib import UserError, augment, autoencoder, train, unet
+from hallulib import UserError, augment, autoencoder, runs, train, unet
 from hallulib.backbone import train_resnet
 from hallulib.image_estimator import ImageEstimator, Others
 from hallulib.selection import FeatureSpace, copy_threshold, take
@@ -192,12 +191,10 @@ class SyntheticAugmenter(ImageEstimator):
             seed=seed,
         ).to(device)
         loop = autoencoder.train(encoder, x, steps=self.encoding, seed=seed)
-        for _ in tqdm(loop, total=self.encoding, desc="autoencoder"):
-            pass
+        runs.finished(loop, self.encoding, "autoencoder")
         latents = encoder.eval().standardise(x[:1000]).encode(x)
         channels, side, _ = encoder.shape
         model = unet.build(size=side, channels=channels, width=self.width, seed=seed).to(device)
         loop = train.pretrain(model, latents, steps=self.pretraining, lr=4e-4, seed=seed)
-        for state in tqdm(loop, total=self.pretraining, desc="score model of latents"):
-            last = state.ema
+        last = runs.finished(loop, self.pretraining, "score model of latents").ema
         return augment.Pretrained(encoder.requires_grad_(False), last, ())

@@ -245,7 +245,7 @@ def pretrained(
         lambda state, folder: unet.save(state.ema, folder),
         told=f"training on {images.name}",
         from_scratch=from_scratch,
-        data=images.card.get("sha256") or images.card["origin"],
+        data=images.identity,
         size=images.size,
         scheme=scheme,
         steps=steps,
