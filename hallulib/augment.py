@@ -35,7 +35,6 @@ from hallulib import (
     artifacts,
     autoencoder,
     disk,
-    metrics,
     runs,
     sample,
     steering,
@@ -46,7 +45,7 @@ from hallulib.adaptation import relabelled
 from hallulib.autoencoder import Autoencoder
 from hallulib.backbone import read, train_resnet
 from hallulib.data import ImageSet
-from hallulib.few_labels import choose, columns
+from hallulib.few_labels import choose
 from hallulib.quality import AnyImages
 from hallulib.score import ScoreModel
 from hallulib.selection import FeatureSpace, copy_threshold, take
@@ -339,58 +338,3 @@ def _at_random(wanted: Labels, selected: np.ndarray, seed: int) -> np.ndarray:
         of_class = (wanted == c).numpy()
         kept[rng.permutation(np.flatnonzero(of_class))[: (of_class & selected).sum()]] = True
     return kept
-
-
-def table(scores: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Accuracy of every arm with 95 % intervals, and its paired gain over ``classical``.
-
-    Folds and, within them, test patients are drawn with replacement: folds share test images, so
-    neither alone would tell how much another experiment might differ.
-
-    Args:
-        scores: what `run` gave.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-
-    Returns:
-        One row per arm: ``accuracy, low, high``, macro ``AUROC`` (mean over folds), and ``gain,
-        gain_low, gain_high`` over ``classical`` on the same folds and patients.
-    """
-    y, (patients, who) = scores["label"].to_numpy(), _codes(scores["patient"])
-    folds, fold = _codes(scores["fold"])
-    n = np.zeros((folds, patients))
-    np.add.at(n, (fold, who), 1)
-    right = {}
-    for arm in ARMS:
-        right[arm] = np.zeros((folds, patients))
-        np.add.at(right[arm], (fold, who), columns(scores, arm).argmax(1) == y)
-    rng = np.random.default_rng(seed)
-    drawn = [
-        (rng.integers(folds, size=folds), rng.integers(patients, size=patients))
-        for _ in range(resamples)
-    ]
-
-    def told(values: np.ndarray) -> list[float]:
-        means = [values[np.ix_(f, p)].sum() / n[np.ix_(f, p)].sum() for f, p in drawn]
-        return [values.sum() / n.sum(), *np.quantile(means, (0.025, 0.975))]
-
-    rows = []
-    for arm in ARMS:
-        row = {"arm": arm} | dict(zip(("accuracy", "low", "high"), told(right[arm]), strict=True))
-        row["AUROC"] = np.mean(
-            [
-                metrics.auroc(part["label"], columns(part, arm))
-                for _, part in scores.groupby("fold")
-            ]
-        )
-        if arm != "classical":
-            gain = told(right[arm] - right["classical"])
-            row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _codes(column: pd.Series) -> tuple[int, np.ndarray]:
-    """Number of different values, and each row's position among them."""
-    codes, values = pd.factorize(column)
-    return len(values), codes

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hallulib import UserError, data
-from hallulib.augment import ARMS, Trial, read_fold, run, table
+from hallulib.augment import ARMS, Trial, read_fold, run
 from hallulib.few_labels import choose
+from hallulib.gains import table
 from hallulib.selection import ADMITTED
 
 TINY = Trial(
@@ -105,7 +106,7 @@ def made_up(accuracy, folds=5, patients=30, seed=0):
 
 def test_the_table_says_what_the_scores_say():
     scores = made_up((0.6, 0.7, 0.7, 0.8))
-    found = table(scores).set_index("arm")
+    found = table(scores, ARMS).set_index("arm")
     for arm in ARMS:
         right = (scores[f"{arm} b"] > 0.5) == (scores["label"] == 1)
         assert found.loc[arm, "accuracy"] == pytest.approx(right.mean())
@@ -119,14 +120,18 @@ def test_an_arm_that_answers_as_the_other_gains_nothing_for_sure():
     scores = made_up((0.6, 0.7, 0.7, 0.8))
     for name in "ab":
         scores[f"selected {name}"] = scores[f"classical {name}"]
-    row = table(scores).set_index("arm").loc["selected"]
+    row = table(scores, ARMS).set_index("arm").loc["selected"]
     assert row["gain"] == row["gain_low"] == row["gain_high"] == 0
 
 
 def test_intervals_of_no_gain_hold_zero_about_as_often_as_they_should():
     held = 0
     for seed in range(40):
-        row = table(made_up((0.7,) * 4, seed=seed), resamples=200).set_index("arm").loc["selected"]
+        row = (
+            table(made_up((0.7,) * 4, seed=seed), ARMS, resamples=200)
+            .set_index("arm")
+            .loc["selected"]
+        )
         held += row["gain_low"] <= 0 <= row["gain_high"]
     assert held >= 35
 
