@@ -135,7 +135,7 @@ def costs(file: Path | None) -> Iterator[tuple[str, float, float]]:
         yield chapter.stem, once, always
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """A duration as one reads it.
 
     Example:

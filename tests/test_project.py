@@ -97,7 +97,7 @@ def imports(module: Path) -> set[str]:
 
 def test_the_imports_of_the_library_go_one_way():
     graph = {path.stem: imports(path) for path in (ROOT / "hallulib").glob("*.py")}
-    assert graph["train"] >= {"artifacts", "data", "score"}  # the reading of imports works
+    assert graph["train"] >= {"data", "runs", "score"}  # the reading of imports works
     assert list(graphlib.TopologicalSorter(graph).static_order())  # raises at a circle
     rank = {name: i for i, name in enumerate(ORDER)}
     for module, needed in graph.items():
