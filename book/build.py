@@ -17,7 +17,6 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
 
 from hallulib import UserError, notebooks, parameters
 
@@ -43,7 +42,7 @@ def read_parameters(file: Path | None, pairs: list, source: Path) -> dict[str, d
         UserError: if a name is a parameter of no chapter, or a value is impossible.
     """
     given = notebooks.read_yaml(file) if file else {}
-    given |= {name: yaml.safe_load(text) for name, text in pairs}
+    given |= {name: notebooks.parse_yaml(text, f"-p {name}") for name, text in pairs}
     known = {chapter.stem: list(notebooks.defaults(chapter)) for chapter in chapters(source)}
     chosen = {chapter: {} for chapter in known}
     for name, value in sorted(given.items(), key=lambda item: isinstance(item[1], dict)):

@@ -5,8 +5,10 @@ study that its name (``PATIENT_STUDY_t2w.mha``) or, for DICOM, a folder above it
 ``PATIENT_STUDY``, or ``ProstateX-NNNN`` by the mapping of the labels repository.
 """
 
+import lzma
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -18,13 +20,14 @@ import numpy as np
 
 from data_prep.dicom import read_header, read_series
 from data_prep.staging import File
-from data_prep.volumes import Fault, Volume, read_file
+from data_prep.volumes import LARGEST, Fault, Volume, read_file
 
 T2W = re.compile(r"(\d+_\d+)_t2w\.mha")
 STUDY = re.compile(r"\d+_\d+")
 PROSTATEX = re.compile(r"prostatex-(\d{4})", re.IGNORECASE)
 DATE = re.compile(r"\d\d-\d\d-\d{4}")
-BAD_ZIP = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, NotImplementedError)
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+BAD_ZIP += (EOFError, KeyError, ValueError, RuntimeError)  # NotImplementedError is one of these
 SECOND = "second T2W image of a study: left out"
 
 
@@ -58,16 +61,12 @@ class Source:
             copy = Path(folder, "image.mha")
             try:
                 with zipfile.ZipFile(paths[0]) as archive, archive.open(self.member) as member:
+                    if archive.getinfo(self.member).file_size > 2 * LARGEST:
+                        raise ValueError("impossible size")
                     with copy.open("wb") as file:
                         shutil.copyfileobj(member, file)
-            except (
-                zipfile.BadZipFile,
-                EOFError,
-                KeyError,
-                NotImplementedError,
-                RuntimeError,
-            ) as e:
-                raise _bad_zip(told, e) from e
+            except BAD_ZIP as error:
+                raise _bad_zip(told, error) from error
             return read_file(copy, told)
 
 
@@ -138,7 +137,7 @@ def _in_zip(path: Path, notes: list[str]) -> Iterator[tuple[str, tuple, Source]]
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if info.filename.endswith(".mha")]
-    except BAD_ZIP as error:
+    except (*BAD_ZIP, OSError) as error:
         raise _bad_zip(str(path), error) from error
     file = File.of(path)
     for info in members:
