@@ -17,6 +17,7 @@ import nbformat
 from hallulib import UserError, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
+DEEPEST = 20  # lists in lists of a parameter file
 TIMEOUT = 12 * 3600  # seconds for one code cell: a training run on real data is one of them
 
 
@@ -49,9 +50,13 @@ def parse_yaml(text: str, where: str) -> Any:
     import yaml
 
     try:
-        # ten lines of aliases of aliases stand for more values than any memory holds
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has an alias, *NAME; write the value itself")
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            # sixty lines of aliases of aliases stand for more values than any memory holds
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                raise ValueError(f"an alias, *NAME, or lists {DEEPEST} deep; plain values needed")
         return yaml.safe_load(text)
     except Exception as error:  # PyYAML throws nearly anything at a value that is no date, ...
         reason = " ".join(str(error).split()) or type(error).__name__
