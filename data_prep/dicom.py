@@ -144,7 +144,8 @@ def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise Fault(
             f"{file}: has {found}; single MONOCHROME2 slices are needed", "not a grey slice"
         )
-    if position.shape != (3,) or frame.shape != (8,) or not np.isfinite(frame).all():
+    finite = all(np.isfinite(part).all() for part in (position, frame, pixels))
+    if position.shape != (3,) or frame.shape != (8,) or not finite:
         raise _unreadable(file, ValueError())
     return position, frame, pixels
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from damaged_tables import NPY
 from damaged_volumes import instead, text
-from faults import REFUSED, SETTINGS, WORKS, resumable
+from faults import REFUSED, SETTINGS, WORKS, Bomb, resumable
 from safetensors.torch import load_file, save_file
 
 DEEP = "[" * 50_000
@@ -28,13 +28,6 @@ def entry(*keys_and_value):
         path.write_text(json.dumps(content))
 
     return change
-
-
-class Bomb:
-    """What a pickle would run."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("unpickled"),)
 
 
 def pickled(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from damaged_volumes import instead, text
-from faults import EITHER, REFUSED, WORKS, arrays
+from faults import EITHER, REFUSED, WORKS, Bomb, arrays
 from PIL import Image
 
 
@@ -42,7 +42,7 @@ def shaped(shape: str, kind: str = "|u1") -> bytes:
 
 
 VAST = shaped("(1000000000000,)")
-DEEP = header("{'descr': " + "-" * 9000 + "1, 'fortran_order': False, 'shape': (1,), }")
+DEEP = header("{'descr': " + "-" * 900 + "1, 'fortran_order': False, 'shape': (1,), }")
 NPY = {
     "a terabyte": (shaped("(10000, 10000, 10000)"), REFUSED),
     "more than numbers can count": (shaped(f"({2**70}, 9, 9)"), REFUSED),
@@ -68,7 +68,7 @@ NPZ = (
             member("images.npy", shaped("(12, 20000, 20000)") + bytes(2**28)),
             REFUSED,
         ),
-        "labels that are objects": (held(label=np.array([{}] * 12, object)), REFUSED),
+        "labels that are objects": (held(label=np.array([Bomb()] * 12)), REFUSED),
         "labels of bytes that are no text": (held(label=np.array([b"\xff"] * 12)), REFUSED),
         "labels of NaN": (held(label=np.full(12, np.nan)), REFUSED),
         "labels too few": (held(label=np.zeros(11, int)), REFUSED),

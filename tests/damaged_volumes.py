@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 import pydicom
-from faults import EITHER, REFUSED
+from faults import EITHER, REFUSED, WORKS
 
 
 def text(old: bytes, new: bytes):
@@ -65,15 +65,21 @@ def packed_as(syntax: str, pixels: bytes):
     return change
 
 
+def zeros(wbits: int, start: bytes = b"") -> bytes:
+    """A gigabyte of them, packed after a start."""
+    packer = zlib.compressobj(1, wbits=wbits)
+    head = packer.compress(start) + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(2**24)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return head + 64 * block
+
+
 def deflated_bomb(path: Path) -> None:
     """A kilobyte for each megabyte that it unpacks to."""
     whole = path.read_bytes()
     start = whole.index(b"1.2.840.10008.1.2.1\0") + 20
     head = whole[:start].replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99")
     head = head.replace(b"UI\x14\x00", b"UI\x16\x00")
-    packer = zlib.compressobj(1, wbits=-15)
-    body = b"".join(packer.compress(bytes(2**24)) for _ in range(64)) + packer.flush()
-    path.write_bytes(head + body)
+    path.write_bytes(head + zeros(-15))
 
 
 def nested(path: Path) -> None:
@@ -102,7 +108,7 @@ DICOM = {
     ),
     "no known packing": (packed_as("1.2.3.4", b"????"), REFUSED),
     "no mark": (bytes_at(128, b"ABCD"), REFUSED),
-    "a length of gigabytes": (text(b"OW\0\0", b"OW\0\0\xfe\xff\xff\xff"), REFUSED),
+    "a length of megabytes": (text(b"OW\0\0", b"OW\0\0\xfe\xff\xff\x0f"), EITHER),
 }
 FILM = DICOM | {
     "window of no width": (tags(WindowCenter="5", WindowWidth="0"), REFUSED),
@@ -155,11 +161,7 @@ def nifti(place: int, form: str, *values):
 
 
 def unpacks_without_end(path: Path) -> None:
-    header = bytearray(gzip.decompress(path.read_bytes())[:352])
-    struct.pack_into("<8h", header, 40, 3, 32767, 32767, 1000, 1, 1, 1, 1)
-    packer = zlib.compressobj(1, wbits=31)
-    body = [packer.compress(bytes(header)), *(packer.compress(bytes(2**24)) for _ in range(64))]
-    path.write_bytes(b"".join(body) + packer.flush())
+    path.write_bytes(zeros(31, gzip.decompress(path.read_bytes())))
 
 
 NIFTI = {
@@ -186,5 +188,5 @@ DAMAGE = {
     "mha, packed": {name: MHA[name] for name in ("a terabyte", "a negative size")},
     "nii": NIFTI,
     "nii.gz": {name: NIFTI[name] for name in ("a terabyte", "a terabyte of no bits")}
-    | {"unpacks to gigabytes": (unpacks_without_end, REFUSED)},
+    | {"unpacks to a gigabyte": (unpacks_without_end, WORKS)},
 }

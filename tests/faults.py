@@ -229,6 +229,13 @@ FORMATS = {
 # ------------------------------------------------------------------- what befalls any of them
 
 
+class Bomb:
+    """What a pickle would run: it leaves a file in the folder of the test."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("unpickled"),)
+
+
 def directory(path: Path) -> None:
     path.unlink()
     path.mkdir()
