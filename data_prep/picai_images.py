@@ -5,6 +5,7 @@ study that its name (``PATIENT_STUDY_t2w.mha``) or, for DICOM, a folder above it
 ``PATIENT_STUDY``, or ``ProstateX-NNNN`` by the mapping of the labels repository.
 """
 
+import errno
 import lzma
 import re
 import shutil
@@ -27,7 +28,7 @@ STUDY = re.compile(r"\d+_\d+")
 PROSTATEX = re.compile(r"prostatex-(\d{4})", re.IGNORECASE)
 DATE = re.compile(r"\d\d-\d\d-\d{4}")
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
-BAD_ZIP += (EOFError, KeyError, ValueError, RuntimeError)  # NotImplementedError is one of these
+BAD_ZIP += (OSError, EOFError, KeyError, ValueError, RuntimeError)  # and NotImplementedError
 SECOND = "second T2W image of a study: left out"
 
 
@@ -66,6 +67,8 @@ class Source:
                     with copy.open("wb") as file:
                         shutil.copyfileobj(member, file)
             except BAD_ZIP as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:  # for the copy
+                    raise
                 raise _bad_zip(told, error) from error
             return read_file(copy, told)
 
@@ -137,7 +140,7 @@ def _in_zip(path: Path, notes: list[str]) -> Iterator[tuple[str, tuple, Source]]
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if info.filename.endswith(".mha")]
-    except (*BAD_ZIP, OSError) as error:
+    except BAD_ZIP as error:
         raise _bad_zip(str(path), error) from error
     file = File.of(path)
     for info in members:

@@ -217,6 +217,7 @@ ZIP = {
     "a member from the root": (unpacked(f"/etc/{T2W}", b""), WORKS),
     "a member of terabytes": (unpacked(T2W, b"", size=2**40), REFUSED),
     "a locked member": (unpacked(T2W, b"", locked=True), REFUSED),
+    "a member before the file": (lambda path: path.write_bytes(path.read_bytes()[8:]), REFUSED),
     "a member that is no image": (unpacked(T2W, b"Dear colleague"), REFUSED),
 }
 LAUGHS = "A: &a [x, x]\n" + "".join(
