@@ -2,12 +2,14 @@
 
 import argparse
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -17,11 +19,13 @@ from data_prep.staging import File, Study
 from data_prep.writer import Report, prepare
 from hallulib import UserError
 from hallulib.area import area_average
+from hallulib.integrity import map_array
 
 BLOCK = 256  # images of one array read and staged together, at most
 LARGEST = 2**25  # bytes of an array read at once, unless its chunks are larger
-LARGEST_CHUNK = 2**27
+LARGEST_CHUNK = 2**27  # and of one image
 FAULTS = (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
+FAULTS += (NotImplementedError, RuntimeError, struct.error)  # of zips packed in another way
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,29 @@ def read_block(block: Block, size: int, blanks: tiles.Blanks) -> Study:
     return Study(list(np.ascontiguousarray(planes)), rows, [n for _, odd in checked for n in odd])
 
 
+def header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and type of an .npy.
+
+    Raises:
+        ValueError: it declares nothing of the kind.
+    """
+    try:
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[np.lib.format.read_magic(file)]
+        shape, fortran, dtype = read(file)
+    except FAULTS:
+        raise
+    except Exception as error:  # a damaged header makes NumPy throw nearly anything
+        raise ValueError(f"no header of an array: {type(error).__name__}") from error
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape {shape}")
+    return shape, fortran, dtype
+
+
 class Stream:
     """Reads an array of an .npz from front to back, so that it need not fit in memory."""
-
-    together = BLOCK
 
     def __init__(self, file: str, array: str):
         self.where = f"{file}: array {array}"
@@ -135,14 +158,10 @@ class Stream:
                 f"{self.where} is {self.dtype} {self.shape}; uint8 (images, height, width[, 3])"
                 " in C order is needed"
             )
+        self.together = max(1, min(BLOCK, LARGEST // math.prod(self.shape[1:])))
 
     def _start(self) -> None:
         self.position, self.file = 0, self.open()
-        version = np.lib.format.read_magic(self.file)
-        header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
         self.shape, self.fortran, self.dtype = header(self.file)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -230,9 +249,11 @@ def dataset(path: str, name: str):
         raise UserError(
             f"{path}: not a whole HDF5 file ({error}); fetch or unpack it again"
         ) from error
-    found = file.get(name)
+    found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
     if not isinstance(found, h5py.Dataset):
         raise UserError(f"{path}: no array {name!r}; it holds {', '.join(file) or 'nothing'}")
+    if found.external or found.is_virtual:  # a dataset may name any file of the machine
+        raise UserError(f"{path}: array {name} lies in another file; it is needed in this one")
     return found
 
 
@@ -252,7 +273,7 @@ class _Mapped:
 
     def _map(self) -> np.ndarray:
         try:
-            return np.load(self.path, mmap_mode="r", allow_pickle=False)
+            return map_array(self.path)
         except FAULTS as error:
             told = f"{self.path}: not a whole .npy file ({error}); fetch it again"
             raise UserError(told) from error
@@ -262,5 +283,6 @@ class _Mapped:
 
 
 def _are_images(shape: tuple[int, ...]) -> bool:
-    """(images, height, width) or (images, height, width, 3), at least one of each."""
-    return (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)) and min(shape) > 0
+    """(images, height, width) or (images, height, width, 3), at least one of each, none vast."""
+    good = len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)
+    return good and min(shape) > 0 and math.prod(shape[1:]) <= LARGEST_CHUNK

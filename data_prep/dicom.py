@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from data_prep.volumes import Fault, Volume, turned
 
@@ -39,6 +41,7 @@ IMAGE_TAGS = (  # and their place
     "PixelSpacing",
     *PIXEL_TAGS,
 )
+LARGEST = 2**26  # pixels; the largest scanned films have about 35 million
 SAME_FRAME = 1e-4  # directions and spacings of the slices of a series may differ by this
 ON_LINE_MM = 0.1  # slices may be this far from equal steps along a line
 
@@ -81,12 +84,25 @@ def read_header(file: Path) -> pydicom.Dataset:
     """
     try:
         with silent():
-            header = pydicom.dcmread(file, specific_tags=HEADER_TAGS, stop_before_pixels=True)
+            header = read_tags(file, HEADER_TAGS, stop_before_pixels=True)
             for element in header:  # converts now, so that a bad value is found here
                 element.value  # noqa: B018
             return header
     except Exception as error:  # its text may hold what a tag says
         raise _unreadable(file, error) from None
+
+
+def read_tags(file: Path, tags: Sequence[str], **options) -> pydicom.Dataset:
+    """These tags of a DICOM file and no other.
+
+    Raises:
+        ValueError: it is deflated as a whole: pydicom would unpack all of it, terabytes perhaps.
+        Exception: whatever else pydicom throws at a damaged file.
+    """
+    meta = pydicom.filereader.read_file_meta_info(file)
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        raise ValueError("deflated")
+    return pydicom.dcmread(file, force=False, specific_tags=tags, **options)
 
 
 def _line(positions: np.ndarray, told: str) -> np.ndarray:
@@ -112,9 +128,12 @@ def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Position, frame (directions of a row and of a column, spacing; together 8) and pixels."""
     try:
         with silent():
-            found = pydicom.dcmread(file, force=False, specific_tags=IMAGE_TAGS)
+            found = read_tags(file, IMAGE_TAGS)
             position = np.array(found.ImagePositionPatient, float)
             frame = np.array([*found.ImageOrientationPatient, *found.PixelSpacing], float)
+            shape = (found.Rows, found.Columns, int(found.get("NumberOfFrames") or 1))
+            if not 0 < math.prod(shape) <= LARGEST:
+                raise ValueError("impossible size")
             raw, kind = found.pixel_array, found.PhotometricInterpretation
             slope, shift = found.get("RescaleSlope", 1), found.get("RescaleIntercept", 0)
             pixels = raw.astype(np.float32) * np.float32(slope) + np.float32(shift)
@@ -125,7 +144,8 @@ def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise Fault(
             f"{file}: has {found}; single MONOCHROME2 slices are needed", "not a grey slice"
         )
-    if position.shape != (3,) or frame.shape != (8,) or not np.isfinite(frame).all():
+    finite = all(np.isfinite(part).all() for part in (position, frame, pixels))
+    if position.shape != (3,) or frame.shape != (8,) or not finite:
         raise _unreadable(file, ValueError())
     return position, frame, pixels
 

@@ -135,9 +135,14 @@ def _from_tree(root: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _tree(root: Path) -> Iterator[Path]:
-    yield root
-    for folder in files.folders(root):
-        yield from _tree(folder)
+    """The folder and those below it, each once, wherever links lead."""
+    todo, seen = [root], set()
+    while todo:
+        folder = todo.pop()
+        if folder.resolve() not in seen:
+            seen.add(folder.resolve())
+            yield folder
+            todo += files.folders(folder)
 
 
 def _from_folders(root: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -199,7 +204,8 @@ def _table(file: Path, label: str) -> pd.DataFrame:
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable CSV ({error}); give another --csv") from error
+        told = " ".join(str(error).split())
+        raise UserError(f"{file}: not a readable CSV ({told}); give another --csv") from error
     missing = [name for name in ("file", label) if name not in table]
     if missing:
         raise UserError(

@@ -15,7 +15,7 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut, get_decoder
 from scipy import ndimage
 
 from data_prep.crop import to_bytes
-from data_prep.dicom import PIXEL_TAGS, silent
+from data_prep.dicom import LARGEST, PIXEL_TAGS, read_tags, silent
 from data_prep.volumes import Fault
 from hallulib.area import area_average
 
@@ -28,7 +28,6 @@ TAGS = (  # all that is read of a file; none of it is written
     "WindowWidth",
     "PresentationLUTShape",
 )
-LARGEST = 2**26  # pixels; the largest scanned films have about 35 million
 BAND = 256  # rows that are windowed together, in float64
 COARSE = 512  # longer side, at most, of the copy in which the breast is looked for
 DARK = 0.25  # of the way from background to Otsu's threshold: skin and fat belong to the breast
@@ -74,12 +73,16 @@ def displayed(file: Path) -> tuple[np.ndarray, list[str]]:
     """
     try:
         with silent():
-            found = pydicom.dcmread(file, force=False, specific_tags=TAGS)
+            found = read_tags(file, TAGS)
             for element in list(found):
                 if element.is_empty:  # as if it were not there, for pydicom
                     del found[element.tag]
             _check(found, file)
             pixels = _windowed(found.pixel_array, found)
+            if not np.isfinite(pixels).all():
+                raise ValueError("not finite")
+            inverse = found.get("PresentationLUTShape", "").strip().upper() == "INVERSE"
+            windows = _windows(found)
     except Fault:
         raise
     except Exception as error:  # its text may hold what a tag says
@@ -88,8 +91,7 @@ def displayed(file: Path) -> tuple[np.ndarray, list[str]]:
             " image is needed",
             "unreadable DICOM file",
         ) from None
-    inverse = found.get("PresentationLUTShape", "").strip().upper() == "INVERSE"
-    notes = ["image with several windows: the first taken"] * (_windows(found) > 1)
+    notes = ["image with several windows: the first taken"] * (windows > 1)
     if inverse or found.PhotometricInterpretation == "MONOCHROME1":  # two names for one thing
         np.subtract(pixels.max(), pixels, out=pixels)
         notes.append("image stored as negative: inverted")

@@ -1,6 +1,7 @@
 """Arrays of one NumPy .npz file: images, labels, and if there are any patients and a split."""
 
 import argparse
+import math
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from data_prep.plan import add_origin, add_output, add_splits, check_known, orde
 from data_prep.writer import Report
 from hallulib import UserError
 
+LARGEST = 2**28  # bytes of an array with one value per image
 HELP = """
 Arrays are named by the options; all have one entry per image, except --names. The column item of
 the table is the position in the arrays.
@@ -53,9 +55,9 @@ def run(args: argparse.Namespace) -> Report:
     where, labels = str(args.source), _column(args.source, args.label)
     arrays.check(args.source, args.images, len(labels))
     if args.names:
-        labels = _named(labels, _array(args.source, args.names).astype(str), args)
+        labels = _named(labels, _names(args), args)
     plan = pd.DataFrame({"label": labels, "patient": "", "split": ""}, dtype=str)
-    values = order(labels) if not args.names else list(_array(args.source, args.names).astype(str))
+    values = list(_names(args)) if args.names else order(labels)
     check_known(plan["label"], values, where)
     if args.patient:
         plan["patient"] = _column(args.source, args.patient, len(plan))
@@ -107,13 +109,32 @@ def card_of(args: argparse.Namespace, labels: dict) -> dict:
 
 
 def _array(file: Path, name: str) -> np.ndarray:
+    """A small array of an .npz; how much it declares is looked at before any of it is read.
+
+    Raises:
+        UserError: it cannot be read, or has more than `LARGEST` bytes.
+    """
     try:
-        with np.load(file, allow_pickle=False) as held:
-            if name not in held:
-                raise UserError(f"{file}: no array {name!r}; it holds {', '.join(held)}")
-            return held[name]
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(file) as held:
+            names = [member.removesuffix(".npy") for member in held.namelist()]
+            if name not in names:
+                raise UserError(f"{file}: no array {name!r}; it holds {', '.join(names)}")
+            with held.open(f"{name}.npy") as member:
+                shape, _, dtype = arrays.header(member)
+                if math.prod(shape) * dtype.itemsize > LARGEST:
+                    raise ValueError(f"array {name} declares {dtype} {shape}")
+            with held.open(f"{name}.npy") as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
+    except arrays.FAULTS as error:
         raise UserError(f"{file}: not a readable .npz ({error}); give another file") from error
+
+
+def _names(args: argparse.Namespace) -> np.ndarray:
+    """One text per label, each once."""
+    names = _column(args.source, args.names)
+    if len(set(names) - {""}) < len(names):
+        raise UserError(f"{args.source}: array {args.names} repeats a name or has an empty one")
+    return names
 
 
 def _column(file: Path, name: str, n: int | None = None) -> np.ndarray:
@@ -126,7 +147,11 @@ def _column(file: Path, name: str, n: int | None = None) -> np.ndarray:
         )
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise UserError(f"{file}: array {name} has NaN; every image needs a finite value")
-    return values.astype(str)
+    try:
+        return values.astype(str)
+    except (TypeError, ValueError) as error:
+        told = "numbers or texts are needed"
+        raise UserError(f"{file}: array {name} has {values.dtype} ({error}); {told}") from error
 
 
 def _mask(file: Path, name: str, n: int) -> np.ndarray:

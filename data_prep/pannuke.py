@@ -12,12 +12,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from data_prep import arrays, plan, tiles
 from data_prep.writer import Report
 from hallulib import UserError
+from hallulib.integrity import map_array
 
 HELP = """
 ROOT holds the unpacked folds: "Fold 1/images/fold1/images.npy" and types.npy beside it, and so on;
@@ -119,8 +119,8 @@ def _fold(root: Path, fold: int, split: str) -> pd.DataFrame:
 def _types(file: Path) -> list[str]:
     """The tissue of each image, as text."""
     try:
-        types = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        types = map_array(file)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{file}: not a readable array of texts ({error}); fetch it again, or use --unlabelled"
         ) from error

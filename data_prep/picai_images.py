@@ -5,8 +5,11 @@ study that its name (``PATIENT_STUDY_t2w.mha``) or, for DICOM, a folder above it
 ``PATIENT_STUDY``, or ``ProstateX-NNNN`` by the mapping of the labels repository.
 """
 
+import errno
+import lzma
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -18,13 +21,14 @@ import numpy as np
 
 from data_prep.dicom import read_header, read_series
 from data_prep.staging import File
-from data_prep.volumes import Fault, Volume, read_file
+from data_prep.volumes import LARGEST, Fault, Volume, read_file
 
 T2W = re.compile(r"(\d+_\d+)_t2w\.mha")
 STUDY = re.compile(r"\d+_\d+")
 PROSTATEX = re.compile(r"prostatex-(\d{4})", re.IGNORECASE)
 DATE = re.compile(r"\d\d-\d\d-\d{4}")
-BAD_ZIP = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, NotImplementedError)
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+BAD_ZIP += (OSError, EOFError, KeyError, ValueError, RuntimeError)  # and NotImplementedError
 SECOND = "second T2W image of a study: left out"
 
 
@@ -58,16 +62,14 @@ class Source:
             copy = Path(folder, "image.mha")
             try:
                 with zipfile.ZipFile(paths[0]) as archive, archive.open(self.member) as member:
+                    if archive.getinfo(self.member).file_size > 2 * LARGEST:
+                        raise ValueError("impossible size")
                     with copy.open("wb") as file:
                         shutil.copyfileobj(member, file)
-            except (
-                zipfile.BadZipFile,
-                EOFError,
-                KeyError,
-                NotImplementedError,
-                RuntimeError,
-            ) as e:
-                raise _bad_zip(told, e) from e
+            except BAD_ZIP as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:  # for the copy
+                    raise
+                raise _bad_zip(told, error) from error
             return read_file(copy, told)
 
 

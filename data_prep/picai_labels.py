@@ -85,14 +85,14 @@ def read_marksheet(labels: Path) -> dict[str, Entry]:
     file = labels / MARKSHEET
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
-            rows = list(csv.DictReader(text))
+            rows = list(csv.DictReader(text, restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"{file}: cannot be read ({type(error).__name__}); a clone of"
             " github.com/DIAGNijmegen/picai_labels is needed"
         ) from error
     needed = ["patient_id", "study_id", "lesion_GS", "lesion_ISUP", "case_ISUP", "case_csPCa"]
-    missing = [name for name in needed if not rows or rows[0].get(name) is None]
+    missing = [name for name in needed if not rows or name not in rows[0]]
     if missing:
         raise UserError(
             f"{file}: no column or no row of {missing[0]}; {', '.join(needed)} are needed"
@@ -118,7 +118,7 @@ def read_mapping(labels: Path) -> dict[str, str]:
         return {}
     try:
         return {str(name): str(key) for name, key in json.loads(file.read_text("utf-8")).items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not readable JSON; get the labels again") from error
 
 
@@ -208,6 +208,8 @@ def rule_counts(entry: Entry, n_slices: int, masks: Mapping[str, Volume]) -> Ite
 
 
 def _entry(row: Mapping[str, str], alone: bool, where: str) -> Entry:
+    if not (row["patient_id"].isdecimal() and row["study_id"].isdecimal()):  # both name files
+        raise UserError(f"{where} has no patient_id or study_id; both must be whole numbers")
     scores, grades = (
         [text for text in row[name].split(",") if text not in ("", "N/A")]
         for name in ("lesion_GS", "lesion_ISUP")

@@ -4,11 +4,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from hallulib import UserError
+from hallulib.integrity import map_array
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"}
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # whatever the name: others run programs, as PostScript
 
 
 def read(file: Path, grey: bool = False) -> np.ndarray:
@@ -32,8 +34,8 @@ def read(file: Path, grey: bool = False) -> np.ndarray:
         raise UserError(
             f"{file}: more than {Image.MAX_IMAGE_PIXELS} pixels; cut it into smaller images"
         ) from error
-    except (OSError, ValueError, EOFError, SyntaxError, UnidentifiedImageError) as error:
-        told = " ".join(str(error).split())
+    except Exception as error:  # a damaged file makes Pillow throw nearly anything
+        told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file}: not a whole image ({told}); replace or remove it") from error
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)) or not pixels.size:
         raise UserError(
@@ -87,14 +89,16 @@ def to_square(pixels: np.ndarray, fit: str) -> tuple[np.ndarray, list[str]]:
 
 
 def _array(file: Path) -> np.ndarray:
-    pixels = np.load(file, allow_pickle=False)
+    pixels = map_array(file)
+    if pixels.size > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
     if pixels.dtype.kind not in "uif":
         raise ValueError(f"type {pixels.dtype}, numbers needed")
-    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float64)
+    return np.array(pixels, np.uint8 if pixels.dtype == np.uint8 else np.float64)
 
 
 def _picture(file: Path, grey: bool) -> np.ndarray:
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError(f"{image.n_frames} images in one file, one needed")
         image.load()

@@ -13,6 +13,7 @@ import gzip
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,8 @@ from scipy import ndimage
 
 from hallulib import UserError
 
+LARGEST = 2**29  # bytes of voxels; the largest T2W volumes have about 2**26
+BITS = {2: 8, 4: 16, 8: 32, 16: 32, 64: 64, 256: 8, 512: 16, 768: 32, 1024: 64, 1280: 64}  # NIfTI
 BYTES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
 
 
@@ -172,31 +175,54 @@ def _is_whole_nifti(file: IO[bytes]) -> bool:
     order = "<" if header[:4] == struct.pack("<i", 348) else ">"
     (length,) = struct.unpack_from(order + "i", header)
     n, *shape = struct.unpack_from(order + "8h", header, 40)
-    (bits,) = struct.unpack_from(order + "h", header, 72)
+    kind, bits = struct.unpack_from(order + "2h", header, 70)
     (start,) = struct.unpack_from(order + "f", header, 108)
-    if length != 348 or not 1 <= n <= 7:
+    # any other mark leaves the voxels to another file
+    if (
+        length != 348
+        or not 1 <= n <= 7
+        or header[344:348] != b"n+1\0"
+        or not 348 <= start <= LARGEST
+    ):
         raise ValueError("not NIfTI-1")
-    found = len(header) + sum(len(block) for block in iter(lambda: file.read(2**20), b""))
-    return found >= start + math.prod(shape[:n]) * bits // 8
+    if BITS.get(kind) != bits:
+        raise ValueError("no grey values")
+    needed = start + _size(shape[:n], bits // 8)
+    found = len(header)
+    while found < needed and (block := file.read(2**20)):  # a small file may unpack to terabytes
+        found += len(block)
+    return found >= needed
 
 
 def _is_whole_mha(file: IO[bytes]) -> bool:
     header = {}
     while "ElementDataFile" not in header:
         key, mark, value = file.readline(4096).decode("latin-1").partition("=")
-        if not mark:
+        key = key.strip()
+        # ITK would take a colon for the mark, and the first of two equal keys
+        if not mark or ":" in key or key in header:
             raise ValueError("not MetaImage")
-        header[key.strip()] = value.strip()
+        header[key] = value.strip()
     if header["ElementDataFile"] != "LOCAL":  # a header may name any file of the machine
         raise ValueError("data elsewhere")
-    voxels = math.prod(int(n) for n in header["DimSize"].split())
+    shape = [int(n) for n in header["DimSize"].split()]
+    if len(shape) != int(header["NDims"]):
+        raise ValueError("other dimensions")
     channels = int(header.get("ElementNumberOfChannels", 1))
     kind = header["ElementType"].removeprefix("MET_")
-    size = voxels * channels * BYTES[kind if kind in BYTES else kind.removeprefix("U")]
+    size = _size([*shape, channels], BYTES[kind if kind in BYTES else kind.removeprefix("U")])
     if header.get("CompressedData", "").lower() == "true":
         size = int(header.get("CompressedDataSize", 0))
     start = file.tell()
     return file.seek(0, 2) - start >= size
+
+
+def _size(shape: Sequence[int], each: int) -> int:
+    """Bytes that a header declares; ITK takes hold of them before it reads any."""
+    size = math.prod(shape) * each
+    if min(shape) < 1 or size > LARGEST:
+        raise ValueError("impossible size")
+    return size
 
 
 def _grid(volume: Volume) -> str:

@@ -282,10 +282,18 @@ def _write_images(path: Path, staged: Sequence[Path], shape: tuple[int, ...]) ->
 
 
 def _write_text(path: Path, text: str) -> str:
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:  # of a file system that knows only bytes
+        strange = text[max(0, error.start - 20) : error.end + 20].encode(errors="replace").decode()
+        raise UserError(
+            f"{path.name}: would hold {strange!r}, which is no Unicode; another name of the file"
+            " or folder is needed"
+        ) from error
     with path.open("wb") as file:
-        file.write(text.encode())
+        file.write(content)
         _sync(file)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _sync(file) -> None:

@@ -151,10 +151,17 @@ def is_finished(folder: Path, settings: dict) -> bool:
     """
     if not (folder / CARD).exists():
         return False
-    card = json.loads((folder / CARD).read_text())
-    if _key(card["settings"]) != _key(settings):
+    try:
+        card = json.loads((folder / CARD).read_text())
+        found, sums = card["settings"], dict(card["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / CARD} is not the card of a run ({type(error).__name__}); settings and"
+            f" sha256 are needed: delete {folder} or fetch it again"
+        ) from error
+    if _key(found) != _key(settings):
         return False
-    for file, checksum in card["sha256"].items():
+    for file, checksum in sums.items():
         if not (folder / file).is_file() or _sha256(folder / file) != checksum:
             raise UserError(
                 f"{folder / file} is missing or is not the file that the run wrote "

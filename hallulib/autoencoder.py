@@ -20,10 +20,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from hallulib import UserError, checkpoint, disk, parallel, runs
+=======
+from hallulib import UserError, artifacts, checkpoint, unet
+>>>>>>> faults
 from hallulib.data import ImageSet
 from hallulib.shapes import Images, Latents, PerImage
 
@@ -168,11 +171,11 @@ def load(folder: Path) -> Autoencoder:
         UserError: the folder holds no autoencoder.
     """
     try:
-        kl = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
+        kl = unet.load_network(AutoencoderKL, Path(folder))
+    except Exception as fault:  # what a damaged configuration makes diffusers throw
+        what = (str(fault) or "nothing more is known").splitlines()[0]
         raise UserError(
-            f"{folder} is not an autoencoder that hallulib saved ({fault.__class__.__name__}: "
-            f"{str(fault).splitlines()[0]})"
+            f"{folder} is not an autoencoder that hallulib saved ({type(fault).__name__}: {what})"
         ) from fault
     return Autoencoder(kl).eval().requires_grad_(False)
 

@@ -95,7 +95,9 @@ def read(folder: Path, settings: dict) -> tuple[dict[str, Tensor], int] | None:
             metadata = file.metadata()
             found, step = json.loads(metadata["settings"]), int(metadata["step"])
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as fault:
+        if not isinstance(found, dict):
+            raise ValueError("its settings are no table")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as fault:
         raise _foreign(path, fault) from fault
     told = json.loads(json.dumps(settings))
     differing = [k for k in told if found.get(k) != told[k]]
@@ -125,7 +127,7 @@ def resume(state, folder: Path, settings: dict) -> None:
         return
     try:
         state.load_tensors(*found)
-    except (RuntimeError, ValueError, KeyError) as fault:
+    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as fault:
         raise _foreign(folder / CHECKPOINT, fault) from fault
 
 

@@ -18,7 +18,14 @@ import torch
 
 from hallulib import UserError
 from hallulib.area import area_average
-from hallulib.integrity import SPLITS, check_images, check_sums, check_table, read_card
+from hallulib.integrity import (
+    SPLITS,
+    check_images,
+    check_sums,
+    check_table,
+    map_array,
+    read_card,
+)
 from hallulib.shapes import Images, Labels
 
 FILES = ("images.npy", "table.csv", "card.json")
@@ -295,7 +302,7 @@ def _load(folder: Path) -> ImageSet:
             f" of images by python -m data_prep folder {folder} OUT"
         )
     card = read_card(folder / "card.json")
-    images = _read(folder / "images.npy", lambda f: np.load(f, mmap_mode="r", allow_pickle=False))
+    images = _read(folder / "images.npy", map_array)
     table = _read(folder / "table.csv", lambda f: pd.read_csv(f, dtype=str, keep_default_na=False))
     return ImageSet(images, table, card, folder)
 
@@ -304,7 +311,8 @@ def _read(file: Path, load: Callable):
     try:
         return load(file)
     except (ValueError, OSError, EOFError) as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{file}: cannot be read ({error}); prepare the set again") from error
+        told = " ".join(str(error).split())
+        raise UserError(f"{file}: cannot be read ({told}); prepare the set again") from error
 
 
 def _phantom(size: int) -> tuple:

@@ -16,6 +16,26 @@ from hallulib import UserError
 
 SPLITS = ("unlabelled", "train", "val", "test")
 CARD = ("name", "origin", "licence", "spacing_mm", "processing", "labels", "counts", "sha256")
+TEXTS, TABLES = ("name", "origin", "licence"), ("processing", "labels", "counts", "sha256")
+
+
+def map_array(file: Path | str) -> np.ndarray:
+    """An .npy file as a memory map: what it declares must fit its size, and nothing is read.
+
+    Raises:
+        ValueError: it is no whole .npy file of plain values.
+        OSError: there is no such file.
+    """
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header makes NumPy throw nearly anything
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    if not isinstance(found, np.ndarray):
+        found.close()
+        raise ValueError("several arrays in one file")
+    return found
 
 
 def read_card(file: Path) -> dict:
@@ -26,16 +46,23 @@ def read_card(file: Path) -> dict:
     """
     try:
         card = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file}: not readable JSON ({error}); prepare the set again") from error
     missing = [key for key in CARD if key not in card] if isinstance(card, dict) else CARD
     if missing:
         raise UserError(f"{file}: {', '.join(missing)} missing; a card needs {', '.join(CARD)}")
+    for kind, told, keys in ((str, "a text", TEXTS), (dict, "a table", TABLES)):
+        strange = [key for key in keys if not isinstance(card[key], kind)]
+        if strange:
+            found = type(card[strange[0]]).__name__
+            raise UserError(f"{file}: {strange[0]} is of type {found}; {told} is needed")
+    if not isinstance(card["processing"].get("steps", []), list):
+        raise UserError(f"{file}: the steps of processing are no list; [texts] are needed")
     spacing = card["spacing_mm"]
     try:
         good = all(_are_values(about["values"]) for about in card["labels"].values())
         good &= spacing is None or all(math.isfinite(s) and s > 0 for s in spacing)
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, OverflowError):
         good = False
     if not good:
         raise UserError(

@@ -17,6 +17,7 @@ import nbformat
 from hallulib import UserError, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
+DEEPEST = 20  # lists in lists of a parameter file
 TIMEOUT = 12 * 3600  # seconds for one code cell: a training run on real data is one of them
 
 
@@ -26,16 +27,40 @@ def read_yaml(file: Path) -> dict:
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
-    import yaml
-
     try:
-        given = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the parameters in {file}: {reason}") from error
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the parameters in {file}: {error}") from error
+    given = parse_yaml(text, str(file))
     if not isinstance(given, dict):
         raise UserError(f"{file} must hold lines NAME: value, found {type(given).__name__}")
     return given
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain value of a text in YAML without aliases.
+
+    Args:
+        text: YAML.
+        where: what it is called in messages.
+
+    Raises:
+        UserError: it is something else.
+    """
+    import yaml
+
+    try:
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            # sixty lines of aliases of aliases stand for more values than any memory holds
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                raise ValueError(f"an alias, *NAME, or lists {DEEPEST} deep; plain values needed")
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML throws nearly anything at a value that is no date, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read the parameters in {where}: {reason}") from error
 
 
 def number(value: Any) -> Any:

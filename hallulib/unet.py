@@ -9,11 +9,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ from hallulib.sde import SDE, SDES, VPSDE
 from hallulib.shapes import Images, Labels, Times
 
 SIDECAR, CLASSES = "score_model.json", "classes.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+Network = TypeVar("Network", bound=ModelMixin)
 
 
 class ClassUNet(nn.Module):
@@ -144,18 +146,43 @@ def load(folder: Path) -> ScoreModel:
     try:
         sidecar = json.loads((folder / SIDECAR).read_text())
         classes = load_file(folder / CLASSES)["classes"]
-        unet = UNet2DModel.from_pretrained(
-            folder / "unet",
-            class_embed_type="identity",
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
+        unet = load_network(UNet2DModel, folder / "unet", class_embed_type="identity")
+        sde = SDES[sidecar["sde"].pop("name")](**sidecar["sde"])
+        network = ClassUNet(unet, len(sidecar["labels"]))
+        network.classes.load_state_dict({"weight": classes})
+        return ScoreModel(sde, network, sidecar["labels"]).eval()
+    except Exception as fault:  # what a damaged configuration makes diffusers throw
+        what = (str(fault) or "nothing more is known").splitlines()[0]
         raise UserError(
-            f"{folder} is not a score model that hallulib saved ({fault.__class__.__name__}: "
-            f"{str(fault).splitlines()[0]}); it needs {SIDECAR}, {CLASSES} and a folder unet"
+            f"{folder} is not a score model that hallulib saved ({type(fault).__name__}: {what});"
+            f" it needs {SIDECAR}, {CLASSES} and a folder unet"
         ) from fault
-    sde = SDES[sidecar["sde"].pop("name")](**sidecar["sde"])
-    network = ClassUNet(unet, len(sidecar["labels"]))
-    network.classes.weight.data.copy_(classes)
-    return ScoreModel(sde, network, sidecar["labels"]).eval()
+
+
+def load_network(kind: type[Network], folder: Path, **changes: object) -> Network:
+    """A network of diffusers, from its folder of one configuration and one file of weights.
+
+    Unlike ``from_pretrained``, it follows no index to other files, which may hold code, and makes
+    up no weight that is missing.
+
+    Args:
+        kind: its class.
+        folder: what ``save_pretrained`` wrote.
+        **changes: of the configuration.
+
+    Raises:
+        ValueError: configuration and weights do not belong together.
+        Exception: whatever diffusers throws at an impossible configuration.
+    """
+    config = json.loads((folder / "config.json").read_text()) | changes
+    tensors = load_file(folder / WEIGHTS)
+    # diffusers would go on for ever building layers that no weight is there for
+    if not config["layers_per_block"] <= len(tensors):
+        raise ValueError(f"{config['layers_per_block']} layers for {len(tensors)} tensors")
+    with torch.device("meta"):  # takes no memory, whatever the configuration asks for
+        network = kind.from_config(config)
+    shapes = [{k: v.shape for k, v in held.items()} for held in (network.state_dict(), tensors)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{WEIGHTS} does not hold the weights that config.json asks for")
+    network.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
+    return network

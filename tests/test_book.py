@@ -191,6 +191,11 @@ def test_a_wrong_parameter_file_stops_before_anything_runs(book, capsys, text, s
     assert not (book.parent / "out").exists()
 
 
+def test_a_value_on_the_command_line_that_is_no_yaml_is_told(book, capsys):
+    assert run(book, "-p", "STEPS", "[") == 2
+    assert "cannot read the parameters in -p STEPS" in capsys.readouterr().err
+
+
 def test_a_parameter_file_that_does_not_exist_is_named(book, capsys):
     assert run(book, "--params", "nowhere.yaml") == 2
     assert "nowhere.yaml" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import toy_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -391,3 +392,12 @@ def test_a_settled_plan_never_has_a_patient_in_two_splits(draw):
     assert (settled.groupby("patient")["split"].nunique() == 1).all()
     assert ((settled["label"] == "") == (settled["split"] == "unlabelled")).all()
     assert set(settled["split"]) <= {"train", "val", "test", "unlabelled"}
+
+
+def test_links_that_lead_in_circles_are_followed_once(tmp_path):
+    for n in range(3):
+        toy_tiles.save(tmp_path / "in" / "slide" / f"{n}.png", toy_tiles.tissue(n, 16, 16))
+    for name in ("one", "two", "three"):  # 3 ** 40 folders otherwise
+        (tmp_path / "in" / "slide" / name).symlink_to(tmp_path / "in", target_is_directory=True)
+    command = ["folder", tmp_path / "in", None, "--unlabelled", "--size=8"]
+    assert len(toy_tiles.prepared(tmp_path / "set", *command)) == 3

@@ -174,7 +174,7 @@ BAD = {
     "no fold": "no folder fold2 with images.npy in it; one is needed, as in Fold 2/images/fold2",
     "two of a fold": "2 folders fold2 with images.npy in it; one is needed",
     "no types": "types.npy: not a readable array of texts",
-    "pickled types": "types.npy: not a readable array of texts (Object arrays cannot be loaded",
+    "pickled types": "types.npy: not a readable array of texts (Array can't be",
     "another number of types": "images.npy has 2 images for 1 labels; one each needed",
     "types of numbers": "types.npy: is int64 (2,); one text per image is needed",
     "an unknown type": "types.npy: has 'Brain'; known: Adrenal_gland, Bile-duct",

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from toy_tiles import glass, prepared, refused, tissue, truncate, written
 
+from data_prep import arrays
 from data_prep.patch_camelyon import SPLITS
-from hallulib import data
+from hallulib import UserError, data
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
 
@@ -152,3 +153,18 @@ def test_what_is_wrong_is_told_and_nothing_is_left(tmp_path, capsys, kind, told)
     root = make(tmp_path / "pcam")
     change(kind, root)
     assert told in refused(capsys, tmp_path / "set", "patch_camelyon", root, None)
+
+
+def test_an_array_that_lies_in_another_file_is_refused(tmp_path):
+    store(tmp_path / "other.h5", "x", np.zeros((2, 96, 96, 3), np.uint8))
+    (tmp_path / "private").write_bytes(bytes(2 * 96 * 96 * 3))
+    with h5py.File(tmp_path / "x.h5", "w") as held:
+        held["linked"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "x")
+        raw = [(str(tmp_path / "private"), 0, h5py.h5f.UNLIMITED)]
+        held.create_dataset("raw", (2, 96, 96, 3), "u1", external=raw)
+        layout = h5py.VirtualLayout((2, 96, 96, 3), "u1")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "x", (2, 96, 96, 3))
+        held.create_virtual_dataset("virtual", layout)
+    for name in ("linked", "raw", "virtual"):
+        with pytest.raises(UserError, match=r"x\.h5: (no array|array)"):
+            arrays.dataset(str(tmp_path / "x.h5"), name)
