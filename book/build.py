@@ -25,48 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
 
 
-<<<<<<< HEAD
-=======
-def chapters(source: Path) -> list[Path]:
-    """The notebooks of the book, in reading order."""
-    return sorted(source.glob("[0-9][0-9]_*.ipynb"))
-
-
-def read_parameters(file: Path | None, pairs: list, source: Path) -> dict[str, dict]:
-    """The parameters of each chapter, checked before anything runs.
-
-    Args:
-        file: YAML with ``NAME: value`` for all chapters that have NAME, and under the name of a
-            chapter a mapping for that chapter alone.
-        pairs: ``[name, text]`` from the command line; they win over the file.
-        source: folder of the chapters.
-
-    Raises:
-        UserError: if a name is a parameter of no chapter, or a value is impossible.
-    """
-    given = notebooks.read_yaml(file) if file else {}
-    given |= {name: notebooks.parse_yaml(text, f"-p {name}") for name, text in pairs}
-    known = {chapter.stem: list(notebooks.defaults(chapter)) for chapter in chapters(source)}
-    chosen = {chapter: {} for chapter in known}
-    for name, value in sorted(given.items(), key=lambda item: isinstance(item[1], dict)):
-        targets = [name] if isinstance(value, dict) else list(known)
-        entries = value if isinstance(value, dict) else {name: value}
-        if not set(targets) <= set(known):
-            raise UserError(f"{file} has settings for {name}; the chapters are {', '.join(known)}")
-        for entry, setting in entries.items():
-            takers = [chapter for chapter in targets if entry in known[chapter]]
-            if not takers:
-                names = dict.fromkeys(n for chapter in targets for n in known[chapter])
-                raise UserError(parameters.unknown(str(entry), list(names)))
-            for chapter in takers:
-                chosen[chapter][entry] = notebooks.number(setting)
-    for chapter in chapters(source):
-        rules = notebooks.declared(chapter)
-        notebooks.check_before(chapter.stem, rules, chosen[chapter.stem])
-    return chosen
-
-
->>>>>>> faults
 def fingerprint(chapter: Path, chosen: dict) -> str:
     """A hash of all that the outcome of a chapter depends on."""
     digest = hashlib.sha256(chapter.read_bytes())

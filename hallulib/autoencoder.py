@@ -22,11 +22,7 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from hallulib import UserError, checkpoint, disk, parallel, runs
-=======
-from hallulib import UserError, artifacts, checkpoint, unet
->>>>>>> faults
+from hallulib import UserError, checkpoint, disk, parallel, runs, unet
 from hallulib.data import ImageSet
 from hallulib.shapes import Images, Latents, PerImage
 

@@ -212,7 +212,7 @@ def read_parameters(file: Path | None, pairs: list, source: Path) -> dict[str, d
     import yaml
 
     given = read_yaml(file) if file else {}
-    given |= {name: yaml.safe_load(text) for name, text in pairs}
+    given |= {name: parse_yaml(text, f"-p {name}") for name, text in pairs}
     known = {chapter.stem: list(defaults(chapter)) for chapter in chapters(source)}
     chosen = {chapter: {} for chapter in known}
     for name, value in sorted(given.items(), key=lambda item: isinstance(item[1], dict)):
