@@ -209,8 +209,6 @@ def read_parameters(file: Path | None, pairs: list, source: Path) -> dict[str, d
     Raises:
         UserError: if a name is a parameter of no chapter, or a value is impossible.
     """
-    import yaml
-
     given = read_yaml(file) if file else {}
     given |= {name: parse_yaml(text, f"-p {name}") for name, text in pairs}
     known = {chapter.stem: list(defaults(chapter)) for chapter in chapters(source)}
