@@ -62,6 +62,12 @@ def test_a_page_loads_and_links_only_what_the_book_holds(name, site):
 
 
 @pytest.mark.chapter
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_without_an_address_no_button_leaves_the_book(name, site):
+    assert "launch-buttons" not in (site / f"{name}.html").read_text()
+
+
+@pytest.mark.chapter
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_small_enough_for_a_phone(name, site):
     assert (site / f"{name}.html").stat().st_size < 8e6
