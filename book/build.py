@@ -36,6 +36,8 @@ def fingerprint(chapter: Path, chosen: dict) -> str:
         code |= set((ROOT / "book" / "results").rglob("*.json"))
     # card.json holds the checksums of the other files of an image set
     code.add(ROOT / str(chosen.get("DATASET", "")) / "card.json")
+    # pictures of the reader's own have no card yet
+    code |= set((ROOT / chosen["FOLDER"]).rglob("*")) if "FOLDER" in chosen else set()
     for file in sorted(code):
         if file.is_file() and "__pycache__" not in file.parts:
             digest.update(str(file).encode() + file.read_bytes())

@@ -1,14 +1,17 @@
 import ast
+import itertools
 import re
 import shutil
 
 import build
 import nbformat
+import numpy as np
 import papermill
 import pytest
+from PIL import Image
 
 from conftest import CHAPTERS, ROOT, size_for_tests
-from hallulib import artifacts, notebooks
+from hallulib import UserError, artifacts, notebooks
 
 BOOK = ROOT / "book"
 each_chapter = pytest.mark.parametrize("name", CHAPTERS)
@@ -89,6 +92,35 @@ def test_the_named_parameter_sets_fit_the_chapters(file):
     if not CHAPTERS:
         pytest.skip("book/ has no chapter yet")
     assert any(build.read_parameters(file, [], BOOK).values())
+
+
+def test_too_few_patients_stop_the_chapter_on_own_images_with_advice(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALLULIB_RUNS", str(tmp_path / "runs"))
+    for name, patient in itertools.product(("sick", "well"), range(4)):
+        file = tmp_path / "few" / name / f"{name}{patient}_0.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16), 9 * patient, np.uint8)).save(file)
+    first, *others = [cell.source for cell in cells("10_your_data", "code")]
+    exec(first, space := {})
+    space |= size_for_tests(BOOK / "10_your_data.ipynb") | {"FOLDER": str(tmp_path / "few")}
+    with pytest.raises(UserError) as stop:
+        exec("\n".join(others), space)
+    assert "result" not in space  # nothing was trained
+    told = str(stop.value)
+    assert "few: 0 of the 2 classes of scheme label can serve in split train" in told
+    assert "add patients, or ask for less by the parameter VARY" in told
+    assert "\n" not in told
+
+
+def test_the_page_of_the_papers_names_modules_that_exist():
+    page = (BOOK / "papers.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
+    named = re.findall(r"`([\w.]+)`", " ".join(row[4] for row in rows if len(row) == 6))
+    assert len(named) > 40
+    for name in set(named):
+        path = name if name.startswith("data_prep.") else f"hallulib.{name}"
+        in_book = (BOOK / f"{name}.ipynb").exists()
+        assert in_book or (ROOT / f"{path.replace('.', '/')}.py").exists(), name
 
 
 # --- the machine that runs them ---------------------------------------------------------------
@@ -220,6 +252,11 @@ def test_the_outcome_depends_on_cells_parameters_library_and_data(book, tmp_path
         (tmp_path / "root" / folder).mkdir(parents=True)
     monkeypatch.setattr(build, "ROOT", tmp_path / "root")
     assert card != build.fingerprint(chapter, {"DATASET": str(tmp_path)})
+    own = tmp_path / "own"
+    own.mkdir()
+    before = build.fingerprint(chapter, {"FOLDER": str(own)})
+    (own / "a.png").write_text("a picture")
+    assert before != build.fingerprint(chapter, {"FOLDER": str(own)})
     write_chapter(chapter, "1")
     assert card != build.fingerprint(chapter, {"DATASET": str(tmp_path)})
 

@@ -171,7 +171,7 @@ def test_images_of_another_size_and_other_runs_are_told(result, images, tmp_path
         OneShotClassifier(flips.folder).fit(support, names)
     card = flips.folder / "run.json"
     card.write_text(json.dumps({"settings": {}}))
-    with pytest.raises(UserError, match="not a finished joint training"):
+    with pytest.raises(UserError, match="is not the card of a run"):
         OneShotClassifier(flips.folder).fit(support, names)
     one.fit(support, names).save(tmp_path / "one")
     (tmp_path / "one" / "estimator.safetensors").write_bytes(b"no tensors")

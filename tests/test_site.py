@@ -8,7 +8,7 @@ import pytest
 
 from conftest import CHAPTERS
 
-PAGES = ["intro", *CHAPTERS, "notation"]
+PAGES = ["intro", *CHAPTERS, "papers", "notation"]
 DEVICES = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 
@@ -59,6 +59,12 @@ def test_a_page_loads_and_links_only_what_the_book_holds(name, site):
         parts = urlsplit(url)
         if parts.path and not parts.scheme and not parts.netloc:
             assert (site / unquote(parts.path)).exists(), url
+
+
+@pytest.mark.chapter
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_without_an_address_no_button_leaves_the_book(name, site):
+    assert "launch-buttons" not in (site / f"{name}.html").read_text()
 
 
 @pytest.mark.chapter

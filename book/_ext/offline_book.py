@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import plotly
+from sphinx.errors import ConfigError
 
 HERE = Path(__file__).parent
 FILES = [
@@ -26,8 +27,17 @@ def add_plotly_where_used(app, pagename, templatename, context, doctree):
         app.add_js_file("explore.js")
 
 
+def check_launch_buttons(app, config):
+    """Refuse buttons that would lead nowhere: where they lead, the repository says."""
+    options = config.html_theme_options
+    hubs = [key for key, url in options.get("launch_buttons", {}).items() if "_url" in key and url]
+    if hubs and not options.get("repository_url"):
+        raise ConfigError(f"_config.yml has {hubs[0]} but no url of the repository; add it")
+
+
 def setup(app):
     """Called by Sphinx."""
     app.connect("config-inited", add_static_files)
+    app.connect("config-inited", check_launch_buttons)
     app.connect("html-page-context", add_plotly_where_used)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

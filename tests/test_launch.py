@@ -1,0 +1,73 @@
+"""Buttons that open a chapter elsewhere: there once the repository has an address, else not."""
+
+import re
+import shutil
+from types import SimpleNamespace
+
+import build
+import nbformat
+import pytest
+import yaml
+from sphinx.errors import ConfigError
+
+from conftest import ROOT
+
+HUBS = {"binderhub_url": "https://binder.example", "colab_url": "https://colab.example"}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A page of the book's own configuration with the addresses filled in."""
+    root = tmp_path_factory.mktemp("launch")
+    pages = root / "pages"
+    pages.mkdir()
+    new = nbformat.v4
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cells = [new.new_markdown_cell("# Tiny"), new.new_code_cell("1 + 1")]
+    nbformat.write(
+        new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), pages / "01_one.ipynb"
+    )
+    (pages / "_toc.yml").write_text("format: jb-book\nroot: 01_one\n")
+    for name in ("logo.svg", "favicon.svg", "references.bib"):
+        shutil.copy(ROOT / "book" / name, pages)
+    shutil.copytree(ROOT / "book" / "_ext", root / "book" / "_ext")
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config["repository"]["url"] = "https://github.com/someone/project"
+    config["launch_buttons"] |= HUBS
+    (root / "_config.yml").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "ROOT", root)
+        build.publish(pages, root / "html")
+    return root / "html" / "01_one.html"
+
+
+def test_the_buttons_open_the_notebook_of_the_page(page):
+    assert set(re.findall(r'<a href="(https?://[^"]*)"', page.read_text())) == {
+        "https://binder.example/v2/gh/someone/project/main?urlpath=lab/tree/book/01_one.ipynb",
+        "https://colab.example/github/someone/project/blob/main/book/01_one.ipynb",
+    }
+
+
+@pytest.mark.browser
+def test_a_page_with_buttons_asks_no_other_host(page, browser):
+    tab, asked = browser.new_page(), []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(page.as_uri(), wait_until="networkidle")
+    assert tab.locator("a[href*='binder.example']").count() == 1
+    assert any("logo_binder" in url for url in asked)
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def check(url, hubs, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "book" / "_ext")
+    from offline_book import check_launch_buttons
+
+    options = {"repository_url": url, "launch_buttons": hubs | {"notebook_interface": "classic"}}
+    check_launch_buttons(None, SimpleNamespace(html_theme_options=options))
+
+
+def test_buttons_without_a_repository_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="has binderhub_url but no url of the repository"):
+        check("", HUBS, monkeypatch)
+    check("", dict.fromkeys(HUBS, ""), monkeypatch)
+    check("https://github.com/someone/project", HUBS, monkeypatch)
