@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from data_prep import birads, films
+from data_prep import birads, contours, films
 from data_prep.tables import read_table
 from data_prep.writer import Report
 from hallulib import UserError
 
 HELP = """
-ROOT is the folder "INbreast Release 1.0" with INbreast.csv and AllDICOMs; contours are not read.
+ROOT is the folder "INbreast Release 1.0" with INbreast.csv and AllDICOMs; the label "finding" needs
+AllXML, its contours, as well.
 
   python -m data_prep inbreast "INbreast Release 1.0" sets/inbreast --birads3 drop
 """
@@ -46,6 +47,11 @@ def run(args: argparse.Namespace) -> Report:
     """
     files, notes = find(args.root / "AllDICOMs")
     table, odd = list_films(args.root / "INbreast.csv", args.birads3)
+    drawn = args.root / "AllXML"
+    if drawn.is_dir():
+        table["finding"] = [contours.finding(drawn / f"{name}.xml") for name in table["name"]]
+    else:
+        notes.append("no folder AllXML: no label finding")
     unknown = len(set(files) - set(table["name"]))
     notes += [*odd, *["DICOM file without a row in the table: left out"] * unknown]
     found = {name: file for name, (file, _) in files.items()}
@@ -53,15 +59,23 @@ def run(args: argparse.Namespace) -> Report:
         table, lambda row: found.get(row["name"]), args.on_fault, args.root / "AllDICOMs"
     )
     table = table.assign(patient=[files[name][1] for name in table["name"]])
-    return films.make(args, table, archive(args.birads3), [*notes, *lost], args.root)
+    return films.make(
+        args, table, archive(args.birads3, drawn.is_dir()), [*notes, *lost], args.root
+    )
 
 
-def archive(three: str) -> films.Archive:
-    """The archive, with ``three``, the diagnosis of BI-RADS 3."""
+def archive(three: str, drawn: bool) -> films.Archive:
+    """The archive.
+
+    Args:
+        three: the diagnosis of BI-RADS 3.
+        drawn: whether there are contours.
+    """
+    more = {"finding": contours.SCHEME} if drawn else {}
     return films.Archive(
         origin="INbreast release 1.0 (Moreira et al. 2012), Breast Centre of CHSJ, Porto",
         licence="by agreement with the authors",
-        labels=birads.schemes("123456", *birads.rule(three, "6")),
+        labels=birads.schemes("123456", *birads.rule(three, "6")) | more,
         steps=("birads: 4a, 4b and 4c are 4; density: ACR 1 to 4 as A to D",),
         warnings=("diagnosis is a BI-RADS category, except 6 without pathology",),
     )

@@ -1,12 +1,13 @@
 """INbreast into an image set: patients by the code in file names, which is never kept."""
 
+import plistlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from synthetic_mammogram import BORN, CODE, NAME, film, negative, planted, truncate, write
 
-from data_prep import birads, mammogram
+from data_prep import birads, contours, mammogram
 from data_prep.__main__ import main
 from data_prep.inbreast import list_films
 from hallulib import UserError, data
@@ -194,3 +195,50 @@ def test_what_is_no_category_or_density_is_refused():
     for text in ("5", "E", "AB"):
         with pytest.raises(UserError, match="here has density"):
             birads.density(text, "here")
+
+
+def draw(root, number, *names):
+    """Contours of a film, as the archive keeps them."""
+    (root / "AllXML").mkdir(exist_ok=True)
+    rois = [{"Name": n, "NumberOfPoints": 1, "Point_px": ["(10.0, 12.5)"]} for n in names]
+    held = {"Images": [{"ImageIndex": 0, "NumberOfROIs": len(rois), "ROIs": rois}]}
+    (root / "AllXML" / f"{number}.xml").write_bytes(plistlib.dumps(held))
+
+
+def test_a_finding_is_what_was_drawn(root, tmp_path):
+    draw(root, 20586010, "Calcification", " Mass")
+    draw(root, 20586011, "Cluster", "Point 1")
+    draw(root, 20586020, "Assymetry")
+    draw(root, 20586021)
+    assert run(root, tmp_path / "set") == 0
+    found = data.open(tmp_path / "set", 16)
+    assert found.classes("finding") == ("none", "mass", "calcification", "other")
+    counts = found.table["finding"].value_counts().to_dict()
+    assert counts == {"none": 2 * PATIENTS - 3, "mass": 1, "calcification": 1, "other": 1}
+
+
+def test_without_contours_there_is_no_such_label(root, tmp_path, capfd):
+    assert run(root, tmp_path / "set") == 0
+    assert "finding" not in data.open(tmp_path / "set", 16).schemes
+    assert "no folder AllXML" in capfd.readouterr().out
+
+
+BOMB = b"""<?xml version="1.0"?><!DOCTYPE plist [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>
+<plist version="1.0"><dict><key>Images</key><string>&b;</string></dict></plist>"""
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<plist>", BOMB, plistlib.dumps([1]), plistlib.dumps({"Images": [{}]})]
+)
+def test_contours_that_are_none_are_refused(root, capfd, content):
+    draw(root, 20586010, "Mass")
+    (root / "AllXML" / "20586010.xml").write_bytes(content)
+    assert "20586010.xml: not the contours of a film" in refused(capfd, root)
+
+
+def test_contours_that_are_too_large_are_not_read(tmp_path):
+    file = tmp_path / "1.xml"
+    with file.open("wb") as sparse:
+        sparse.truncate(contours.MOST_BYTES + 1)
+    with pytest.raises(UserError, match="not the contours of a film .ValueError"):
+        contours.finding(file)
