@@ -21,8 +21,8 @@ from data_prep.writer import Report
 from hallulib import UserError
 
 HELP = """
-ROOT is the folder "INbreast Release 1.0" with INbreast.csv and AllDICOMs; the label "finding" needs
-AllXML, its contours, as well.
+ROOT is the folder "INbreast Release 1.0" with INbreast.csv and AllDICOMs; the label
+"finding" needs AllXML, its contours, as well.
 
   python -m data_prep inbreast "INbreast Release 1.0" sets/inbreast --birads3 drop
 """
