@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import plotly
-from sphinx.errors import ConfigError
 
 HERE = Path(__file__).parent
 FILES = [
@@ -27,17 +26,15 @@ def add_plotly_where_used(app, pagename, templatename, context, doctree):
         app.add_js_file("explore.js")
 
 
-def check_launch_buttons(app, config):
-    """Refuse buttons that would lead nowhere: where they lead, the repository says."""
-    options = config.html_theme_options
-    hubs = [key for key, url in options.get("launch_buttons", {}).items() if "_url" in key and url]
-    if hubs and not options.get("repository_url"):
-        raise ConfigError(f"_config.yml has {hubs[0]} but no url of the repository; add it")
+def drop_buttons_that_lead_nowhere(app, config):
+    """Launch buttons need the address of the repository, and leave no trace without it."""
+    if not config.html_theme_options.get("repository_url"):
+        config.html_theme_options.pop("launch_buttons", None)
 
 
 def setup(app):
     """Called by Sphinx."""
     app.connect("config-inited", add_static_files)
-    app.connect("config-inited", check_launch_buttons)
+    app.connect("config-inited", drop_buttons_that_lead_nowhere)
     app.connect("html-page-context", add_plotly_where_used)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
