@@ -174,9 +174,9 @@ def _trained(
         artifacts.is_finished(folder, settings)  # its files are what the run wrote
         trial = Trial.of(settings)
         with safe_open(folder / "generator.safetensors", "pt") as file:
-            told = file.metadata()
+            told = json.loads(file.metadata()["images"])
             saved = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118
-        channels, labels = int(told["channels"]), tuple(json.loads(told["labels"]))
+        channels, labels = told["channels"], tuple(told["labels"])
         if trial.generator != "score_model" or trial.pool:
             raise UserError(
                 f"{folder} was trained with generator={trial.generator} pool={trial.pool}; "

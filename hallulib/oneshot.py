@@ -277,7 +277,8 @@ def _read(file: Path) -> pd.DataFrame:
 def _save(folder: Path, source: Source, classifiers: Classifiers, images: ImageSet) -> None:
     """Weights in half precision: what is shipped must be small."""
     labels = source.model.labels if isinstance(source, Hallucinator) else ()
-    told = {"channels": str(images.channels), "labels": json.dumps(labels)}
+    # one entry: safetensors writes several in any order, and equal runs have equal bytes
+    told = {"images": json.dumps({"channels": images.channels, "labels": labels})}
     parts = {"generator": _weights(source)}
     parts |= {f"plus_{n}": c.state_dict() for n, c in classifiers.items()}
     with disk.whole_files(folder) as partial:
