@@ -8,8 +8,8 @@ python tests/benchmarks/bench_latent.py [--data histology] [--size 64] [--steps 
    autoencoder for N / 2), and the Frechet distances of their samples from real images are told.
 2. Share of steered samples that a selection admits, from 20 steps of DPM-Solver++ and from 1000
    ancestral steps, the same classes and networks in turn, with a paired interval over samples.
-   It uses the runs of chapter 08's experiment (``--pretraining``, ``--training``: PRETRAINING and
-   STEPS there).
+   It uses the runs of chapter 08's experiment (``--pretraining``, ``--training``, ``--factor``:
+   PRETRAINING, STEPS and the setting there). ``--steps 0`` leaves table 1 out.
 """
 
 import argparse
@@ -97,12 +97,12 @@ def distances(images, x, width, steps):
         print(f"{name}: {spent:.0f} s for {steps} steps, Frechet distance {found:.2f}", flush=True)
 
 
-def admission(images, pretraining, training, n):
+def admission(images, pretraining, training, n, factor):
     """Table 2."""
     scheme = images.schemes[0]
     trial = augment.Trial(
         scheme,
-        factor=4 if images.size >= 64 else 2,
+        factor=factor,
         encoding=pretraining // 2,
         encoder_width=16,
         width=24,
@@ -148,11 +148,13 @@ def main():
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--pretraining", type=int, default=0)
     parser.add_argument("--training", type=int, default=300)
+    parser.add_argument("--factor", type=int, default=4)
     args = parser.parse_args()
     images = data.open(args.data, args.size)
-    speed(images, args.width, args.steps, args.compare)
+    if args.steps:
+        speed(images, args.width, args.steps, args.compare)
     if args.pretraining:
-        admission(images, args.pretraining, args.training, args.samples)
+        admission(images, args.pretraining, args.training, args.samples, args.factor)
 
 
 if __name__ == "__main__":
