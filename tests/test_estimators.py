@@ -224,3 +224,17 @@ def test_more_folds_than_labelled_images_are_told(weigh):
     x, y = bars(8)
     with pytest.raises(UserError, match=rf"weigh is {weigh} and the rarest class has 4 labelled"):
         ScoreClassifier(weigh=weigh, steps=1, **TINY).fit(x, y)
+
+
+def test_it_is_saved_without_pickle_and_comes_back(fitted, tmp_path):
+    x, y = bars(seed=5)
+    told = dict(steps=0, effort=6, priors=(0.3, 0.7), centre=True, temperature=2.0)
+    one = ScoreClassifier(fitted.model_, **told).fit(x, y, bars(seed=6)[0])
+    one.save(tmp_path / "one")
+    again = ScoreClassifier.load(tmp_path / "one")
+    # the layout of weights in memory is not written, and decides which kernels run
+    np.testing.assert_allclose(again.predict_proba(x), one.predict_proba(x), rtol=1e-3)
+    assert again.levels_ == one.levels_
+    assert {p.suffix for p in (tmp_path / "one").rglob("*.*")} == {".json", ".safetensors"}
+    with pytest.raises(UserError, match="is not a saved ScoreClassifier"):
+        ScoreClassifier.load(tmp_path)
