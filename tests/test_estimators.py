@@ -235,6 +235,7 @@ def test_it_is_saved_without_pickle_and_comes_back(fitted, tmp_path):
     # the layout of weights in memory is not written, and decides which kernels run
     np.testing.assert_allclose(again.predict_proba(x), one.predict_proba(x), rtol=1e-3)
     assert again.levels_ == one.levels_
-    assert {p.suffix for p in (tmp_path / "one").rglob("*.*")} == {".json", ".safetensors"}
+    files = [p for p in (tmp_path / "one").rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".json", ".safetensors"}
     with pytest.raises(UserError, match="is not a saved ScoreClassifier"):
         ScoreClassifier.load(tmp_path)
