@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from hallulib import UserError, notebooks
+from hallulib import UserError, disk, notebooks
 from hallulib.notebooks import chapters, read_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,24 +48,26 @@ def execute(chapter: Path, out: Path, chosen: dict, title: str | None = None) ->
     """Execute one chapter with papermill; ``out`` appears only when it is complete.
 
     Raises:
-        UserError: if the chapter stopped with one; its sentence, after the chapter's name.
+        UserError: if the chapter stopped with one; its sentence, after the chapter's name. Or
+            if ``out`` cannot be written.
         papermill.PapermillExecutionError: if it failed otherwise.
     """
     mark = fingerprint(chapter, chosen)  # before: the library may be edited while this runs
     running = out.parent.parent / "running" / chapter.name
-    running.parent.mkdir(parents=True, exist_ok=True)
-    notebook = notebooks.execute(
-        chapter,
-        running,
-        chosen,
-        progress_bar={"desc": title or chapter.stem},
-        stderr_file=sys.stderr,
-    )
-    # widgets of a stopped kernel: the page would ask another host for their scripts
-    notebook.metadata.pop("widgets", None)
-    notebook.metadata["fingerprint"] = mark
-    nbformat.write(notebook, running)
-    os.replace(running, out)
+    with disk.writing(out):
+        running.parent.mkdir(parents=True, exist_ok=True)
+        notebook = notebooks.execute(
+            chapter,
+            running,
+            chosen,
+            progress_bar={"desc": title or chapter.stem},
+            stderr_file=sys.stderr,
+        )
+        # widgets of a stopped kernel: the page would ask another host for their scripts
+        notebook.metadata.pop("widgets", None)
+        notebook.metadata["fingerprint"] = mark
+        nbformat.write(notebook, running)
+        os.replace(running, out)
 
 
 def is_current(chapter: Path, out: Path, chosen: dict) -> bool:
@@ -79,18 +81,20 @@ def collect(source: Path, target: Path) -> None:
     """Copy the pages, the references and the pictures beside the executed chapters."""
     folders = "_ext", "params", "grids", "results", "__pycache__"
     skip = shutil.ignore_patterns("*.ipynb", "*.py", *folders, ".*")
-    shutil.copytree(source, target, ignore=skip, dirs_exist_ok=True)
-    kept = {path.name for path in chapters(source)}
-    for old in chapters(target):
-        if old.name not in kept:
-            old.unlink()
+    with disk.writing(target):
+        shutil.copytree(source, target, ignore=skip, dirs_exist_ok=True)
+        kept = {path.name for path in chapters(source)}
+        for old in chapters(target):
+            if old.name not in kept:
+                old.unlink()
 
 
 def publish(pages: Path, html: Path) -> None:
     """Turn executed chapters into HTML; every warning is an error.
 
     Raises:
-        UserError: if there was one; the folder ``html`` is then as it was before.
+        UserError: if there was one, and the folder ``html`` is then as it was before; or it
+            cannot be written.
     """
     site = pages.parent / "site"
     # the program of this environment, which need not be the first on the PATH
@@ -102,9 +106,10 @@ def publish(pages: Path, html: Path) -> None:
     if done.returncode:
         print(done.stdout[-4000:] + done.stderr[-4000:], file=sys.stderr)
         raise UserError(f"the book in {pages} was not published: see the warnings above")
-    shutil.rmtree(html, ignore_errors=True)
-    html.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(site / "_build" / "html", html)
+    with disk.writing(html):
+        shutil.rmtree(html, ignore_errors=True)
+        html.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(site / "_build" / "html", html)
 
 
 def build(source: Path, target: Path, chosen: dict[str, dict]) -> None:

@@ -1,7 +1,8 @@
-r"""What an episode may change of a score model: labels, weights, or what stands for a class.
+r"""What few labels may change of a score model: labels, weights, or what stands for a class.
 
-A pretrained model is given other labels (`relabelled`); then all weights learn, the class vectors
-alone, or low-rank changes of the matrices,
+A pretrained model is given other labels (`relabelled`). Nothing at all has to learn where each
+class is the density of all images, moved to the mean of its own (`shifted`). Else all weights
+learn, the class vectors alone, or low-rank changes of the matrices,
 
 .. math:: W + B A, \qquad A \in \mathbb R^{r \times m},\; B \in \mathbb R^{n \times r},\; B = 0
           \text{ at the start};
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hallulib.score import ScoreModel
+from hallulib.shapes import Images, Labels
 from hallulib.unet import ClassUNet
 
 ADAPTS = ("all", "classes", "low_rank")
@@ -29,8 +31,8 @@ ADAPTS = ("all", "classes", "low_rank")
 def relabelled(model: ScoreModel, labels: Sequence[str], forget: bool = False) -> ScoreModel:
     """A copy of a score model for other labels.
 
-    A label it knows keeps its class vector, a new one starts at the vector of the null class, so
-    the copy denoises it as an image of no class until it learns better.
+    A label it knows keeps its class vector and shift, a new one starts at those of the null class,
+    so the copy denoises it as an image of no class until it learns better.
 
     Args:
         model: any score model, one without labels included.
@@ -43,11 +45,42 @@ def relabelled(model: ScoreModel, labels: Sequence[str], forget: bool = False) -
     known = model.network.classes.weight.detach()
     with torch.random.fork_rng(devices=[]):  # its random vectors are not kept
         network = ClassUNet(copy.deepcopy(model.network.unet), len(labels)).to(known.device)
+    kept = [i for i, label in enumerate(labels) if label in model.labels and not forget]
+    before = [model.labels.index(labels[i]) for i in kept]
     vectors = network.classes.weight.data.zero_()
-    for i, label in enumerate(labels):
-        if label in model.labels and not forget:
-            vectors[i] = known[model.labels.index(label)]
-    return ScoreModel(model.sde, network, labels)
+    vectors[kept] = known[before]
+    shifts = None
+    if model.shifts is not None and kept:
+        shifts = model.shifts.new_zeros((len(labels) + 1, *model.shifts.shape[1:]))
+        shifts[kept] = model.shifts[before]
+    return ScoreModel(model.sde, network, labels, shifts)
+
+
+def shifted(model: ScoreModel, x: Images, y: Labels) -> ScoreModel:
+    r"""The model with each class moved to the mean of its images; no weight changes.
+
+    .. math:: p(x \mid c) = p(x - d_c \mid \varnothing), \qquad
+              d_c = \bar x_c - \tfrac1k \textstyle\sum_b \bar x_b .
+
+    For Gaussian images this is the linear discriminant whose covariance is known from images
+    without labels; only the means are left to learn, which is why few labels are enough. What
+    classes differ in must be where things are and how bright, not a texture.
+
+    Args:
+        model: a score model with labels; its shifts so far are replaced, its class vectors kept.
+        x: labelled images, at least one of each class.
+        y: their classes.
+
+    Returns:
+        A model that shares the network.
+
+    Source:
+        Few labels suffice generative classifiers: Ng & Jordan, *On Discriminative vs. Generative
+        Classifiers*, 2001. Linear discriminant: Fisher 1936.
+    """
+    means = torch.stack([x[y == c].mean(0) for c in range(len(model.labels))])
+    shifts = torch.cat([means - means.mean(0), torch.zeros_like(means[:1])])
+    return ScoreModel(model.sde, model.network, model.labels, shifts)
 
 
 class LowRank(nn.Module):

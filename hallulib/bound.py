@@ -8,8 +8,9 @@ The log-density is at least what the denoising errors over all noise levels leav
 
 and only the integral depends on the class. `bound` estimates all of it. `decide` compares classes
 alone: every class sees the same noise at the same levels, so that what is hard about an image
-cancels in the differences; a class that is surely behind is dropped, and an image with one class
-left is done. No pass backwards through the network is needed.
+cancels in the differences, and sees it with both signs, so that what the noise adds to them mostly
+cancels too; a class that is surely behind is dropped, and an image with one class left is done. No
+pass backwards through the network is needed.
 
 Source:
     Kingma et al., *Variational Diffusion Models*, 2021, eqs. (14)-(17); shared noise and dropping
@@ -32,6 +33,7 @@ from hallulib.levels import Errors, Levels
 from hallulib.shapes import Images, Labels
 
 Pairs = Float[Tensor, "batch classes pairs"]
+Offsets = Float[Tensor, "_classes _pairs"]
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,13 @@ def decide(
     x: Images,
     classes: Sequence[str] | None = None,
     *,
-    pairs: int = 48,
-    first: int = 8,
+    pairs: int = 24,
+    first: int = 4,
     confidence: float | int = 0.99,
+    antithetic: bool = True,
     levels: Levels | None = None,
     power: float | int = 0.5,
+    offsets: Offsets | None = None,
     seed: int = 0,
     batch: int = 128,
     progress: Callable[[int], None] | None = None,
@@ -146,10 +150,13 @@ def decide(
         first: pairs before the first class may be dropped; a single pair drops none, since its
             error is not known.
         confidence: of each comparison that drops a class, 0.5 to 1; with 1 none is dropped.
+        antithetic: every pair uses its noise with both signs and takes two evaluations for each
+            class; without, one, of which a few times as many are needed.
         levels: where to look; `informative_levels` finds the best, all evenly unless given.
         power: errors are weighted by ``s ** power``; 0 is the likelihood, which counts the
             finest grain as much as the whole, larger numbers look more at the coarse. Levels
             with weights of their own do without.
+        offsets: subtracted from the errors, see `common_errors`.
         seed: of the noise and the levels.
         batch: most pairs of image and class in the network at once, which bounds the memory.
         progress: called with the number of pairs done.
@@ -164,12 +171,14 @@ def decide(
             "and a confidence from 0.5 to 1 are needed"
         )
     levels = levels or Levels.even(model.sde)
-    errors = Errors(model, x, y, levels, pairs, seed, batch, power)
+    errors = Errors(model, x, y, levels, pairs, seed, batch, power, antithetic)
     cost = torch.full((len(x), len(y), pairs), math.nan, dtype=torch.float64, device=x.device)
     racing = torch.ones((len(x), len(y)), dtype=torch.bool, device=x.device)
     mean, error = cost.new_zeros((2, len(x), len(y)))
     for r in range(pairs):
         cost[..., r] = errors(r, racing)
+        if offsets is not None:
+            cost[..., r] -= offsets[:, r].to(cost)
         if r + 1 >= first:
             # a class that was dropped keeps what it was dropped for
             now, spread = _behind(cost[..., : r + 1])
@@ -180,7 +189,52 @@ def decide(
         racing &= racing.sum(1, keepdim=True) > 1
         if not racing.any():
             break
-    return Decision(-mean, error, cost.isfinite().sum((1, 2)), ~racing.any(1))
+    evaluations = len(errors.signs) * cost.isfinite().sum((1, 2))
+    return Decision(-mean, error, evaluations, ~racing.any(1))
+
+
+def common_errors(
+    model: ClassModel,
+    x: Images,
+    classes: Sequence[str] | None = None,
+    *,
+    pairs: int = 24,
+    antithetic: bool = True,
+    levels: Levels | None = None,
+    power: float | int = 0.5,
+    seed: int = 0,
+    batch: int = 128,
+) -> Offsets:
+    """By how much each class is worse than the others on all images together, pair by pair.
+
+    `decide` draws the same noises for all images, so what a noise does to a class as such, and
+    what a class is ahead by whatever the image, can be measured on other images and subtracted.
+
+    Args:
+        model: as for `decide`, and so for all that follow.
+        x: images of all classes, about equally frequent; no label is asked for.
+        classes: labels to compare.
+        pairs: of noise and level.
+        antithetic: use each noise with both signs.
+        levels: where to look.
+        power: of the noise level that weights errors.
+        seed: of the noise and the levels.
+        batch: most pairs of image and class in the network at once.
+
+    Returns:
+        The mean of their errors, less its mean over the classes; for ``offsets`` of `decide`.
+
+    Raises:
+        UserError: as `decide`, or no image.
+    """
+    y, x = classes_of(model, classes), check_images(model, x)
+    if len(x) < 1:
+        raise UserError("0 images found; at least 1 is needed to see what all have in common")
+    levels = levels or Levels.even(model.sde)
+    errors = Errors(model, x, y, levels, pairs, seed, batch, power, antithetic)
+    everything = torch.ones((len(x), len(y)), dtype=torch.bool, device=x.device)
+    found = torch.stack([errors(r, everything).mean(0) for r in range(pairs)], 1)
+    return found - found.mean(0)
 
 
 def _behind(cost: Pairs) -> tuple[PerClass, PerClass]:

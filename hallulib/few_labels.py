@@ -5,7 +5,8 @@ model the others are images without label. All methods see the same labelled ima
 about the same test images:
 
 ====================  =======================================================================
-likelihood            a score model, pretrained without labels, that goes on with these
+likelihood            a score model, pretrained without labels, that goes on with these, or
+                      whose density is moved to each class without any training
 resnet18              a ResNet-18 trained on the labelled images alone, moved and mirrored
 linear                logistic regression on that network's pooled features
 filter_bank           logistic regression on fixed features that nobody trained
@@ -51,6 +52,9 @@ class Contest:
         pretraining: steps of the score model without labels.
         steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
             teach it to remember the few there are.
+        shift: train nothing with labels, but move the density to the mean of each class
+            (:func:`hallulib.adaptation.shifted`); ``power`` is then 2 where no label can be held
+            out.
         copies: moved and mirrored copies of each labelled image it learns from as well.
         adapt: which of its weights learn then.
         lr: their learning rate.
@@ -60,6 +64,7 @@ class Contest:
         effort, confidence, power: of the decision, see :func:`hallulib.bound.decide`.
         weigh: folds in which labelled images are held out to weigh the noise levels in place of
             ``power``, from two labels per class to ``weigh_up_to``; with more, ``power`` does.
+            With ``shift``, where folds cost no training, up to five and always.
         weigh_up_to: labelled images per class.
         resnet_steps: of the ResNet-18.
         resnet_width: of its first block.
@@ -74,6 +79,7 @@ class Contest:
     n_test: int = 240
     pretraining: int = 2000
     steps: int = 400
+    shift: bool = False
     copies: int = 0
     adapt: str = "all"
     lr: float | int = 4e-4
@@ -206,20 +212,15 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
     )
     classifier = ScoreClassifier(
         start,
-        adapt=contest.adapt,
         channels=images.channels,
         copies=contest.copies,
-        steps=min(contest.steps, 40 + 3 * len(labelled)),
-        lr=contest.lr,
-        class_rate=min(contest.class_rate, max(1, len(labelled) / 3)),
         effort=contest.effort,
         confidence=contest.confidence,
-        power=contest.power,
-        weigh=contest.weigh if contest.weigh <= least <= contest.weigh_up_to else 0,
         centre=True,
         folder=folder,
         random_state=contest.seed,
         verbose=True,
+        **(_moving if contest.shift else _training)(contest, len(labelled), least),
     ).fit(x.numpy(), names, train.tensor(others).numpy() if len(others) else None)
     order = [classifier.classes_.tolist().index(classes[c]) for c in present]
     log_ratio, evaluations = classifier.log_ratio(x_test.numpy(), return_evaluations=True)
@@ -241,6 +242,23 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
         for i, c in enumerate(present):
             told[f"{method} {classes[c]}"] = found[method][:, i]
     return pd.DataFrame(told)
+
+
+def _training(contest: Contest, n: int, least: int) -> dict:
+    """How a classifier learns from n labelled images, of which the rarest class has ``least``."""
+    return dict(
+        adapt=contest.adapt,
+        steps=min(contest.steps, 40 + 3 * n),
+        lr=contest.lr,
+        class_rate=min(contest.class_rate, max(1, n / 3)),
+        power=contest.power,
+        weigh=contest.weigh if contest.weigh <= least <= contest.weigh_up_to else 0,
+    )
+
+
+def _moving(contest: Contest, n: int, least: int) -> dict:
+    """The same without training: only the means of the classes are learnt."""
+    return dict(shift=True, steps=0, power=2, weigh=min(5, least) if least > 1 else 0)
 
 
 def _linear(

@@ -69,7 +69,11 @@ class Levels:
 
 
 class Errors:
-    """Weighted squared errors of the noise at pair ``r``, the same pairs for all classes.
+    r"""Weighted squared errors of the noise at pair ``r``, the same pairs for all classes.
+
+    With ``antithetic`` each is the mean over :math:`\epsilon` and :math:`-\epsilon`: whatever part
+    of the difference between classes is linear in the noise cancels, which is most of its
+    variance.
 
     Args:
         model: the class-conditional score model.
@@ -80,6 +84,9 @@ class Errors:
         seed: of both.
         batch: most pairs of image and class in the network at once.
         power: weight ``s ** power`` where the levels have no weights of their own.
+        antithetic: use each noise with both signs, two evaluations a pair.
+
+    Source: antithetic variates, Hammersley & Morton 1956.
     """
 
     def __init__(
@@ -92,18 +99,23 @@ class Errors:
         seed: int,
         batch: int,
         power: float | int = 0,
+        antithetic: bool = False,
     ):
         if pairs < 1:
             raise UserError(f"pairs is {pairs}; at least 1 is needed")
         self.model, self.x, self.y, self.batch = model, x, y.to(x.device), batch
         self.rng = torch.Generator().manual_seed(seed)
         self.s, weight = levels.draw(pairs, self.rng, power)
-        self.weight = weight.tolist()
+        self.weight, self.signs = weight.tolist(), (1, -1) if antithetic else (1,)
 
-    @torch.no_grad()
     def __call__(self, r: int, wanted: Bool[Tensor, "batch classes"]) -> PerClass:
         """One number per image and class, not a number where it was not wanted."""
         noise = torch.randn(self.x.shape[1:], generator=self.rng, dtype=torch.float64).to(self.x)
+        found = sum(self._squared(r, sign * noise, wanted) for sign in self.signs)
+        return self.weight[r] * found / len(self.signs)
+
+    @torch.no_grad()
+    def _squared(self, r: int, noise: Tensor, wanted: Bool[Tensor, "batch classes"]) -> PerClass:
         t = self.model.sde.time_of(self.s[r])
         alpha = float(self.model.sde.alpha_sigma(t)[0])
         image, column = wanted.nonzero(as_tuple=True)
@@ -113,7 +125,7 @@ class Errors:
             times = x_t.new_full((len(part),), float(t))
             off = self.model(x_t, times, self.y[column[part]]) - noise
             found[image[part], column[part]] = off.double().square().flatten(1).sum(1)
-        return self.weight[r] * found
+        return found
 
 
 def informative_levels(
@@ -136,7 +148,7 @@ def informative_levels(
         model: the class-conditional score model.
         x: images it was trained on will do; their labels are not used.
         bands: of equal width in ``log s``.
-        per_band: pairs measured in each.
+        per_band: pairs measured in each, of two evaluations.
         power: as in `decide`.
         seed: of the noise.
         batch: as in `decide`.
@@ -147,7 +159,8 @@ def informative_levels(
     even = Levels.even(model.sde)
     square, counts = torch.zeros((2, max(bands, 1)), dtype=torch.float64)
     for band, error in _by_band(model, x, bands, bands * per_band, seed, batch, power):
-        square[band] += error.var(1).mean().cpu()
+        # what all images have in common tells nothing about any of them
+        square[band] += (error - error.mean(0)).var(1).mean().cpu()
         counts[band] += 1
     shares = (square / counts.clamp(min=1)).sqrt()
     shares = 0.9 * shares / shares.sum().clamp(min=1e-300) + 0.1 / bands  # all 0: same classes
@@ -165,7 +178,7 @@ def _by_band(
             "image and a band are needed"
         )
     even = Levels.even(model.sde)
-    errors = Errors(model, x, y, even, n, seed, batch, power)
+    errors = Errors(model, x, y, even, n, seed, batch, power, antithetic=True)
     everything = torch.ones((len(x), len(y)), dtype=torch.bool, device=x.device)
     bands_of = ((errors.s.log() - even.first) / (even.last - even.first) * bands).long()
     for r, band in enumerate(bands_of.clamp(0, bands - 1).tolist()):
@@ -195,7 +208,7 @@ def leads(
         x: images it was not trained on.
         y: their classes, as indices of ``model.labels``; about equally frequent.
         bands: of equal width in ``log s``.
-        per_band: pairs measured in each.
+        per_band: pairs measured in each, of two evaluations.
         seed: of the noise.
         batch: as in `decide`.
 
@@ -216,11 +229,13 @@ def leads(
 def weighed_levels(sde: SDE, lead: Float[Tensor, "images bands"]) -> Levels:
     r"""Noise levels that count by what they have shown to tell about the class.
 
-    .. math:: w_b \propto \frac{\max(0, \bar\ell_b)}{\mathrm{var}\,\ell_b}
+    .. math:: w_b \propto \frac{\max(0,\, \bar\ell_b - 2\,\mathrm{sd}\,\ell_b / \sqrt n)}
+              {\mathrm{var}\,\ell_b} ,
 
-    the weights of a linear discriminant whose bands are independent: a band whose leads over
-    images that were held out are no leads counts nothing. With few labels that is most of them,
-    and which ones are left depends on the data: layout shows at coarse levels, texture at fine.
+    the weights of a linear discriminant whose bands are independent, for as much of each mean
+    lead over the n images held out as exceeds twice its standard error: a band whose leads may
+    be chance counts nothing. With few labels that is most of them, and which ones are left depends
+    on the data: layout shows at coarse levels, texture at fine.
     Draws go where weighted errors vary most, a tenth of them everywhere.
 
     Args:
@@ -235,10 +250,11 @@ def weighed_levels(sde: SDE, lead: Float[Tensor, "images bands"]) -> Levels:
     if len(lead) < 2:
         raise UserError(f"{len(lead)} held-out images found; at least 2 are needed")
     even, bands = Levels.even(sde), lead.shape[1]
-    mean, sd = lead.mean(0).clamp(min=0), lead.std(0).clamp(min=1e-12)
-    if not (mean > 0).any():  # nothing was learnt that holds: all bands alike
-        mean = sd
-    weights, use = mean / sd.square(), mean / sd
+    mean, sd = lead.mean(0), lead.std(0).clamp(min=1e-12)
+    # where no lead is sure any lead counts; where there is none, all bands alike
+    choices = (mean - 2 * sd / len(lead) ** 0.5, mean, sd)
+    counted = next(c for c in choices if (c > 0).any()).clamp(min=0)
+    weights, use = counted / sd.square(), counted / sd
     shares = 0.9 * use / use.sum() + 0.1 / bands
     weights = weights / weights.max()
     return Levels(even.first, even.last, tuple(shares.tolist()), tuple(weights.tolist()))

@@ -11,18 +11,19 @@ from hallulib import artifacts, parallel
 State = TypeVar("State")  # of a training loop; its ``step`` says how far it is
 
 
-def finished(loop: Iterator[State], steps: int, told: str) -> State:
+def finished(loop: Iterator[State], steps: int, told: str, show: bool = True) -> State:
     """The last state of a training loop, which a bar follows on the main process.
 
     Args:
         loop: yields its state after each step, and at least once.
         steps: of the whole run; a resumed one starts where its checkpoint left it.
         told: what the bar says.
+        show: draw the bar.
     """
     bar = None
     for state in loop:
         if bar is None:
-            told_here = dict(desc=told, disable=not parallel.is_main())
+            told_here = dict(desc=told, disable=not (show and parallel.is_main()))
             bar = tqdm(total=steps, initial=state.step - 1, **told_here)
         bar.update()
     bar.close()

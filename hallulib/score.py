@@ -60,21 +60,33 @@ class ScoreModel(nn.Module):
     exactly as :math:`t \to 1`, because :math:`x_0 = (x_t - \sigma\epsilon)/\alpha` divides its
     error by :math:`\alpha_1 = 0.0066`; the error of the velocity is never enlarged.
 
+    A class may also be the density of another one, *moved* by an image :math:`d_y`: its
+    denoiser is that of the network on :math:`x_t - \alpha_t d_y`, plus :math:`d_y`.
+
     Args:
         sde: the forward diffusion.
         network: ``network(x, timesteps, y) -> Images``; timesteps run to 999 as in DDPM.
         labels: the strings of the label scheme; class ``i`` is ``labels[i]``.
+        shifts: the image by which each class, and last the null class, is moved; ``None`` moves
+            none. See :func:`hallulib.adaptation.shifted`.
 
     Source:
         Salimans & Ho, *Progressive Distillation for Fast Sampling of Diffusion Models*, 2022,
         section 4 and appendix D. https://arxiv.org/abs/2202.00512
     """
 
-    def __init__(self, sde: SDE, network: nn.Module, labels: Sequence[str] = ()):
+    def __init__(
+        self,
+        sde: SDE,
+        network: nn.Module,
+        labels: Sequence[str] = (),
+        shifts: Images | None = None,
+    ):
         super().__init__()
         self.sde = sde
         self.network = network
         self.labels = tuple(labels)
+        self.register_buffer("shifts", shifts)
 
     @property
     def null(self) -> int:
@@ -82,10 +94,14 @@ class ScoreModel(nn.Module):
         return len(self.labels)
 
     def velocity(self, x_t: Images, t: Times, y: Condition = None) -> Images:
-        """The network's own answer; this is the one place that calls it."""
+        """The network's own answer, moved with the class; this is the one place that calls it."""
         if y is None:
             y = torch.full((len(x_t),), self.null, device=x_t.device)
-        return self.network(x_t * per_image(self.sde.angle(t)[2], x_t), 999 * t, y)
+        cos, sin, scale = (per_image(a, x_t) for a in self.sde.angle(t))
+        if self.shifts is None or y.is_floating_point():
+            return self.network(scale * x_t, 999 * t, y)
+        d = self.shifts[y]
+        return self.network(scale * x_t - cos * d, 999 * t, y) - sin * d
 
     def forward(self, x_t: Images, t: Times, y: Condition = None) -> Images:
         """Predict the noise in ``x_t``.
@@ -93,7 +109,8 @@ class ScoreModel(nn.Module):
         Args:
             x_t: noisy images.
             t: times in [0, 1].
-            y: class indices (``null`` where there is none), or embeddings; ``None`` is all null.
+            y: class indices (``null`` where there is none), or embeddings, which move nothing;
+                ``None`` is all null.
         """
         cos, sin, scale = (per_image(a, x_t) for a in self.sde.angle(t))
         return sin * scale * x_t + cos * self.velocity(x_t, t, y)

@@ -10,11 +10,10 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from hallulib import UserError, unet
-from hallulib.adaptation import ADAPTS, adaptable, relabelled
-from hallulib.bound import bound, decide
+from hallulib import UserError, runs, unet
+from hallulib.adaptation import ADAPTS, adaptable, relabelled, shifted
+from hallulib.bound import bound, common_errors, decide
 from hallulib.calibration import LogDensities, fit_temperature, log_odds, posterior
 from hallulib.classmodel import check_images
 from hallulib.image_estimator import ImageEstimator, Others
@@ -42,6 +41,8 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             ``None`` starts from scratch.
         adapt: which weights of a pretrained model learn: ``"all"``, ``"low_rank"``,
             ``"classes"``.
+        shift: start each class as the density of all images, moved to the mean of its own
+            (:func:`hallulib.adaptation.shifted`); with ``steps=0`` that is all it learns.
         channels: of images that come as rows.
         copies: moved and mirrored copies of each labelled image to train on as well; with few
             labels they keep the model from remembering the images instead of the class.
@@ -75,7 +76,8 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         levels_: noise levels at which its classes differ most or, with ``weigh``, where they are
             told apart best, for ``"decide"``.
         priors_: one number per class.
-        offset_: what is subtracted from the log-likelihood of each class.
+        offset_: what is subtracted from the log-likelihood of each class; for ``"decide"`` from
+            its errors, pair by pair (:func:`hallulib.bound.common_errors`).
         temperature_: T.
 
     Source:
@@ -93,6 +95,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         pretrained=None,
         *,
         adapt="all",
+        shift=False,
         channels=1,
         copies=0,
         steps=2000,
@@ -116,6 +119,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
     ):
         self.pretrained = pretrained
         self.adapt = adapt
+        self.shift = shift
         self.channels = channels
         self.copies = copies
         self.steps = steps
@@ -176,11 +180,26 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                 batch=self.batch,
             )
         self.temperature_ = self.temperature
-        self.offset_ = torch.zeros(len(self.classes_), dtype=torch.float64)
-        if self.centre and len(others):
-            ahead = self.log_ratio(_some(others, 96, self.random_state + 1).numpy())
-            self.offset_ = ahead.mean(0) - ahead.mean()
+        self.offset_ = self._offset(others, adaptive)
         return self
+
+    def _offset(self, others: Others, adaptive: bool) -> Tensor:
+        """What each class is ahead by on all images, pair by pair where it is adaptive."""
+        pairs = self._race()["pairs"] if adaptive else 1
+        self.offset_ = torch.zeros((len(self.classes_), pairs), dtype=torch.float64)
+        if not (self.centre and len(others)):
+            return self.offset_
+        some = _some(others, 96, self.random_state + 1)
+        if adaptive:
+            return common_errors(self.model_, some.to(self._on()), **self._race()).cpu()
+        ahead = self.log_ratio(some.numpy())
+        return (ahead.mean(0) - ahead.mean())[:, None]
+
+    def _race(self) -> dict:
+        """The errors that ``"decide"`` compares: the same noises for all images."""
+        told = {"pairs": max(1, self.effort // 2), "antithetic": self.effort > 1}
+        told |= {"levels": self.levels_, "power": self.power}
+        return told | {"seed": self.random_state, "batch": self.batch}
 
     def calibrate(self, X, y) -> "ScoreClassifier":
         """Set the temperature that makes the probabilities of other images most likely.
@@ -216,19 +235,18 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         if k == 1:
             value, evaluations = torch.zeros(len(x), 1), torch.zeros(len(x), dtype=torch.int64)
         elif self.method == "decide":
-            common |= {"levels": self.levels_, "power": self.power, "pairs": self.effort}
-            found = decide(
-                self.model_, x, first=min(8, self.effort), confidence=self.confidence, **common
-            )
-            value, evaluations = found.log_ratio, found.evaluations
+            race = self._race()
+            limits = {"first": min(4, race["pairs"]), "confidence": self.confidence}
+            found = decide(self.model_, x, offsets=self.offset_, **limits, **race)
+            value, evaluations = found.log_ratio.double().cpu(), found.evaluations
         else:
             x = dequantise(x, self.random_state)
             if self.method == "bound":
                 value = bound(self.model_, x, pairs=self.effort, **common).value
             else:
                 value = log_density(self.model_, x, steps=self.effort - 1, **common).value
+            value = value.double().cpu() - self.offset_[:, 0]
             evaluations = torch.full((len(x),), k * self.effort)
-        value = value.double().cpu() - self.offset_
         value = value - value.max(1, keepdim=True).values
         return (value, evaluations.cpu().numpy()) if return_evaluations else value
 
@@ -266,6 +284,9 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         for i, (seen, held_out) in enumerate(folds.split(labels, labels)):
             folder = None if self.folder is None else Path(self.folder) / f"fold-{i}"
             model = self._trained(own[seen], labels[seen], others, folder)
+            # a few dozen tell enough
+            held_out = np.random.default_rng(self.random_state).permutation(held_out)
+            held_out = held_out[: max(2, 96 // self.weigh)]
             x, y = own[held_out].to(self._on()), labels[held_out]
             found.append(leads(model, x, y, seed=self.random_state, batch=self.batch))
         return weighed_levels(model.sde, torch.cat(found).cpu())
@@ -274,33 +295,19 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         self, own: Images, labels: Tensor, others: Others, folder: Path | None
     ) -> ScoreModel:
         """A model that has learnt from labelled images, their copies, and those without labels."""
-        names = [str(label) for label in self.classes_]
         rng = torch.Generator().manual_seed(self.random_state)
         images = torch.cat([own, *(moved(own, rng) for _ in range(self.copies))])
         labels = labels.repeat(1 + self.copies)
-        weights = 1 / torch.bincount(labels)[labels].double() / len(names)
+        model = self._start(images, labels).to(self._on())
+        if self.steps == 0:
+            return model.eval().requires_grad_(False)
+        weights = 1 / torch.bincount(labels)[labels].double() / len(model.labels)
         if len(others):
             images = torch.cat([images, others])
             labels = torch.cat([labels, labels.new_full((len(others),), -1)])
             weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
-        if self.pretrained is None:
-            model = unet.build(
-                size=images.shape[2],
-                channels=self.channels,
-                labels=names,
-                width=self.width,
-                seed=self.random_state,
-            )
-        else:
-            start = self.pretrained
-            start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
-            model = relabelled(start, names)
-            check_images(model, images)
-            adaptable(model, self.adapt, seed=self.random_state)
-        if self.steps == 0:
-            return model.to(self._on()).eval().requires_grad_(False)
         loop = pretrain(
-            model.to(self._on()),
+            model,
             images.to(self._on()),
             labels.to(self._on()),
             weights=weights.to(self._on()),
@@ -312,9 +319,21 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             seed=self.random_state,
             folder=folder,
         )
-        for state in tqdm(loop, total=self.steps, disable=not self.verbose, desc="training"):
-            trained = state.ema
-        return trained
+        return runs.finished(loop, self.steps, "training", show=self.verbose).ema
+
+    def _start(self, images: Images, labels: Tensor) -> ScoreModel:
+        """The model before it learns: a new one, or the pretrained one with other labels."""
+        names = [str(label) for label in self.classes_]
+        if self.pretrained is None:
+            told = dict(channels=self.channels, labels=names, width=self.width)
+            model = unet.build(size=images.shape[2], seed=self.random_state, **told)
+        else:
+            start = self.pretrained
+            start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
+            model = relabelled(start, names)
+            check_images(model, images)
+            adaptable(model, self.adapt, seed=self.random_state)
+        return shifted(model, images, labels) if self.shift else model
 
     def _priors(self, labels: Tensor) -> Tensor:
         counts = torch.bincount(labels).double()

@@ -132,7 +132,10 @@ def save(model: ScoreModel, folder: Path) -> None:
                 unet.save_pretrained(partial / "unet")
         finally:
             unet.register_to_config(class_embed_type="identity")
-        save_file({"classes": model.network.classes.weight.detach()}, partial / CLASSES)
+        of_classes = {"classes": model.network.classes.weight.detach()}
+        if model.shifts is not None:
+            of_classes["shifts"] = model.shifts.contiguous()
+        save_file(of_classes, partial / CLASSES)
         (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
 
 
@@ -145,12 +148,15 @@ def load(folder: Path) -> ScoreModel:
     folder = Path(folder)
     try:
         sidecar = json.loads((folder / SIDECAR).read_text())
-        classes = load_file(folder / CLASSES)["classes"]
+        of_classes = load_file(folder / CLASSES)
         unet = load_network(UNet2DModel, folder / "unet", class_embed_type="identity")
         sde = SDES[sidecar["sde"].pop("name")](**sidecar["sde"])
         network = ClassUNet(unet, len(sidecar["labels"]))
-        network.classes.load_state_dict({"weight": classes})
-        return ScoreModel(sde, network, sidecar["labels"]).eval()
+        network.classes.load_state_dict({"weight": of_classes["classes"]})
+        shifts = of_classes.get("shifts")
+        if shifts is not None and shifts.shape != (len(sidecar["labels"]) + 1, *network.shape):
+            raise ValueError(f"classes are moved by images of shape {tuple(shifts.shape)}")
+        return ScoreModel(sde, network, sidecar["labels"], shifts).eval()
     except Exception as fault:  # what a damaged configuration makes diffusers throw
         what = (str(fault) or "nothing more is known").splitlines()[0]
         raise UserError(

@@ -273,6 +273,15 @@ def test_a_warning_keeps_the_published_book_as_it_was(book, capsys):
     assert "Nothing." in (book.parent / "out" / "html" / "intro.html").read_text()
 
 
+def test_a_place_that_cannot_be_written_is_told_in_one_sentence(book, capsys):
+    (book.parent / "out").write_text("a file in the way")
+    assert run(book) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1
+    assert "out/book: cannot write (" in told[0]
+    assert (book.parent / "out").read_text() == "a file in the way"
+
+
 def test_removed_chapters_leave_the_book(book):
     pages = book.parent / "pages"
     build.collect(book, pages)

@@ -8,7 +8,7 @@ from scipy import integrate
 from toy_classes import LAWS, classes, generator, images, law
 
 from hallulib import UserError
-from hallulib.bound import bound, decide
+from hallulib.bound import bound, common_errors, decide
 from hallulib.levels import Errors, Levels
 from hallulib.likelihood import log_density
 from hallulib.mixture import ClassMixture
@@ -139,11 +139,13 @@ def test_identical_classes_differ_by_nothing_at_all():
     assert not decided.sure[:4].any()
 
 
+@pytest.mark.parametrize("signs", [(1,), (1, -1)], ids=["plain", "antithetic"])
 @pytest.mark.parametrize("power", [0, 0.5])
-def test_with_full_confidence_nothing_is_dropped_and_a_plain_loop_agrees(power):
+def test_with_full_confidence_nothing_is_dropped_and_a_plain_loop_agrees(power, signs):
     model, x = Counting(classes()), images()
-    found = decide(model, x, pairs=10, first=3, confidence=1, power=power, seed=4)
-    assert (found.evaluations == 30).all()
+    told = dict(pairs=10, first=3, confidence=1, power=power, seed=4)
+    found = decide(model, x, antithetic=len(signs) == 2, **told)
+    assert (found.evaluations == 30 * len(signs)).all()
     assert not found.sure.any()
     rng = generator(4)
     levels, sde = Levels.even(model.sde), model.sde
@@ -152,10 +154,12 @@ def test_with_full_confidence_nothing_is_dropped_and_a_plain_loop_agrees(power):
     for r in range(10):
         noise = torch.randn(1, 1, 2, generator=rng, dtype=torch.float64)
         t = sde.time_of(s[r]).expand(12)
-        x_t = sde.diffuse(x, t, noise.expand_as(x))
-        for c in range(3):
-            off = model.model(x_t, t, torch.full((12,), c)) - noise
-            cost[:, c, r] = width[r] * s[r] ** power * off.square().flatten(1).sum(1)
+        for sign in signs:
+            x_t = sde.diffuse(x, t, sign * noise.expand_as(x))
+            for c in range(3):
+                off = model.model(x_t, t, torch.full((12,), c)) - sign * noise
+                weight = width[r] * s[r] ** power / len(signs)
+                cost[:, c, r] += weight * off.square().flatten(1).sum(1)
     ratio = -cost.mean(2)
     ratio = ratio - ratio.max(1, keepdim=True).values
     torch.testing.assert_close(found.log_ratio, ratio)
@@ -166,7 +170,8 @@ def test_with_full_confidence_nothing_is_dropped_and_a_plain_loop_agrees(power):
 
 def test_differences_of_the_bound_are_those_of_a_decision_without_weights():
     model, x = classes(), images()
-    found = decide(model, x, pairs=10, first=2, confidence=1, power=0, seed=3).log_ratio
+    told = dict(pairs=10, first=2, confidence=1, power=0, seed=3)
+    found = decide(model, x, antithetic=False, **told).log_ratio
     value = bound(model, x, pairs=10, seed=3).value
     torch.testing.assert_close(found, value - value.max(1, keepdim=True).values)
 
@@ -182,7 +187,7 @@ def apart():
 def test_dropping_classes_finds_the_winner_of_the_exact_posterior_with_less_work():
     model, x = apart()
     counting = Counting(model)
-    found = decide(counting, x, pairs=48, first=8)
+    found = decide(counting, x, pairs=48, first=8, antithetic=False)
     assert torch.equal(found.winner, model.posterior(x).argmax(1))
     assert found.sure.all()
     assert found.evaluations.double().mean() < 0.5 * 48 * 4
@@ -238,6 +243,7 @@ def test_the_batch_bounds_the_rows_and_every_class_sees_the_same_noise():
     model.calls.clear()
     decide(model, x, pairs=4, first=2, progress=steps.append, confidence=1)
     assert steps == [1, 2, 3, 4]
+    assert len(model.calls) == 8  # each noise with both signs
     for x_t, t, _ in model.calls:
         assert (t == t[0]).all()
         assert torch.equal(*x_t.view(12, 3, 1, 1, 2)[:, :2].unbind(1))
@@ -246,7 +252,7 @@ def test_the_batch_bounds_the_rows_and_every_class_sees_the_same_noise():
 def test_a_single_pair_decides_by_its_errors_and_is_sure_of_nothing():
     model, x = classes(), images()
     levels = Levels.even(model.sde)
-    found = decide(model, x, pairs=1, first=1, power=0, seed=3)
+    found = decide(model, x, pairs=1, first=1, antithetic=False, power=0, seed=3)
     cost = Errors(model, x, torch.arange(3), levels, 1, 3, 128)(0, torch.ones(12, 3).bool())
     torch.testing.assert_close(found.log_ratio, cost.amin(1, keepdim=True) - cost)
     assert (found.evaluations == 3).all()
@@ -264,6 +270,31 @@ def test_levels_with_weights_take_the_place_of_a_power():
     for power in (0, 2):
         found = decide(model, x, levels=plain, power=power, **told).log_ratio
         torch.testing.assert_close(found, expected)
+
+
+def test_what_all_images_have_in_common_is_the_mean_error_of_each_class():
+    model, x = classes(), images()
+    told = dict(pairs=5, seed=2, power=1)
+    found = common_errors(model, x, ["c", "a"], antithetic=False, **told)
+    errors = Errors(model, x, torch.tensor([2, 0]), Levels.even(model.sde), 5, 2, 128, 1)
+    cost = torch.stack([errors(r, torch.ones(12, 2).bool()) for r in range(5)], 2).mean(0)
+    torch.testing.assert_close(found, cost - cost.mean(0))
+    torch.testing.assert_close(found.sum(0), torch.zeros(5, dtype=torch.float64))
+
+
+def test_without_what_is_common_the_noise_of_moved_gaussians_decides_nothing():
+    """What it does to a class is the same for all images, so it goes, and no chance is left."""
+    model = ClassMixture(VPSDE(), {"a": law([0.3, 0.1]), "b": law([-0.2, 0.2])})
+    level = Levels(-1.0, -1.0 + 1e-9, (1.0,), (1e9,))
+    told = dict(pairs=1, antithetic=False, levels=level)
+    ratios = []
+    for seed in range(6):
+        offsets = common_errors(model, images(), seed=seed, **told)
+        found = decide(model, images(), first=1, offsets=offsets, seed=seed, **told).log_ratio
+        ratios.append(found[:, 0] - found[:, 1])
+    ratios = torch.stack(ratios)
+    assert ratios.std(0).max() < 1e-6
+    assert ratios[0].std() > 0.1
 
 
 def test_a_single_class_wins_without_a_race():
@@ -285,10 +316,11 @@ def test_no_image_is_no_row():
         (lambda m, x: bound(m, x, ["d"]), "does not know the label 'd'; it knows a, b, c"),
         (lambda m, x: bound(m, x * math.nan), "image 0 holds a value that is no finite number"),
         (lambda m, x: bound(m, x, start_time=0.0), "start_time is 0.0; a time between 0 and 1"),
-        (lambda m, x: decide(m, x, first=0), "first 0, pairs 48, confidence 0.99 found; 1 <="),
-        (lambda m, x: decide(m, x, pairs=4), "first 8, pairs 4, confidence 0.99 found; 1 <="),
+        (lambda m, x: decide(m, x, first=0), "first 0, pairs 24, confidence 0.99 found; 1 <="),
+        (lambda m, x: decide(m, x, pairs=3), "first 4, pairs 3, confidence 0.99 found; 1 <="),
         (lambda m, x: decide(m, x, confidence=0.4), "confidence 0.4 found; .* from 0.5 to 1 are"),
         (lambda m, x: decide(m, x, confidence=math.nan), "confidence nan found"),
+        (lambda m, x: common_errors(m, x[:0]), "0 images found; at least 1 is needed"),
         (lambda m, x: decide(m, x, []), "was asked for no class; it knows a, b, c"),
     ],
 )

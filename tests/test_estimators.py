@@ -116,6 +116,20 @@ def test_unlabelled_images_change_the_model_and_a_pretrained_one_stays_as_it_is(
     assert torch.equal(weights(plain), before)
 
 
+def test_moving_the_density_is_enough_where_classes_lie_elsewhere(fitted, tmp_path):
+    """Six labels, no step of training, no class the network knows."""
+    x, y = bars(6, seed=5)
+    told = TINY | {"shift": True, "steps": 0, "power": 1, "weigh": 3}
+    found = ScoreClassifier(fitted.model_, **told).fit(x, np.char.add(y, " half"))
+    for mine, theirs in zip(found.model_.parameters(), fitted.model_.parameters(), strict=True):
+        assert torch.equal(mine[:1], theirs[:1])
+    x, y = bars(seed=1)
+    assert found.score(x, np.char.add(y, " half")) > 0.9
+    found.save(tmp_path)
+    again = ScoreClassifier.load(tmp_path)
+    np.testing.assert_array_equal(again.decision_function(x), found.decision_function(x))
+
+
 def test_a_temperature_makes_it_less_sure_and_leaves_its_order(fitted):
     x, y = bars(seed=3)
     flipped = np.where(np.arange(len(y)) % 5 == 0, np.roll(y, 1), y)  # a fifth is labelled wrong

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_classes import LAWS, classes, generator, images
+from toy_classes import LAWS, classes, generator, images, law
 
 from hallulib import UserError
 from hallulib.bound import decide
-from hallulib.levels import Levels, informative_levels, leads, weighed_levels
+from hallulib.levels import Errors, Levels, informative_levels, leads, weighed_levels
 from hallulib.mixture import ClassMixture
 from hallulib.sde import VPSDE
 
@@ -35,6 +35,27 @@ def test_levels_are_looked_for_where_classes_differ():
 def test_levels_are_even_where_classes_do_not_differ():
     model = ClassMixture(VPSDE(), {"a": LAWS["a"], "twin": LAWS["a"]})
     assert informative_levels(model, images(), bands=4).shares == pytest.approx((0.25,) * 4)
+
+
+def spread_of_differences(model, x, antithetic):
+    """Standard deviation over noises of what sets classes apart, at one level."""
+    level, everything = (
+        Levels(-1.0, -1.0 + 1e-9, (1.0,), (1e9,)),
+        torch.ones(len(x), 2, dtype=torch.bool),
+    )
+    found = []
+    for seed in range(20):
+        told = dict(pairs=1, seed=seed, batch=128, antithetic=antithetic)
+        cost = Errors(model, x, torch.arange(2), level, **told)(0, everything)
+        found.append(cost[:, 0] - cost[:, 1])
+    return torch.stack(found).std(0).mean()
+
+
+def test_with_both_signs_of_the_noise_moved_gaussians_differ_without_chance():
+    """What is linear in the noise cancels: of two Gaussians of one shape, all of it."""
+    model = ClassMixture(VPSDE(), {"a": law([0.3, 0.1]), "b": law([-0.2, 0.2])})
+    assert spread_of_differences(model, images(), True) < 1e-6
+    assert spread_of_differences(model, images(), False) > 0.01
 
 
 def test_the_true_class_leads_and_a_wrong_one_does_not():
@@ -70,14 +91,26 @@ def test_weights_do_not_depend_on_the_unit_of_the_leads(seed, unit):
     assert one.weights == pytest.approx(other.weights)
     assert sum(one.shares) == pytest.approx(1)
     assert max(one.weights) == pytest.approx(1)
-    behind = (lead.mean(0) <= 0).tolist()
+    sure = lead.mean(0) - 2 * lead.std(0) / 20**0.5
+    behind = (sure <= 0).tolist()
     assert all((w == 0) == b for w, b in zip(one.weights, behind, strict=True)) or all(behind)
 
 
 def test_of_two_bands_the_one_with_less_spread_counts_more():
-    lead = torch.tensor([[1.0, 1.0], [1.2, 5.0], [0.8, -3.0]], dtype=torch.float64)
+    """And counts as far as it is sure: mean 9 and spread 0.2 or 4, of three images."""
+    lead = torch.tensor([[9.0, 9.0], [9.2, 13.0], [8.8, 5.0]], dtype=torch.float64)
     found = weighed_levels(VPSDE(), lead)
-    assert found.weights[0] / found.weights[1] == pytest.approx((4.0 / 0.2) ** 2)
+    sure = [9 - 2 * spread / 3**0.5 for spread in (0.2, 4.0)]
+    expected = (4.0 / 0.2) ** 2 * sure[0] / sure[1]
+    assert found.weights[0] / found.weights[1] == pytest.approx(expected)
+
+
+def test_a_lead_that_may_be_chance_counts_only_where_none_is_sure():
+    lead = torch.tensor([[1.0, 1.0], [1.0, 5.0], [1.1, -4.0]], dtype=torch.float64)
+    assert weighed_levels(VPSDE(), lead).weights[1] == 0
+    assert weighed_levels(VPSDE(), lead[:, 1:]).weights == (1.0,)
+    both = torch.stack([lead[:, 1], -lead[:, 1]], 1)
+    assert weighed_levels(VPSDE(), both).weights == (1.0, 0.0)
 
 
 def test_the_peak_is_the_band_that_is_drawn_from_most():
