@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hallulib import UserError
 from hallulib.score import ScoreModel
 from hallulib.shapes import Images, Labels
 from hallulib.unet import ClassUNet
@@ -74,10 +75,17 @@ def shifted(model: ScoreModel, x: Images, y: Labels) -> ScoreModel:
     Returns:
         A model that shares the network.
 
+    Raises:
+        UserError: a class without an image.
+
     Source:
         Few labels suffice generative classifiers: Ng & Jordan, *On Discriminative vs. Generative
         Classifiers*, 2001. Linear discriminant: Fisher 1936.
     """
+    counts = torch.bincount(y, minlength=len(model.labels))
+    if not counts.all():
+        missing = model.labels[int(counts.argmin())]
+        raise UserError(f"there is no image of class {missing!r}; one at least is needed")
     means = torch.stack([x[y == c].mean(0) for c in range(len(model.labels))])
     shifts = torch.cat([means - means.mean(0), torch.zeros_like(means[:1])])
     return ScoreModel(model.sde, model.network, model.labels, shifts)
