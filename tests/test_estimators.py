@@ -121,13 +121,14 @@ def test_moving_the_density_is_enough_where_classes_lie_elsewhere(fitted, tmp_pa
     x, y = bars(6, seed=5)
     told = TINY | {"shift": True, "steps": 0, "power": 1, "weigh": 3}
     found = ScoreClassifier(fitted.model_, **told).fit(x, np.char.add(y, " half"))
-    for mine, theirs in zip(found.model_.parameters(), fitted.model_.parameters(), strict=True):
-        assert torch.equal(mine[:1], theirs[:1])
+    mine, theirs = (m.model_.network.unet.parameters() for m in (found, fitted))
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     x, y = bars(seed=1)
     assert found.score(x, np.char.add(y, " half")) > 0.9
     found.save(tmp_path)
     again = ScoreClassifier.load(tmp_path)
-    np.testing.assert_array_equal(again.decision_function(x), found.decision_function(x))
+    told = found.decision_function(x)
+    np.testing.assert_allclose(again.decision_function(x), told, rtol=1e-3)
 
 
 def test_a_temperature_makes_it_less_sure_and_leaves_its_order(fitted):
