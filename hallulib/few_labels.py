@@ -62,8 +62,8 @@ class Contest:
             number of labelled images, since few of them are soon remembered.
         width: of the score model.
         effort, confidence, power: of the decision, see :func:`hallulib.bound.decide`.
-        weigh: folds in which labelled images are held out to weigh the noise levels in place of
-            ``power``, from two labels per class to ``weigh_up_to``; with more, ``power`` does.
+        weigh: folds in which labelled images are held out to find the noise levels that tell them
+            apart best, from two labels per class to ``weigh_up_to``; with more, ``power`` weighs.
             With ``shift``, where folds cost no training, up to five and always.
         weigh_up_to: labelled images per class.
         resnet_steps: of the ResNet-18.

@@ -57,9 +57,10 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         effort: network evaluations for each image and class, at most for ``"decide"``.
         confidence: of each comparison that drops a class, see :func:`hallulib.bound.decide`.
         power: weight ``s ** power`` of noise levels in ``"decide"``; 0 is the likelihood.
-        weigh: with 2 or more, noise levels count instead by what they tell about labelled images
-            that were held out, in so many folds of which each costs a training of its own; the
-            model that answers learns from all (:func:`hallulib.levels.weighed_levels`).
+        weigh: with 2 or more, only the band of noise levels counts in which labelled images that
+            were held out are told apart best, in so many folds of which each costs a training of
+            its own; the model that answers learns from all. With few labels that is more than a
+            sum over bands can know (:func:`hallulib.levels.weighed_levels`).
         priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
         centre: subtract from each class what it is ahead by, on the mean, on images without
             labels; for classes that are about equally frequent among them.
@@ -73,8 +74,8 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
     Attributes:
         classes_: the labels, sorted.
         model_: the trained `ScoreModel`, on its device.
-        levels_: noise levels at which its classes differ most or, with ``weigh``, where they are
-            told apart best, for ``"decide"``.
+        levels_: noise levels at which its classes differ most or, with ``weigh``, the band where
+            they are told apart best, for ``"decide"``.
         priors_: one number per class.
         offset_: what is subtracted from the log-likelihood of each class; for ``"decide"`` from
             its errors, pair by pair (:func:`hallulib.bound.common_errors`).
@@ -272,7 +273,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         return self.log_ratio(X) / self.temperature_ + self.priors_.log()
 
     def _weighed(self, own: Images, labels: Tensor, others: Others) -> Levels:
-        """Noise levels by what they tell about images that a training did not see."""
+        """The band of noise levels that tells most about images that a training did not see."""
         least = int(torch.bincount(labels).min())
         if not 2 <= self.weigh <= least:
             raise UserError(
@@ -289,7 +290,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             held_out = held_out[: max(2, 96 // self.weigh)]
             x, y = own[held_out].to(self._on()), labels[held_out]
             found.append(leads(model, x, y, seed=self.random_state, batch=self.batch))
-        return weighed_levels(model.sde, torch.cat(found).cpu())
+        return weighed_levels(model.sde, torch.cat(found).cpu()).peak()
 
     def _trained(
         self, own: Images, labels: Tensor, others: Others, folder: Path | None
