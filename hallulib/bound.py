@@ -170,6 +170,11 @@ def decide(
             f"first {first}, pairs {pairs}, confidence {confidence} found; 1 <= first <= pairs "
             "and a confidence from 0.5 to 1 are needed"
         )
+    if offsets is not None and offsets.shape != (len(y), pairs):
+        raise UserError(
+            f"offsets are {tuple(offsets.shape)}; one for each class and pair, {(len(y), pairs)}, "
+            "is needed, measured with the same pairs"
+        )
     levels = levels or Levels.even(model.sde)
     errors = Errors(model, x, y, levels, pairs, seed, batch, power, antithetic)
     cost = torch.full((len(x), len(y), pairs), math.nan, dtype=torch.float64, device=x.device)

@@ -186,11 +186,10 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
 
     def _offset(self, others: Others, adaptive: bool) -> Tensor:
         """What each class is ahead by on all images, pair by pair where it is adaptive."""
-        pairs = self._race()["pairs"] if adaptive else 1
-        self.offset_ = torch.zeros((len(self.classes_), pairs), dtype=torch.float64)
-        if not (self.centre and len(others)):
-            return self.offset_
+        self.offset_ = torch.zeros((len(self.classes_), 1), dtype=torch.float64)
         some = _some(others, 96, self.random_state + 1)
+        if not (self.centre and len(some)):
+            return self.offset_
         if adaptive:
             return common_errors(self.model_, some.to(self._on()), **self._race()).cpu()
         ahead = self.log_ratio(some.numpy())
@@ -237,8 +236,10 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             value, evaluations = torch.zeros(len(x), 1), torch.zeros(len(x), dtype=torch.int64)
         elif self.method == "decide":
             race = self._race()
-            limits = {"first": min(4, race["pairs"]), "confidence": self.confidence}
-            found = decide(self.model_, x, offsets=self.offset_, **limits, **race)
+            race |= {"first": min(4, race["pairs"]), "confidence": self.confidence}
+            if self.offset_.any():
+                race["offsets"] = self.offset_
+            found = decide(self.model_, x, **race)
             value, evaluations = found.log_ratio.double().cpu(), found.evaluations
         else:
             x = dequantise(x, self.random_state)

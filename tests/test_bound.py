@@ -321,6 +321,10 @@ def test_no_image_is_no_row():
         (lambda m, x: decide(m, x, confidence=0.4), "confidence 0.4 found; .* from 0.5 to 1 are"),
         (lambda m, x: decide(m, x, confidence=math.nan), "confidence nan found"),
         (lambda m, x: common_errors(m, x[:0]), "0 images found; at least 1 is needed"),
+        (
+            lambda m, x: decide(m, x, offsets=torch.zeros(3, 4)),
+            r"offsets are \(3, 4\); .* \(3, 24\)",
+        ),
         (lambda m, x: decide(m, x, []), "was asked for no class; it knows a, b, c"),
     ],
 )

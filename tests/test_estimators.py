@@ -131,6 +131,20 @@ def test_moving_the_density_is_enough_where_classes_lie_elsewhere(fitted, tmp_pa
     np.testing.assert_allclose(again.decision_function(x), told, rtol=1e-3)
 
 
+def test_centring_takes_what_all_images_have_in_common_and_needs_the_same_effort(fitted):
+    x, y = bars()
+    told = TINY | {"centre": True, "steps": 0}
+    plain = ScoreClassifier(fitted.model_, **told).fit(x, y)
+    assert not plain.offset_.any()
+    plain.predict(x[:2])
+    found = ScoreClassifier(fitted.model_, **told).fit(x, y, unlabelled=x[:16])
+    assert found.offset_.shape == (2, 3)
+    assert found.score(x, y) > 0.9
+    found.set_params(effort=8)
+    with pytest.raises(UserError, match=r"offsets are \(2, 3\); .* \(2, 4\)"):
+        found.predict(x[:2])
+
+
 def test_a_temperature_makes_it_less_sure_and_leaves_its_order(fitted):
     x, y = bars(seed=3)
     flipped = np.where(np.arange(len(y)) % 5 == 0, np.roll(y, 1), y)  # a fifth is labelled wrong
