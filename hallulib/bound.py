@@ -151,7 +151,7 @@ def decide(
             error is not known.
         confidence: of each comparison that drops a class, 0.5 to 1; with 1 none is dropped.
         antithetic: every pair uses its noise with both signs and takes two evaluations for each
-            class; without, one, of which a few times as many are needed.
+            class, which pays where the noise, not the level, is what differences vary with.
         levels: where to look; `informative_levels` finds the best, all evenly unless given.
         power: errors are weighted by ``s ** power``; 0 is the likelihood, which counts the
             finest grain as much as the whole, larger numbers look more at the coarse. Levels

@@ -168,7 +168,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         if unlabelled is not None:
             others = self._further(unlabelled)
         adaptive = self.method == "decide" and len(self.classes_) > 1
-        weighed = self._weighed(own, labels, others) if adaptive and self.weigh else None
+        weighed = self._best_band(own, labels, others) if adaptive and self.weigh else None
         folder = None if self.folder is None else Path(self.folder)
         self.model_ = self._trained(own, labels, others, folder)
         if adaptive:
@@ -181,15 +181,13 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                 batch=self.batch,
             )
         self.temperature_ = self.temperature
-        self.offset_ = self._offset(others, adaptive)
+        self.offset_ = torch.zeros((len(self.classes_), 1), dtype=torch.float64)
+        if self.centre and len(others):
+            self.offset_ = self._ahead(_some(others, 96, self.random_state + 1), adaptive)
         return self
 
-    def _offset(self, others: Others, adaptive: bool) -> Tensor:
-        """What each class is ahead by on all images, pair by pair where it is adaptive."""
-        self.offset_ = torch.zeros((len(self.classes_), 1), dtype=torch.float64)
-        some = _some(others, 96, self.random_state + 1)
-        if not (self.centre and len(some)):
-            return self.offset_
+    def _ahead(self, some: Images, adaptive: bool) -> Tensor:
+        """What each class has on all images, pair by pair where it is adaptive."""
         if adaptive:
             return common_errors(self.model_, some.to(self._on()), **self._race()).cpu()
         ahead = self.log_ratio(some.numpy())
@@ -273,7 +271,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         """Log-probability of each class, up to a constant per image."""
         return self.log_ratio(X) / self.temperature_ + self.priors_.log()
 
-    def _weighed(self, own: Images, labels: Tensor, others: Others) -> Levels:
+    def _best_band(self, own: Images, labels: Tensor, others: Others) -> Levels:
         """The band of noise levels that tells most about images that a training did not see."""
         least = int(torch.bincount(labels).min())
         if not 2 <= self.weigh <= least:

@@ -7,13 +7,15 @@ import pytest
 import torch
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
 from hallulib import UserError, unet
+from hallulib.adaptation import shifted
 from hallulib.estimators import ScoreClassifier
+from hallulib.levels import Levels, leads
 
 TINY = dict(width=8, batch_size=8, effort=6)
 # checks that do not apply to networks on images
@@ -235,17 +237,39 @@ def test_a_copy_answers_the_same(fitted):
     np.testing.assert_array_equal(other.predict_proba(x), fitted.predict_proba(x))
 
 
-def test_held_out_images_weigh_the_noise_levels_and_the_answer_learns_from_all():
+def one_of_twelve(band, whole):
+    """Which twelfth of the whole range of noise levels a band is."""
+    width = (whole.last - whole.first) / 12
+    assert band.last - band.first == pytest.approx(width)
+    return round((band.first - whole.first) / width, 6)
+
+
+def test_held_out_images_choose_the_noise_levels_and_the_answer_learns_from_all():
     x, y = bars(24)
     told = dict(steps=150, lr=2e-3, **TINY | {"effort": 16})
     plain = ScoreClassifier(**told).fit(x, y)
-    weighed = ScoreClassifier(weigh=2, **told).fit(x, y)
-    assert plain.levels_.weights is None
-    assert max(weighed.levels_.weights) == pytest.approx(1)
-    assert sum(weighed.levels_.shares) == pytest.approx(1)
-    for a, b in zip(plain.model_.parameters(), weighed.model_.parameters(), strict=True):
+    chosen = ScoreClassifier(weigh=2, **told).fit(x, y)
+    assert one_of_twelve(chosen.levels_, plain.levels_) in range(12)
+    assert sum(chosen.levels_.shares) == pytest.approx(1)
+    for a, b in zip(plain.model_.parameters(), chosen.model_.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert weighed.score(*bars(seed=1)) > 0.9
+    assert chosen.score(*bars(seed=1)) > 0.9
+
+
+def test_the_band_is_the_one_in_which_held_out_images_lead_most_surely(fitted):
+    """By a plain loop over the folds, which cost no training where classes are only moved."""
+    x, y = bars(12, seed=5)
+    labels = torch.from_numpy(np.unique(y, return_inverse=True)[1])
+    told = TINY | {"shift": True, "steps": 0, "weigh": 3}
+    found = ScoreClassifier(fitted.model_, **told).fit(x, y)
+    images, leading = torch.from_numpy(x)[:, None], []
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    for seen, held_out in folds.split(labels, labels):
+        model = shifted(fitted.model_, images[seen], labels[seen])
+        leading.append(leads(model, images[held_out], labels[held_out]))
+    lead = torch.cat(leading)
+    best = int((lead.mean(0) / lead.std(0)).argmax())
+    assert one_of_twelve(found.levels_, Levels.even(fitted.model_.sde)) == best
 
 
 @pytest.mark.parametrize("weigh", [1, 5])
