@@ -29,15 +29,6 @@ TINY = Contest(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Two measurements are compared: no sum may depend on how threads share it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def phantom():
     whole = data.open("phantom", size=16)
