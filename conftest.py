@@ -20,6 +20,14 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 QUIET += ["--disable-component-update", "--disable-sync", "--disable-default-apps"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_runs_of_the_user(tmp_path_factory):
+    """Tests neither find nor replace what was trained before, perhaps on other threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HALLULIB_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _names_in_examples(doctest_namespace):
     doctest_namespace.update(np=np, torch=torch)
@@ -49,10 +57,7 @@ def executed(tmp_path_factory):
         build.execute(chapter, pages / chapter.name, size_for_tests(chapter))
         return pages / chapter.name
 
-    with pytest.MonkeyPatch.context() as patch:
-        # numbers of test size must not replace those of the user's own runs
-        patch.setenv("HALLULIB_RUNS", str(tmp_path_factory.mktemp("runs")))
-        yield run
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -37,10 +37,8 @@ def phantom():
 
 
 @pytest.fixture(scope="module")
-def found(phantom, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HALLULIB_RUNS", str(tmp_path_factory.mktemp("runs")))
-        yield run(phantom, TINY)
+def found(phantom):
+    return run(phantom, TINY)
 
 
 def test_every_fold_asks_the_same_test_images_and_every_arm_answers(found):

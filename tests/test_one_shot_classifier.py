@@ -40,10 +40,8 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def result(images, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HALLULIB_RUNS", str(tmp_path_factory.mktemp("runs")))
-        yield oneshot.run(images, TINY)
+def result(images):
+    return oneshot.run(images, TINY)
 
 
 def episode(images, i=0, **changes):

@@ -22,13 +22,6 @@ TRIAL = Trial("grade", "grade", **SMALL, recipe=Recipe(sampler_steps=1, lr=1e-2)
 CONTROLS = ["baseline", "permuted labels", "oracle +1", "memory +1", "flips +1", "shifts +1"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _runs(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HALLULIB_RUNS", str(tmp_path_factory.mktemp("runs")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def result():
     return oneshot.run(IMAGES, TRIAL)
