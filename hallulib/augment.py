@@ -33,8 +33,8 @@ from tqdm.auto import tqdm
 from hallulib import (
     UserError,
     artifacts,
-    autoencoder,
     disk,
+    encoding,
     runs,
     sample,
     steering,
@@ -148,11 +148,11 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
     device = "cuda" if torch.cuda.is_available() else "cpu"
     told = dict(steps=trial.encoding, width=trial.encoder_width, seed=trial.seed)
     told |= dict(factor=trial.factor)
-    encoder, first = autoencoder.pretrained(images, from_scratch=from_scratch, **told)
+    encoder, first = encoding.pretrained(images, from_scratch=from_scratch, **told)
     settings = dict(steps=trial.pretraining, batch_size=64, lr=4e-4, seed=trial.seed)
 
     def start(folder: Path) -> Iterator[train.State]:
-        latents = encoder.encode(autoencoder.unlabelled(images).to(device))
+        latents = encoder.encode(encoding.unlabelled(images).to(device))
         channels, side, _ = encoder.shape
         model = unet.build(size=side, channels=channels, width=trial.width, seed=trial.seed)
         return train.pretrain(model.to(device), latents, folder=folder, **settings)

@@ -7,6 +7,7 @@ about the same test images:
 ====================  =======================================================================
 likelihood            a score model, pretrained without labels, that goes on with these, or
                       whose density is moved to each class without any training
+gaussian              the moved density in closed form: a Gaussian in place of the network
 resnet18              a ResNet-18 trained on the labelled images alone, moved and mirrored
 linear                logistic regression on that network's pooled features
 filter_bank           logistic regression on fixed features that nobody trained
@@ -30,13 +31,14 @@ from hallulib import UserError, artifacts, disk, metrics
 from hallulib.backbone import read, train_resnet
 from hallulib.calibration import log_odds
 from hallulib.data import ImageSet
+from hallulib.gaussian import MovedGaussian
 from hallulib.quality import features
 from hallulib.score_classifier import ScoreClassifier
 from hallulib.settings import check_least
 from hallulib.shapes import Labels
 from hallulib.train import pretrained
 
-METHODS = ("likelihood", "resnet18", "linear", "filter_bank")
+METHODS = ("likelihood", "gaussian", "resnet18", "linear", "filter_bank")
 SCORES = "scores.csv"
 
 
@@ -110,7 +112,7 @@ def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd
     Returns:
         One row per test image: ``patient``, ``label`` (index of the class), ``evaluations`` of
         the likelihood, and for each method and class ``<method> <class>``: log-odds for the
-        likelihood, probabilities for the others.
+        first two, probabilities for the others.
 
     Raises:
         UserError: fewer than two classes in one of the two splits.
@@ -133,19 +135,20 @@ def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd
     return pd.read_csv(folder / SCORES, dtype={"patient": str})
 
 
-def table(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Accuracy and AUROC of every method with 95 % intervals, and against the likelihood.
+def table(scores: pd.DataFrame, seed: int = 0, own: str = "likelihood") -> pd.DataFrame:
+    """Accuracy and AUROC of every method with 95 % intervals, and against one of them.
 
     Args:
         scores: what `run` gave.
         seed: of the bootstrap, which draws whole patients.
+        own: the method that the others are compared with.
 
     Returns:
         One row per method and measure: ``value, low, high, n`` and the paired difference from
-        the likelihood, ``gain, gain_low, gain_high`` (positive where the likelihood is better).
+        ``own``, ``gain, gain_low, gain_high`` (positive where that is better).
     """
     y, patient = scores["label"].to_numpy(), scores["patient"].to_numpy()
-    own = columns(scores, "likelihood")
+    of_own = columns(scores, own)
     rows = []
     for method in METHODS:
         p = columns(scores, method)
@@ -154,9 +157,9 @@ def table(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             gap = lambda y, a, b, measure=measure: measure(y, a) - measure(y, b)
             told = metrics.bootstrap(measure, y, p, groups=patient, n_resamples=1000, seed=seed)
             row = {"method": method, "measure": name, **told._asdict()}
-            if method != "likelihood":
+            if method != own:
                 gain = metrics.bootstrap(
-                    gap, y, own, p, groups=patient, n_resamples=1000, seed=seed
+                    gap, y, of_own, p, groups=patient, n_resamples=1000, seed=seed
                 )
                 row |= {"gain": gain[0], "gain_low": gain[1], "gain_high": gain[2]}
             rows.append(row)
@@ -227,6 +230,9 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> pd.DataFrame:
     found = {"likelihood": log_odds(log_ratio[:, order]).numpy()}
 
     target = torch.tensor([present.index(c) for c in y[labelled].tolist()])
+    gaussian = MovedGaussian(train.tensor())
+    s = gaussian.noise_level(x, target, seed=contest.seed)
+    found["gaussian"] = log_odds(gaussian.log_ratio(x, target, x_test, s)).numpy()
     network = train_resnet(
         x, target, steps=contest.resnet_steps, width=contest.resnet_width, seed=contest.seed
     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.utils.multiclass import check_classification_targets
 
-from hallulib import UserError, augment, autoencoder, runs, train, unet
+from hallulib import UserError, augment, autoencoder, encoding, runs, train, unet
 from hallulib.backbone import train_resnet
 from hallulib.image_estimator import ImageEstimator, Others
 from hallulib.selection import FeatureSpace, copy_threshold, take
@@ -190,7 +190,7 @@ class SyntheticAugmenter(ImageEstimator):
             factor=self.factor,
             seed=seed,
         ).to(device)
-        loop = autoencoder.train(encoder, x, steps=self.encoding, seed=seed)
+        loop = encoding.train(encoder, x, steps=self.encoding, seed=seed)
         runs.finished(loop, self.encoding, "autoencoder")
         latents = encoder.eval().standardise(x[:1000]).encode(x)
         channels, side, _ = encoder.shape

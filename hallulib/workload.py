@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hallulib import autoencoder, prototypes, train, unet
+from hallulib import autoencoder, encoding, prototypes, train, unet
 from hallulib.augment import Trial as Augmentation
 from hallulib.score import ScoreModel
 from hallulib.sde import VPSDE
@@ -110,7 +110,7 @@ def _score_calls(size: int, width: int, batch: int) -> Steps:
 def _autoencoder_steps(size: int, width: int, batch: int) -> Steps:
     x = _images(size, batch, 3)
     model = autoencoder.build(size=size, width=width).to(x.device)
-    return autoencoder.train(model, x, steps=9, batch_size=batch)
+    return encoding.train(model, x, steps=9, batch_size=batch)
 
 
 def _classifier_steps(size: int, width: int, batch: int) -> Steps:

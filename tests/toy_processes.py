@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from toy_task import IMAGES, TASK
 
-from hallulib import artifacts, autoencoder, oneshot, parallel, unet
+from hallulib import artifacts, autoencoder, encoding, oneshot, parallel, unet
 from hallulib.checkpoint import CHECKPOINT, named
 from hallulib.hallucinate import Recipe
 from hallulib.oneshot import Trial
@@ -40,7 +40,7 @@ def latents():
     """An autoencoder with its critic."""
     model = autoencoder.build(size=16, channels=1, width=8)
     told = dict(steps=4, batch_size=5, critic_weight=0.1)
-    *_, state = autoencoder.train(model, images(size=16), **told)
+    *_, state = encoding.train(model, images(size=16), **told)
     again = model.eval().decode(model.encode(images(size=16)))
     return {"losses": state.losses, "again": again} | named("model", model.state_dict())
 

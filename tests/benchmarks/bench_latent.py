@@ -17,7 +17,17 @@ import time
 
 import torch
 
-from hallulib import augment, autoencoder, data, metrics, quality, selection, steering, unet
+from hallulib import (
+    augment,
+    autoencoder,
+    data,
+    encoding,
+    metrics,
+    quality,
+    selection,
+    steering,
+    unet,
+)
 from hallulib.backbone import train_resnet
 from hallulib.few_labels import choose
 from hallulib.sample import draw
@@ -51,7 +61,7 @@ def per_image(model, x, steps):
 
 def speed(images, width, steps, compare):
     """Table 1."""
-    x = autoencoder.unlabelled(images)
+    x = encoding.unlabelled(images)
     coder, models = score_models(images, width, factor=4)
     seconds = {}
     for name, model in models.items():
@@ -79,7 +89,7 @@ def speed(images, width, steps, compare):
 def distances(images, x, width, steps):
     """Frechet distances after the same number of steps, beside that of other real images."""
     coder, models = score_models(images, width, factor=4)
-    for _ in autoencoder.train(coder, x, steps=steps // 2):
+    for _ in encoding.train(coder, x, steps=steps // 2):
         pass
     coder.eval().standardise(x[:500])
     real = quality.features(images.select("test").tensor()[:300])
