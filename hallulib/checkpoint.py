@@ -6,6 +6,7 @@ moment leaves the last whole one. It carries the settings of its run and is refu
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +17,27 @@ from torch import Tensor
 from hallulib import UserError, disk, parallel
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "losses.csv"
+PATIENCE = 60.0  # seconds of work that a kill may cost
+
+
+class Due:
+    """Says after which steps a checkpoint is written: regularly, and on a slow machine more often.
+
+    Args:
+        every: steps between two checkpoints at most; fewer if they take longer than `PATIENCE`.
+        steps: of the whole run; the last one is always due.
+    """
+
+    def __init__(self, every: int, steps: int):
+        self.every, self.steps, self._last = every, steps, time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        """Whether it is due after so many steps."""
+        late = time.monotonic() - self._last > PATIENCE
+        if step % self.every and step < self.steps and not late:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

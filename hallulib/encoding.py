@@ -136,7 +136,7 @@ def train(
         critic_start: share of the steps after which it sets in.
         seed: of every draw.
         folder: of the checkpoint, which is resumed where there is one.
-        every: steps between checkpoints.
+        every: steps between checkpoints, see :class:`hallulib.checkpoint.Due`.
 
     Raises:
         UserError: images that do not suit the network, or a checkpoint of other settings.
@@ -159,6 +159,7 @@ def train(
     settings |= dict(seed=seed, weights=weights, images=list(images.shape))
     if folder is not None:
         checkpoint.resume(state, Path(folder), settings)
+    due = checkpoint.Due(every, steps)
     if state.step == steps:  # killed between its last step and what the caller does with it
         yield state
     while state.step < steps:
@@ -167,7 +168,7 @@ def train(
         rate = lr * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * state.step / steps)).item())
         state.losses[state.step] = _step(state, x, weights, judged, rate)
         state.step += 1
-        if folder is not None and (state.step % every == 0 or state.step == steps):
+        if folder is not None and due(state.step):
             log = dict(zip(TERMS, state.losses[: state.step].T.tolist(), strict=True))
             checkpoint.write(Path(folder), state.tensors(), state.step, settings, log)
         yield state

@@ -97,7 +97,8 @@ def pretrain(
         seed: of every draw in the run.
         folder: where the checkpoint and ``losses.csv`` are kept; a checkpoint found there is
             resumed, to the same bytes on a CPU as if it had never stopped.
-        every: steps between checkpoints, and between looks at whether the loss is finite.
+        every: steps between checkpoints, and between looks at whether the loss is finite; see
+            :class:`hallulib.checkpoint.Due`.
 
     Raises:
         UserError: a checkpoint of other settings, or a loss that is no longer finite.
@@ -118,6 +119,7 @@ def pretrain(
     on_gpu = device.type == "cuda"
     loss_of = torch.compile(denoising_loss) if on_gpu else denoising_loss
     averaged, trained = list(state.ema.parameters()), list(model.parameters())
+    due = checkpoint.Due(every, steps)
 
     if state.step == steps:  # killed between its last step and what the caller does with it
         yield state
@@ -147,7 +149,7 @@ def pretrain(
             torch._foreach_lerp_(averaged, trained, 1 - decay)
         state.losses[state.step] = loss
         state.step += 1
-        if state.step % every == 0 or state.step == steps:
+        if due(state.step):
             _check_finite(state)
             if folder is not None:
                 log = {"loss": state.losses[: state.step].tolist()}

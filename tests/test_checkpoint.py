@@ -201,3 +201,14 @@ def test_an_optimiser_that_has_not_stepped_has_nothing_to_remember():
     assert checkpoint.moments(optimizer) == {}
     checkpoint.load_moments(optimizer, {})
     assert checkpoint.moments(optimizer) == {}
+
+
+def test_a_checkpoint_is_due_regularly_at_the_end_and_after_a_minute_of_work(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    due, found = checkpoint.Due(every=10, steps=23), []
+    for step in range(1, 24):
+        now[0] += 25.0 if step < 7 else 1.0  # the first steps of a machine that is busy
+        if due(step):
+            found.append(step)
+    assert found == [3, 6, 10, 20, 23]
