@@ -19,6 +19,7 @@ from hallulib import UserError, parameters
 ROOT = Path(__file__).resolve().parents[1]
 DEEPEST = 20  # lists in lists of a parameter file
 TIMEOUT = 12 * 3600  # seconds for one code cell: a training run on real data is one of them
+STARTS = 3  # of a kernel that finds its port taken
 
 
 def read_yaml(file: Path) -> dict:
@@ -249,23 +250,26 @@ def execute(
     """
     import papermill
 
-    try:
-        return papermill.execute_notebook(
-            chapter,
-            out,
-            values,
-            kernel_name="python3",
-            cwd=ROOT,
-            execution_timeout=TIMEOUT,
-            progress_bar=progress_bar,
-            stderr_file=stderr_file,
-            # the kernel warns at each start that it talks to us over TCP on this machine
-            extra_arguments=["--IPKernelApp.log_level=40"],
-        )
-    except papermill.PapermillExecutionError as error:
-        if error.ename == "UserError":
-            raise UserError(f"{chapter.stem}: {error.evalue}") from None
-        raise
+    settings = dict(
+        kernel_name="python3",
+        cwd=ROOT,
+        execution_timeout=TIMEOUT,
+        progress_bar=progress_bar,
+        stderr_file=stderr_file,
+        # the kernel warns at each start that it talks to us over TCP on this machine
+        extra_arguments=["--IPKernelApp.log_level=40"],
+    )
+    for left in reversed(range(STARTS)):
+        try:
+            return papermill.execute_notebook(chapter, out, values, **settings)
+        except papermill.PapermillExecutionError as error:
+            if error.ename == "UserError":
+                raise UserError(f"{chapter.stem}: {error.evalue}") from None
+            raise
+        except RuntimeError as error:
+            # kernels that start at the same moment may find the same port free; no cell has run
+            if "before replying" not in str(error) or not left:
+                raise
 
 
 def glued(notebook: nbformat.NotebookNode, name: str) -> Any:

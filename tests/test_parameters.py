@@ -7,7 +7,7 @@ import nbformat
 import papermill
 import pytest
 
-from hallulib import UserError
+from hallulib import UserError, notebooks
 from hallulib.parameters import check
 
 
@@ -138,3 +138,20 @@ def test_the_papermill_command_runs_a_chapter_with_another_value(notebook, tmp_p
     done = subprocess.run([*command, "-p", "STEPS", "2000"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search("ran 2000", (tmp_path / "out.ipynb").read_text())
+
+
+@pytest.mark.parametrize("taken", [2, 3])
+def test_a_kernel_that_finds_its_port_taken_is_started_again(tmp_path, monkeypatch, taken):
+    left = [RuntimeError("Kernel died before replying to kernel_info")] * taken
+
+    def start(*_, **__):
+        if left:
+            raise left.pop()
+        return nbformat.v4.new_notebook()
+
+    monkeypatch.setattr("papermill.execute_notebook", start)
+    if taken < notebooks.STARTS:
+        assert not notebooks.execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {}).cells
+    else:
+        with pytest.raises(RuntimeError, match="Kernel died"):
+            notebooks.execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {})
