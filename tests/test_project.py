@@ -12,6 +12,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from hallulib import artifacts
+
 ROOT = Path(__file__).parents[1]
 CODE = sorted(p for d in ("hallulib", "data_prep", "book") for p in (ROOT / d).rglob("*.py"))
 NOTEBOOKS = sorted(p for d in ("book", "book/grids") for p in (ROOT / d).glob("*.ipynb"))
@@ -24,6 +26,10 @@ TOP = set(
     Makefile README.md _config.yml book conftest.py data_prep environment.yml hallulib
     pyproject.toml requirements.in requirements.lock tests""".split()
 )
+
+
+def test_tests_leave_the_runs_of_the_user_alone():
+    assert artifacts.runs_folder().resolve() != ROOT / "runs"
 
 
 def lock() -> dict[str, str]:
