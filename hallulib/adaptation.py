@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from hallulib import UserError
 from hallulib.score import ScoreModel
+from hallulib.seeding import seeded
 from hallulib.shapes import Images, Labels
 from hallulib.unet import ClassUNet
 
@@ -44,7 +45,7 @@ def relabelled(model: ScoreModel, labels: Sequence[str], forget: bool = False) -
         The copy, on the same device; the model itself stays as it is.
     """
     known = model.network.classes.weight.detach()
-    with torch.random.fork_rng(devices=[]):  # its random vectors are not kept
+    with seeded():  # its random vectors are not kept
         network = ClassUNet(copy.deepcopy(model.network.unet), len(labels)).to(known.device)
     kept = [i for i, label in enumerate(labels) if label in model.labels and not forget]
     before = [model.labels.index(labels[i]) for i in kept]
@@ -120,8 +121,7 @@ def adaptable(model: ScoreModel, adapt: str, rank: int = 4, seed: int = 0) -> li
     """
     model.requires_grad_(adapt == "all")
     if adapt == "low_rank":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             for module in list(model.network.unet.modules()):
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     change = LowRank(module.weight, rank).to(module.weight.device)
@@ -143,8 +143,7 @@ class SupportEncoder(nn.Sequential):
 
     def __init__(self, channels: int, embedding: int, width: int = 24, seed: int = 0):
         layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             for before, after in zip((0, 1, 2, 4), (1, 2, 4, 4), strict=True):
                 layers.append(nn.Conv2d(before * width or channels, after * width, 3, 2, 1))
                 layers += [nn.GroupNorm(4, after * width), nn.SiLU()]

@@ -16,7 +16,7 @@ Source:
     Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023.
 """
 
-import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,7 +45,7 @@ from hallulib.adaptation import relabelled
 from hallulib.autoencoder import Autoencoder
 from hallulib.backbone import read, train_resnet
 from hallulib.data import ImageSet
-from hallulib.few_labels import choose
+from hallulib.few_labels import choose, read_scores
 from hallulib.quality import AnyImages
 from hallulib.score import ScoreModel
 from hallulib.selection import FeatureSpace, copy_threshold, take
@@ -217,6 +217,11 @@ def synthesise(
     return found.autoencoder.decode(made).cpu(), wanted.cpu()
 
 
+def per_class(ratio: float | int, n: int, classes: int) -> int:
+    """Synthetic images learnt from of each class, for n labelled ones of all; at least one."""
+    return max(1, math.ceil(round(ratio * n) / classes))
+
+
 def run(
     images: ImageSet, trial: Trial, *, from_scratch: bool = False
 ) -> tuple[pd.DataFrame, list[Path]]:
@@ -250,12 +255,11 @@ def run(
             measure,
             from_scratch=from_scratch,
             latents=artifacts.contents(prior.folders[1]),
-            table=hashlib.sha256(images.table.to_csv().encode()).hexdigest(),
+            data=images.identity,
             fold=fold,
             **{k: v for k, v in asdict(trial).items() if k != "folds"},
         )
-        found = pd.read_csv(folder / SCORES, dtype={"patient": str})
-        scores.append(found.assign(fold=fold))
+        scores.append(read_scores(folder / SCORES).assign(fold=fold))
         folders.append(folder)
     return pd.concat(scores, ignore_index=True), folders
 
@@ -288,11 +292,11 @@ def _measure(images: ImageSet, trial: Trial, prior: Pretrained, seed: int, folde
     )
     networks = {"real": fit(x, y, change=None, told="real")}
     networks["classical"] = fit(x, y, change=changed, told="classical")
-    per_class = -(-round(trial.ratio * len(x)) // len(names))
-    made, wanted = synthesise(prior, trial, x, y, names, per_class * trial.candidates, seed)
+    n = per_class(trial.ratio, len(x), len(names))
+    made, wanted = synthesise(prior, trial, x, y, names, n * trial.candidates, seed)
     space = FeatureSpace.fit(networks["classical"], x, y, copy_threshold(x, held_out.tensor()))
     verdicts = space.judge(made, wanted, trial.confidence)
-    chosen = {"selected": take(verdicts, per_class, names)}
+    chosen = {"selected": take(verdicts, n, names)}
     chosen["unselected"] = _at_random(wanted, chosen["selected"], seed)
     for arm, kept in chosen.items():
         both = torch.cat([x, made[kept]]), torch.cat([y, wanted[kept]])

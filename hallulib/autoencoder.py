@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from hallulib import UserError, disk, unet
+from hallulib.seeding import seeded
 from hallulib.shapes import Images, Latents
 
 
@@ -126,8 +127,7 @@ def build(
             f"size {size} and factor {factor} found; the factor must be a power of 2 that "
             "divides the size"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         kl = AutoencoderKL(
             in_channels=channels,
             out_channels=channels,

@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 from tqdm.auto import tqdm
 
+from hallulib.seeding import seeded
 from hallulib.shapes import Images, Labels
 from hallulib.supports import moved
 
@@ -95,8 +96,7 @@ def train_resnet(
         told: name of the progress bar.
     """
     rng = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         classes = int(y.max()) + 1
         network = nn.Sequential(

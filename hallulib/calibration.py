@@ -103,7 +103,7 @@ def fit_temperature(log_density: LogDensities, y: Answers, priors: Priors | None
         Guo et al., *On Calibration of Modern Neural Networks*, 2017, section 4.2.
         https://arxiv.org/abs/1706.04599
     """
-    _check_labels(log_density, y)
+    y = _labels(log_density, y)
     log_priors = _log_priors(log_density, priors)
     if log_priors[y].isinf().any():
         raise UserError("a true class has the prior 0; classes that occur need more than that")
@@ -216,18 +216,26 @@ def _log_priors(log_density: LogDensities, priors: Priors | None) -> Float[Tenso
     return given.log().to(log_density.device)
 
 
-def _check_labels(rows: Float[Tensor, "n k"], y: Answers) -> None:
+def _labels(rows: Float[Tensor, "n k"], y: Answers) -> Answers:
+    """One class index for each row, as PyTorch takes them."""
     n, k = rows.shape
     if n == 0 or len(y) != n:
         raise UserError(f"{n} rows and {len(y)} labels found; one label for each row is needed")
+    if y.ndim > 1 or y.is_floating_point() or y.dtype == torch.bool:
+        raise UserError(
+            f"labels of shape {tuple(y.shape)} and type {y.dtype} found; whole numbers in one row "
+            "are needed"
+        )
+    y = y.long()
     if not ((y >= 0) & (y < k)).all():
         wrong = int(y[(y < 0) | (y >= k)][0])
         raise UserError(f"label {wrong} found; {k} classes need labels 0 to {k - 1}")
+    return y
 
 
 def _answers(p: Probabilities, y: Answers) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """The top probability of each row, and how right it is: a share where classes share it."""
-    _check_labels(p, y)
+    y = _labels(p, y)
     p = p.double()
     if not ((p >= 0).all() and ((p.sum(1) - 1).abs() < 1e-4).all()):
         raise UserError("a row holds no probabilities; numbers from 0 on that sum to 1 are needed")

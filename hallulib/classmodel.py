@@ -47,11 +47,12 @@ def classes_of(model: ClassModel, classes: Sequence[str] | None) -> Labels:
 
 
 def check_images(model: ClassModel, x: Images) -> Images:
-    """The images, if the model can score them.
+    """The images, if the model can score them, in the type of its weights if it has any.
 
     Raises:
-        UserError: a value that is not a number, and for a `ScoreModel` images outside of [-1, 1]
-            (one grey step more is allowed, for `dequantise`) or of another shape than its own.
+        UserError: a value that is not a number, and for a `ScoreModel` images outside of
+            [-1, 1] (one grey step more is allowed, for `dequantise`) or of another shape than
+            its own.
     """
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
@@ -67,6 +68,7 @@ def check_images(model: ClassModel, x: Images) -> Images:
             raise UserError(
                 f"images reach from {x.min():.4g} to {x.max():.4g}; values in [-1, 1] are needed"
             )
+        x = x.to(next(model.parameters()).dtype)
     return x
 
 

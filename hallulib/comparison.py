@@ -27,7 +27,8 @@ def table(auroc: pd.DataFrame, ceiling: float | None = None) -> pd.DataFrame:
         if name != "baseline":
             gain, spread = metrics.paired_difference(values, baseline), (values - baseline).std()
             row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
-            if gain.value and spread > 0:
+            # means that tie but for rounding differ by nothing that episodes could show
+            if spread > 0 and abs(gain.value) > 1e-7 * spread:
                 row["needed"] = metrics.episodes_needed(gain.value, float(spread))
         if ceiling is not None:
             row["share"] = (mean.value - 0.5) / (ceiling - 0.5)

@@ -6,6 +6,7 @@ origin, licence, spacing, processing, label order, counts, SHA-256 of the other 
 ``python -m data_prep`` writes it; `open` reads it back and believes nothing unchecked.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -40,12 +41,14 @@ class ImageSet:
         table: strings: ``patient``, ``split``, label columns ("" = unlabelled), coordinates.
         card: origin, licence, processing, label order; see the module.
         path: the folder, or None for an embedded set.
+        is_part: whether a selection has left out some images.
     """
 
     images: np.ndarray
     table: pd.DataFrame
     card: dict
     path: Path | None = None
+    is_part: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -71,9 +74,16 @@ class ImageSet:
         return tuple(self.card["labels"])
 
     @property
-    def identity(self) -> str:
-        """What the images are, for runs that depend on them: a checksum, or how they are drawn."""
-        return self.card.get("sha256") or self.card["origin"]
+    def identity(self) -> str | dict:
+        """What the images are, for runs that depend on them: a checksum, or how they are drawn.
+
+        Of a part of a set, with a checksum of its rows: other images are another run.
+        """
+        whole = self.card.get("sha256") or self.card["origin"]
+        if not self.is_part:
+            return whole
+        rows = hashlib.sha256(self.table.to_csv(index=False).encode()).hexdigest()
+        return {"part of": whole, "rows": rows}
 
     def classes(self, scheme: str) -> tuple[str, ...]:
         """The label values of a scheme, in the order of the card.
@@ -150,7 +160,9 @@ class ImageSet:
         first, last = int(rows[0]), int(rows[-1])
         neighbours = last - first + 1 == len(rows)
         images = self.images[first : last + 1] if neighbours else self.images[rows]
-        return replace(self, images=images, table=self.table.iloc[rows].reset_index(drop=True))
+        table = self.table.iloc[rows].reset_index(drop=True)
+        is_part = self.is_part or len(rows) < len(self)
+        return replace(self, images=images, table=table, is_part=is_part)
 
     def summary(self) -> pd.DataFrame:
         """Images and patients per split and class of the first scheme ("" = unlabelled)."""

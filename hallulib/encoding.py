@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hallulib import UserError, checkpoint, parallel, runs
 from hallulib.autoencoder import Autoencoder, build, load, save
 from hallulib.data import ImageSet
+from hallulib.seeding import seeded
 from hallulib.shapes import Images, PerImage
 
 TERMS = ("pixels", "sharpness", "kl", "critic")
@@ -145,8 +146,7 @@ def train(
     """
     model.check(images)
     model.train().to(memory_format=torch.channels_last)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         judge = critic(images.shape[1]).to(images.device)
     networks = (model, judge)
     optimizers = tuple(torch.optim.Adam(n.parameters(), lr, betas=(0.5, 0.9)) for n in networks)

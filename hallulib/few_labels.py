@@ -14,7 +14,6 @@ filter_bank           logistic regression on fixed features that nobody trained
 ====================  =======================================================================
 """
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class Contest:
         scheme: label column.
         per_class: labelled images per class; 0 keeps every label. A class that has fewer gives
             all it has.
-        n_test: test images, at most; classes keep their shares.
+        n_test: test images, about: equally many of each class, as far as it has so many.
         pretraining: steps of the score model without labels.
         steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
             teach it to remember the few there are.
@@ -128,11 +127,15 @@ def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd
         measure,
         from_scratch=from_scratch,
         data=images.identity,
-        table=hashlib.sha256(images.table.to_csv().encode()).hexdigest(),  # a part of a set too
         size=images.size,
         **asdict(contest),
     )
-    return pd.read_csv(folder / SCORES, dtype={"patient": str})
+    return read_scores(folder / SCORES)
+
+
+def read_scores(file: Path) -> pd.DataFrame:
+    """A table of scores; a patient may be called anything, ``NA`` as well."""
+    return pd.read_csv(file, converters={"patient": str})
 
 
 def table(scores: pd.DataFrame, seed: int = 0, own: str = "likelihood") -> pd.DataFrame:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from hallulib import metrics
+from hallulib import UserError, metrics
 from hallulib.few_labels import columns
 
 
@@ -32,6 +32,9 @@ def table(
     Returns:
         One row per arm: ``accuracy, low, high``, macro ``AUROC`` (mean over folds), and ``gain,
         gain_low, gain_high`` over ``against`` on the same folds and patients.
+
+    Raises:
+        UserError: a row without patient or fold.
     """
     y, (patients, who) = scores["label"].to_numpy(), _codes(scores["patient"])
     folds, fold = _codes(scores["fold"])
@@ -70,4 +73,7 @@ def table(
 def _codes(column: pd.Series) -> tuple[int, np.ndarray]:
     """Number of different values, and each row's position among them."""
     codes, values = pd.factorize(column)
+    if (codes < 0).any():
+        row = int((codes < 0).argmax())
+        raise UserError(f"row {row} of the scores has no {column.name}; each row needs one")
     return len(values), codes

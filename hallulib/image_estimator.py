@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,29 @@ class ImageEstimator(BaseEstimator):
 
     def _first(self, X, y) -> tuple[Images, np.ndarray]:
         """Images and labels of a fit; their number of features is what all later ones need."""
-        rows, y = validate_data(self, *flat(X, y), dtype=np.float32)
+        rows, y = validate_data(self, self._flat(X), y, dtype=np.float32)
         return self._images(rows), y
 
     def _further(self, X) -> Images:
         """Images of the same size as those of the fit."""
         check_is_fitted(self)
-        return self._images(validate_data(self, *flat(X), reset=False, dtype=np.float32))
+        return self._images(validate_data(self, self._flat(X), reset=False, dtype=np.float32))
+
+    def _flat(self, X) -> object:
+        """Images of any form as rows, 8-bit ones in [-1, 1]; what is no image goes on as it is."""
+        if isinstance(X, Tensor):
+            X = (X.float() if X.dtype == torch.bfloat16 else X).numpy(force=True)
+        if not isinstance(X, np.ndarray):
+            return X
+        if X.ndim in (3, 4):
+            # as many numbers in another order would be other images
+            channels, height, width = X.shape[1:] if X.ndim == 4 else (1, *X.shape[1:])
+            if channels != self.channels or height != width:
+                raise UserError(
+                    f"images of shape {X.shape[1:]} found; ({self.channels}, side, side) is needed"
+                )
+            X = X.reshape(len(X), channels * height * width)
+        return X / np.float32(127.5) - 1 if X.dtype == np.uint8 else X
 
     def _images(self, rows: np.ndarray) -> Images:
         """Rows as images."""
@@ -55,10 +72,31 @@ class ImageEstimator(BaseEstimator):
                 f"images reach from {rows.min():.4g} to {rows.max():.4g}; values in [-1, 1], or "
                 "8-bit integers, are needed"
             )
+        rows = np.ascontiguousarray(rows)  # as tensors are: no steps backwards
         return torch.from_numpy(rows.reshape(len(rows), self.channels, side, side))
 
+    @property
+    def _seed(self) -> int:
+        """``random_state`` as PyTorch takes it.
+
+        Raises:
+            UserError: no whole number, as scikit-learn's None would be.
+        """
+        if not isinstance(self.random_state, Integral) or isinstance(self.random_state, bool):
+            raise UserError(f"random_state is {self.random_state!r}; a whole number is needed")
+        return int(self.random_state)
+
     def _on(self) -> str:
-        """The device to work on."""
+        """The device to work on.
+
+        Raises:
+            UserError: a GPU is asked for and there is none.
+        """
+        if str(self.device).startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(
+                f"device is {str(self.device)!r}, and PyTorch finds no GPU; 'cpu', or None, which "
+                "takes what there is, is needed"
+            )
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def save(self, folder: Path | str) -> None:
@@ -87,8 +125,12 @@ class ImageEstimator(BaseEstimator):
         )
 
     @classmethod
-    def load(cls, folder: Path | str) -> "ImageEstimator":
+    def load(cls, folder: Path | str, **parameters: object) -> "ImageEstimator":
         """Read what `save` wrote.
+
+        Args:
+            folder: of `save`.
+            parameters: in place of those that were saved, as ``device="cpu"``.
 
         Raises:
             UserError: the folder is not such an estimator.
@@ -103,7 +145,7 @@ class ImageEstimator(BaseEstimator):
                 part: {k: _read(v, f"{part}.{k}", folder, tensors) for k, v in told[part].items()}
                 for part in ("parameters", "fitted")
             }
-            estimator = cls(**held["parameters"])
+            estimator = cls(**held["parameters"] | parameters)
         except FAULTS as fault:
             raise UserError(
                 f"{folder} is not a saved {cls.__name__} "
@@ -115,18 +157,6 @@ class ImageEstimator(BaseEstimator):
                 value.to(estimator._on())
             setattr(estimator, name, value)
         return estimator
-
-
-def flat(X, *y) -> tuple:
-    """Images of any form as rows, 8-bit ones in [-1, 1]; what is no image goes on as it is."""
-    if isinstance(X, Tensor):
-        X = X.numpy(force=True)
-    if isinstance(X, np.ndarray):
-        if X.dtype == np.uint8:
-            X = X / np.float32(127.5) - 1
-        if X.ndim in (3, 4):
-            X = X.reshape(len(X), -1)
-    return (X, *y)
 
 
 def _told(value, name: str, folder: Path, tensors: dict[str, Tensor]):
@@ -178,5 +208,5 @@ def _read(told, name: str, folder: Path, tensors: dict[str, Tensor]):
         classifier.load_state_dict(state)
         return classifier
     if kind == "array":
-        return np.array(told["items"], dtype=told["dtype"])
+        return np.array(told["items"], dtype=bool if told["dtype"] == "b" else told["dtype"])
     return tensors[name] if kind == "tensor" else tensors[name].numpy()

@@ -18,6 +18,8 @@ from scipy import stats
 
 from hallulib import UserError
 
+MANY = 10**16  # episodes that nobody will run; much beyond, the noncentral t is not to be had
+
 
 class Interval(NamedTuple):
     """An estimate with its confidence limits, from ``n`` independent observations."""
@@ -77,7 +79,16 @@ def auroc(y: ArrayLike, scores: ArrayLike) -> float | np.ndarray:
 
 
 def _array(values):
-    return values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
+    if not torch.is_tensor(values):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _check_share(**shares: float | int) -> None:
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise UserError(f"{name} is {share}; a number between 0 and 1 is needed, as 0.95")
 
 
 def _check_scores(y, scores) -> int:
@@ -89,6 +100,9 @@ def _check_scores(y, scores) -> int:
             f"labels of shape {y.shape} do not fit scores of shape {scores.shape}: scores need "
             "the shape of the labels, or that shape and one more axis of classes"
         )
+    for what, values in (("labels", y), ("scores", scores)):
+        if values.dtype.kind not in "biuf":
+            raise UserError(f"{what} are of type {values.dtype}; numbers are needed")
     if not np.isfinite(scores).all():
         raise UserError(f"{np.count_nonzero(~np.isfinite(scores))} scores are not finite")
     n_classes = 2 if binary else scores.shape[-1]
@@ -107,7 +121,7 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
     .. math:: \bar v \pm t_{(1 + \mathrm{level})/2,\, n-1}\; s / \sqrt n
 
     Raises:
-        UserError: fewer than two values, or a value that is not finite.
+        UserError: fewer than two values, a value that is not finite, or a level outside (0, 1).
 
     Source:
         Student 1908, doi 10.1093/biomet/6.1.1.
@@ -116,6 +130,7 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
         >>> print(mean_interval([0.4, 0.5, 0.6]))
         0.500 [0.252, 0.748], n = 3
     """
+    _check_share(level=level)
     values = _array(values).astype(float)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise UserError(
@@ -140,7 +155,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Int
         >>> print(paired_difference([0.6, 0.8, 0.7], [0.5, 0.6, 0.6]))
         0.133 [-0.010, 0.277], n = 3
     """
-    a, b = _array(a), _array(b)
+    a, b = (_array(v).astype(float) for v in (a, b))  # 8-bit or boolean ones would wrap
     if a.shape != b.shape:
         raise UserError(
             f"values of shape {a.shape} and {b.shape} do not pair: both methods need "
@@ -173,12 +188,14 @@ def bootstrap(
         statistic raises `UserError` (`auroc`: a single class was drawn) are left out.
 
     Raises:
-        UserError: lengths differ, fewer than two groups, or more than half of the resamples fail.
+        UserError: lengths differ, a group without name, fewer than two groups, a level outside
+            (0, 1), or more than half of the resamples fail.
 
     Source:
         Efron and Tibshirani 1993, chapter 13; whole clusters: Field and Welsh 2007,
         doi 10.1111/j.1467-9868.2007.00593.x.
     """
+    _check_share(level=level)
     arrays = [_array(a) for a in arrays]
     rows = _rows_of_groups(arrays, groups)
     rng, values = np.random.default_rng(seed), []
@@ -203,6 +220,9 @@ def _rows_of_groups(arrays, groups):
     lengths = [len(a) for a in (*arrays, groups)]
     if len(set(lengths)) > 1:
         raise UserError(f"rows do not match: arrays and groups have lengths {lengths}")
+    nameless = [i for i, group in enumerate(groups.tolist()) if group is None or group != group]
+    if nameless:
+        raise UserError(f"row {nameless[0]} is of no group; each row needs the name of one")
     _, member, size = np.unique(groups, return_inverse=True, return_counts=True)
     if len(size) < 2:
         raise UserError(f"{len(size)} group found: an interval needs at least two")
@@ -225,7 +245,8 @@ def episodes_needed(
         level: one minus the chance to see one that is not there.
 
     Raises:
-        UserError: a difference of zero, or a standard deviation that is not positive.
+        UserError: a difference of zero (or one that 10**16 episodes would not show), a standard
+            deviation that is not positive, or a power or level outside (0, 1).
 
     Source:
         Cohen 1988, chapter 2.
@@ -234,6 +255,7 @@ def episodes_needed(
         >>> episodes_needed(0.05, 0.1)
         34
     """
+    _check_share(power=power, level=level)
     if difference == 0 or not sd > 0:
         raise UserError(
             f"difference {difference} and sd {sd} found: a difference other than zero "
@@ -241,6 +263,10 @@ def episodes_needed(
         )
     effect, tail = abs(difference) / sd, (1 + level) / 2
     n = max(2, math.floor(((stats.norm.ppf(tail) + stats.norm.ppf(power)) / effect) ** 2))
+    if n > MANY:
+        raise UserError(
+            f"difference {difference} and sd {sd} found: more than {MANY} episodes would be needed"
+        )
     while stats.nct.sf(stats.t.ppf(tail, n - 1), n - 1, effect * math.sqrt(n)) < power:
         n += 1
     return n

@@ -89,7 +89,8 @@ class ClassMixture:
         priors: Sequence[float] | None = None,
     ):
         self.sde, self.labels, self.parts = sde, tuple(classes), tuple(classes.values())
-        priors = torch.tensor(priors or [1.0] * len(self.parts), dtype=torch.float64)
+        equal = [1.0] * len(self.parts)
+        priors = torch.as_tensor(equal if priors is None else priors, dtype=torch.float64)
         self.priors = priors / priors.sum()
 
     def __call__(self, x_t: Images, t: Times, y: Labels) -> Images:
@@ -98,7 +99,10 @@ class ClassMixture:
         return eps[y, torch.arange(len(y), device=y.device)]
 
     def log_prob(self, x: Images, t: float = 0.0) -> Float[Tensor, "batch classes"]:
-        """Exact log-density of clean images (or of ``x_t``) under each class, in nats."""
+        """Exact log-density of ``x_t`` under each class, in nats; at time 0 of clean images.
+
+        A variance-exploding diffusion has its least noise at time 0 as well.
+        """
         times = x.new_full((len(x),), t)
         return torch.stack([part.log_prob(self.sde, x, times) for part in self.parts], 1)
 

@@ -12,6 +12,7 @@ Source:
 """
 
 import json
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +93,12 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
                 are of another size.
             ValueError: scikit-learn's own checks of X and y.
         """
-        if not isinstance(self.n_hallucinated, int) or self.n_hallucinated < 0:
+        if not isinstance(self.n_hallucinated, Integral) or self.n_hallucinated < 0:
             raise UserError(
                 f"n_hallucinated is {self.n_hallucinated!r}; a whole number from 0 on is needed"
             )
+        if not isinstance(self.pretrained, str | Path):
+            raise UserError(f"pretrained is {self.pretrained!r}; the folder of a run is needed")
         x, y = self._first(X, y)
         check_classification_targets(y)
         self.classes_, position = np.unique(y, return_inverse=True)
@@ -134,9 +137,9 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
             return support[:, :0]
         nothing = np.empty((len(names), 0), np.int64)
         episode = Episode(names, nothing, nothing[0], nothing[0], nothing)
-        source.adapt(episode, support, self.random_state)
+        source.adapt(episode, support, self._seed)
         n = self.n_hallucinated * candidates
-        return source.make(episode, support, n, self.random_state)
+        return source.make(episode, support, n, self._seed)
 
     def predict_proba(self, X) -> np.ndarray:
         """Probability of each class, in the order of ``classes_``."""
@@ -149,7 +152,8 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
 
     def predict(self, X) -> np.ndarray:
         """The class of highest probability."""
-        return self.classes_[self._logits(X).argmax(1).numpy()]
+        best = self._logits(X).argmax(1).numpy()
+        return self.classes_[best]
 
     @torch.no_grad()
     def _logits(self, X) -> Tensor:
@@ -167,8 +171,9 @@ def _trained(
     Raises:
         UserError: the folder is not one, or its supports came from no score model.
     """
-    shipped = artifacts.SHIPPED / folder.name
-    folder = shipped if not folder.exists() and shipped.exists() else folder
+    shipped = artifacts.SHIPPED / folder
+    is_name = folder == Path(folder.name)  # a path that is wrong must not find another model
+    folder = shipped if is_name and not folder.exists() and shipped.exists() else folder
     try:
         settings = json.loads((folder / artifacts.CARD).read_text())["settings"]
         artifacts.is_finished(folder, settings)  # its files are what the run wrote

@@ -22,6 +22,7 @@ from torch.nn import functional
 from hallulib import UserError
 from hallulib.backbone import resnet18
 from hallulib.bdc import BDC, Covariance, Mean, at_least_float32
+from hallulib.seeding import seeded
 from hallulib.shapes import Images
 
 Support = Float[Tensor, "*episodes n_way n d"]
@@ -40,7 +41,7 @@ def prototypes(vectors: Support, weights: Weights | None = None) -> Prototypes:
             An example of weight 0 is left out. ``None`` weighs all alike.
 
     Raises:
-        UserError: a negative weight, or a class without weight.
+        UserError: a weight that is negative or infinite, or a class without weight.
 
     Example:
         >>> prototypes(torch.tensor([[[0.0], [4.0]]]), torch.tensor([[3.0, 1.0]]))
@@ -49,12 +50,13 @@ def prototypes(vectors: Support, weights: Weights | None = None) -> Prototypes:
     if weights is None:
         return vectors.mean(-2)
     total = weights.sum(-1, keepdim=True)
-    if weights.numel() and not ((weights >= 0).all() and (total > 0).all()):
+    if not ((weights >= 0).all() and ((total > 0) & total.isfinite()).all()):
         raise UserError(
-            f"weights of examples from {weights.min():g} to {weights.max():g} found: a prototype "
-            "needs weights that are not negative, and one above zero in each class"
+            f"weights of shape {tuple(weights.shape)} found that no prototype can be made with: "
+            "none may be negative or infinite, and one in each class must be above zero"
         )
-    return ((weights / total)[..., None] * vectors).sum(-2)
+    counted = torch.where(weights[..., None] > 0, vectors, 0)  # nothing of what is left out
+    return ((weights / total)[..., None] * counted).sum(-2)
 
 
 def cosine(queries: Queries, prototypes: Prototypes) -> Similarities:
@@ -196,8 +198,7 @@ def build(
         Xie et al. 2022 (BDC), Wertheimer & Hariharan 2019 (covariance), Snell et al. 2017 (mean).
     """
     embedding = KINDS[_known(kind, KINDS, "kind of embedding")]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         classifier = PrototypeClassifier(
             resnet18(channels, width), embedding(8 * width, reduce_to), metric
         )

@@ -275,12 +275,20 @@ def draw(
         batch_size: images that go through the network together.
 
     Raises:
-        UserError: an unknown sampler; a start before time 1 without images to start from.
+        UserError: an unknown sampler; no image wanted; a start before time 1 without images to
+            start from, or not one of them for each image wanted.
     """
     if images is None and start_time < 1:
         raise UserError(f"starting at time {start_time} needs images; pure noise is at time 1")
     if sampler not in SAMPLERS:
         raise UserError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+    if len(y) == 0:
+        raise UserError("no class found; one for each wanted image is needed")
+    if images is not None and tuple(images.shape) != (len(y), *model.network.shape):
+        raise UserError(
+            f"images of shape {tuple(images.shape)} to start from found; "
+            f"{(len(y), *model.network.shape)} is needed, one for each wanted image"
+        )
     y = y.to(next(model.parameters()).device)
     rng = torch.Generator(y.device).manual_seed(seed)
     rho = 7.0 if sampler in ("heun", "dpm_solver") else None

@@ -95,6 +95,8 @@ class ScoreModel(nn.Module):
 
     def velocity(self, x_t: Images, t: Times, y: Condition = None) -> Images:
         """The network's own answer, moved with the class; this is the one place that calls it."""
+        if len(x_t) == 0:  # which attention has no shape for
+            return torch.zeros_like(x_t)
         if y is None:
             y = torch.full((len(x_t),), self.null, device=x_t.device)
         cos, sin, scale = (per_image(a, x_t) for a in self.sde.angle(t))

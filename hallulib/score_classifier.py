@@ -1,6 +1,5 @@
 """Classification by likelihood as a scikit-learn estimator, which goes into pipelines as any."""
 
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,10 @@ import torch
 from sklearn.base import ClassifierMixin
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
-from hallulib import UserError, runs, unet
+from hallulib import UserError, checkpoint, runs, unet
 from hallulib.adaptation import ADAPTS, adaptable, relabelled, shifted
 from hallulib.bound import bound, common_errors, decide
 from hallulib.calibration import LogDensities, fit_temperature, log_odds, posterior
@@ -20,6 +19,7 @@ from hallulib.image_estimator import ImageEstimator, Others
 from hallulib.levels import Levels, informative_levels, leads, weighed_levels
 from hallulib.likelihood import dequantise, log_density
 from hallulib.score import ScoreModel
+from hallulib.settings import check_least
 from hallulib.shapes import Images
 from hallulib.supports import moved
 from hallulib.train import pretrain
@@ -66,7 +66,8 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             labels; for classes that are about equally frequent among them.
         temperature: T, 1 takes densities at their word; `calibrate` finds a better one.
         batch: most pairs of image and class in the network at once.
-        folder: where training keeps its checkpoint, so that it can go on after an interruption.
+        folder: where training keeps its checkpoint, so that it can go on after an interruption;
+            one of other images or of another start is refused.
         device: a GPU if there is one.
         random_state: of everything, a whole number.
         verbose: show a progress bar.
@@ -151,7 +152,8 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             unlabelled: images without labels, of the same kind; they fill half of every batch.
 
         Raises:
-            UserError: an unknown setting, or images that do not suit the network.
+            UserError: an unknown or impossible setting, images that do not suit the network, or
+                a checkpoint of another training.
             ValueError: scikit-learn's own checks of X and y.
         """
         if self.method not in METHODS or self.adapt not in ADAPTS:
@@ -159,6 +161,10 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                 f"method {self.method!r}, adapt {self.adapt!r} found; one of "
                 f"{', '.join(METHODS)} and one of {', '.join(ADAPTS)} are needed"
             )
+        check_least(self, channels=1, copies=0, steps=0, batch_size=1, width=8, power=0, batch=1)
+        check_least(self, effort=1 if self.method == "decide" else 2)
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; a number above 0 is needed")
         own, y = self._first(X, y)
         check_classification_targets(y)
         self.classes_, position = np.unique(y, return_inverse=True)
@@ -175,15 +181,15 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             # images it cannot have remembered show where classes differ
             self.levels_ = weighed or informative_levels(
                 self.model_,
-                _some(others if len(others) else own, 32, self.random_state).to(self._on()),
+                _some(others if len(others) else own, 32, self._seed).to(self._on()),
                 power=self.power,
-                seed=self.random_state,
+                seed=self._seed,
                 batch=self.batch,
             )
         self.temperature_ = self.temperature
         self.offset_ = torch.zeros((len(self.classes_), 1), dtype=torch.float64)
         if self.centre and len(others):
-            self.offset_ = self._ahead(_some(others, 96, self.random_state + 1), adaptive)
+            self.offset_ = self._ahead(_some(others, 96, self._seed + 1), adaptive)
         return self
 
     def _ahead(self, some: Images, adaptive: bool) -> Tensor:
@@ -197,7 +203,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         """The errors that ``"decide"`` compares: the same noises for all images."""
         told = {"pairs": max(1, self.effort // 2), "antithetic": self.effort > 1}
         told |= {"levels": self.levels_, "power": self.power}
-        return told | {"seed": self.random_state, "batch": self.batch}
+        return told | {"seed": self._seed, "batch": self.batch}
 
     def calibrate(self, X, y) -> "ScoreClassifier":
         """Set the temperature that makes the probabilities of other images most likely.
@@ -210,7 +216,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             UserError: a label that was not in the training.
         """
         check_is_fitted(self)
-        y = np.asarray(y)
+        y = column_or_1d(y)
         if not np.isin(y, self.classes_).all():
             strange = y[~np.isin(y, self.classes_)][0]
             known = ", ".join(map(str, self.classes_))
@@ -229,7 +235,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             return_evaluations: give the network evaluations that each image took as well.
         """
         x, k = self._further(X).to(self._on()), len(self.classes_)
-        common = {"seed": self.random_state, "batch": self.batch}
+        common = {"seed": self._seed, "batch": self.batch}
         if k == 1:
             value, evaluations = torch.zeros(len(x), 1), torch.zeros(len(x), dtype=torch.int64)
         elif self.method == "decide":
@@ -240,7 +246,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             found = decide(self.model_, x, **race)
             value, evaluations = found.log_ratio.double().cpu(), found.evaluations
         else:
-            x = dequantise(x, self.random_state)
+            x = dequantise(x, self._seed)
             if self.method == "bound":
                 value = bound(self.model_, x, pairs=self.effort, **common).value
             else:
@@ -279,29 +285,33 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                 f"weigh is {self.weigh} and the rarest class has {least} labelled images; 0, or "
                 "from 2 to that many are needed"
             )
-        folds = StratifiedKFold(self.weigh, shuffle=True, random_state=self.random_state)
+        folds = StratifiedKFold(self.weigh, shuffle=True, random_state=self._seed)
         found = []
         for i, (seen, held_out) in enumerate(folds.split(labels, labels)):
             folder = None if self.folder is None else Path(self.folder) / f"fold-{i}"
             model = self._trained(own[seen], labels[seen], others, folder)
             # a few dozen tell enough
-            held_out = np.random.default_rng(self.random_state).permutation(held_out)
+            held_out = np.random.default_rng(self._seed).permutation(held_out)
             held_out = held_out[: max(2, 96 // self.weigh)]
             x, y = own[held_out].to(self._on()), labels[held_out]
-            found.append(leads(model, x, y, seed=self.random_state, batch=self.batch))
+            found.append(leads(model, x, y, seed=self._seed, batch=self.batch))
         return weighed_levels(model.sde, torch.cat(found).cpu()).peak()
 
     def _trained(
         self, own: Images, labels: Tensor, others: Others, folder: Path | None
     ) -> ScoreModel:
         """A model that has learnt from labelled images, their copies, and those without labels."""
-        rng = torch.Generator().manual_seed(self.random_state)
+        rng = torch.Generator().manual_seed(self._seed)
         images = torch.cat([own, *(moved(own, rng) for _ in range(self.copies))])
         labels = labels.repeat(1 + self.copies)
         model = self._start(images, labels).to(self._on())
         if self.steps == 0:
             return model.eval().requires_grad_(False)
         weights = 1 / torch.bincount(labels)[labels].double() / len(model.labels)
+        identity = ""
+        if folder is not None:
+            parts = checkpoint.identity(images, labels, others, *model.state_dict().values())
+            identity = f"{parts} {self.adapt}"
         if len(others):
             images = torch.cat([images, others])
             labels = torch.cat([labels, labels.new_full((len(others),), -1)])
@@ -316,8 +326,9 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             lr=self.lr,
             class_rate=self.class_rate,
             warmup=min(500, self.steps // 10),
-            seed=self.random_state,
+            seed=self._seed,
             folder=folder,
+            identity=identity,
         )
         return runs.finished(loop, self.steps, "training", show=self.verbose).ema
 
@@ -326,13 +337,13 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         names = [str(label) for label in self.classes_]
         if self.pretrained is None:
             told = dict(channels=self.channels, labels=names, width=self.width)
-            model = unet.build(size=images.shape[2], seed=self.random_state, **told)
+            model = unet.build(size=images.shape[2], seed=self._seed, **told)
         else:
             start = self.pretrained
             start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
             model = relabelled(start, names)
             check_images(model, images)
-            adaptable(model, self.adapt, seed=self.random_state)
+            adaptable(model, self.adapt, seed=self._seed)
         return shifted(model, images, labels) if self.shift else model
 
     def _priors(self, labels: Tensor) -> Tensor:
@@ -345,13 +356,13 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                 )
             counts = counts if self.priors == "observed" else torch.ones_like(counts)
             return counts / counts.sum()
-        given = torch.tensor([float(p) for p in self.priors if isinstance(p, Real)])
-        if len(given) != len(counts) or given.min() <= 0 or abs(given.sum() - 1) > 1e-6:
+        given = np.ravel(self.priors)
+        numbers = given.dtype.kind in "fiu" and len(given) == len(counts)
+        if not (numbers and given.min() > 0 and abs(given.sum() - 1) < 1e-6):
             raise UserError(
-                f"priors are {list(self.priors)}; {len(counts)} numbers above 0 that sum to 1 "
-                "are needed"
+                f"priors are {self.priors}; {len(counts)} numbers above 0 that sum to 1 are needed"
             )
-        return given.double()
+        return torch.from_numpy(given.astype(float))
 
 
 def _some(images: Others, n: int, seed: int) -> Tensor:

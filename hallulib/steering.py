@@ -24,6 +24,7 @@ from hallulib import UserError
 from hallulib.sample import draw
 from hallulib.score import EpsFn, ScoreModel, classifier_guided, stratified_times
 from hallulib.sde import per_image
+from hallulib.seeding import seeded
 from hallulib.shapes import Images, Labels, PerImage, Times
 
 LEARNS = ("head", "all")
@@ -57,8 +58,7 @@ class NoisyClassifier(nn.Module):
         self.first, self.down, self.middle = unet.conv_in, unet.down_blocks, unet.mid_block
         self.requires_grad_(learns == "all")
         widths = unet.config.block_out_channels
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             features = sum(widths) + widths[-1]
             head = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, len(labels)))
         self.head = head.to(next(unet.parameters()).device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 
 from hallulib import UserError, augment, autoencoder, encoding, runs, train, unet
@@ -108,7 +109,7 @@ class SyntheticAugmenter(ImageEstimator):
         x, y = self._first(X, y)
         check_classification_targets(y)
         self.classes_, position = np.unique(y, return_inverse=True)
-        names, seed = [str(c) for c in self.classes_], self.random_state
+        names, seed = [str(c) for c in self.classes_], self._seed
         labels, rarest = torch.from_numpy(position), np.bincount(position).min()
         if len(names) < 2 or rarest < 2:
             raise UserError(
@@ -133,12 +134,17 @@ class SyntheticAugmenter(ImageEstimator):
         others = x if unlabelled is None else self._further(unlabelled)
         prior = self._prior(others)
         judge = train_resnet(
-            x, labels, steps=self.resnet_steps, width=trial.resnet_width, change=augment.changed
+            x,
+            labels,
+            steps=self.resnet_steps,
+            width=trial.resnet_width,
+            change=augment.changed,
+            seed=seed,
         )
         # how near real images are to each other tells what is a copy
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         space = FeatureSpace.fit(judge, x, labels, copy_threshold(x[order[::2]], x[order[1::2]]))
-        n = self._per_class(len(x)) * self.candidates
+        n = augment.per_class(self.ratio, len(x), len(names)) * self.candidates
         made, wanted = augment.synthesise(prior, trial, x, labels, names, n, seed)
         self.synthetic_, self.labels_ = made.numpy(), self.classes_[wanted.numpy()]
         self.verdicts_ = space.judge(made, wanted, self.confidence)
@@ -151,28 +157,34 @@ class SyntheticAugmenter(ImageEstimator):
         that many were admitted.
 
         Args:
-            X: labelled images, in any form; the answer has the form of ``X``.
+            X: labelled images, in any form; the answer has the form of ``X``, and 8-bit integers
+                where ``X`` holds them.
             y: their labels.
 
         Raises:
-            UserError: nothing was admitted.
+            UserError: nothing was admitted, or a label that the fit did not see.
+            ValueError: not one label for each image.
         """
-        x = self._further(X)
-        kept = take(self.verdicts_, self._per_class(len(x)), [str(c) for c in self.classes_])
-        shape = np.shape(X)[1:]
-        both = np.concatenate([x.numpy(), self.synthetic_[kept]])
-        return both.reshape(-1, *shape), np.concatenate([np.asarray(y), self.labels_[kept]])
+        x, y = self._further(X), column_or_1d(y)
+        check_consistent_length(x, y)
+        strange = sorted(set(y.tolist()) - set(self.classes_.tolist()), key=str)
+        if strange:
+            known = ", ".join(map(str, self.classes_))
+            raise UserError(f"label {strange[0]!r} was not among those of the fit: {known}")
+        n = augment.per_class(self.ratio, len(x), len(self.classes_))
+        kept = take(self.verdicts_, n, [str(c) for c in self.classes_])
+        both = np.concatenate([x.numpy(), self.synthetic_[kept]]).reshape(-1, *np.shape(X)[1:])
+        if getattr(X, "dtype", None) in (np.uint8, torch.uint8):
+            both = ((both + 1) * 127.5).round().astype(np.uint8)
+        return both, np.concatenate([y, self.labels_[kept]])
 
     def fit_resample(self, X, y, unlabelled=None) -> tuple[np.ndarray, np.ndarray]:
         """``fit(X, y, unlabelled).resample(X, y)``."""
         return self.fit(X, y, unlabelled).resample(X, y)
 
-    def _per_class(self, n: int) -> int:
-        return -(-round(self.ratio * n) // len(self.classes_))
-
     def _prior(self, others: Others) -> augment.Pretrained:
         """The autoencoder and the score model of its latents, read or trained."""
-        device, seed = self._on(), self.random_state
+        device, seed = self._on(), self._seed
         if self.pretrained is not None:
             folders = [Path(folder) for folder in self.pretrained]
             if len(folders) != 2:

@@ -25,8 +25,8 @@ tumour       5.2          -1.7   2.6       1.9         1.9           1.0        
 All classes are equally frequent. Of the twelve tiles of a patient, who has one slide, nine show
 one class and the others the other three; the tiles share 60 % of the variance of u, and how thick
 the slide is cut, how strongly it is stained, the size of glands, the focus and the lamp. So
-patients must not be divided between splits. Sites differ in all of these more than patients do;
-site E has the labels, and is not among the sites A to D of the split ``unlabelled``.
+patients must not be divided between splits. Sites differ in all of these as well; site E has the
+labels, and is not among the sites A to D of the split ``unlabelled``.
 
 The density of a single tile's parameters is exactly the one above, and a tile depends on its
 class only through them. The posterior given the true parameters is therefore exact, and no

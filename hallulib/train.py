@@ -70,6 +70,7 @@ def pretrain(
     clip: float = 1.0,
     seed: int = 0,
     folder: Path | None = None,
+    identity: str = "",
     every: int = 500,
 ) -> Iterator[State]:
     r"""Train a score model by denoising score matching, one yielded state per step.
@@ -97,6 +98,8 @@ def pretrain(
         seed: of every draw in the run.
         folder: where the checkpoint and ``losses.csv`` are kept; a checkpoint found there is
             resumed, to the same bytes on a CPU as if it had never stopped.
+        identity: of the images and the start, kept in the checkpoint: one of another identity is
+            refused. Needed where the folder does not stand for them.
         every: steps between checkpoints, and between looks at whether the loss is finite; see
             :class:`hallulib.checkpoint.Due`.
 
@@ -110,7 +113,7 @@ def pretrain(
     device = images.device
     settings = dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, p_uncond=p_uncond)
     settings |= dict(ema_decay=ema_decay, clip=clip, seed=seed, images=list(images.shape))
-    settings |= dict(class_rate=class_rate)
+    settings |= dict(class_rate=class_rate) | (dict(identity=identity) if identity else {})
     state = _start(model, steps, lr, class_rate, seed, device)
     if folder is not None:
         checkpoint.resume(state, Path(folder), settings)

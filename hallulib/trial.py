@@ -39,7 +39,7 @@ class Trial:
         per_epoch: episodes between two validations.
         n_validation: validation episodes.
         n_episodes: test episodes.
-        seed: of everything.
+        seed: of everything but the pretraining, which many trials share.
         recipe: how supports are hallucinated.
         fit: how classifiers learn.
 

@@ -5,6 +5,7 @@ the network without class *is* a plain ``UNet2DModel`` and a saved model is an o
 ``DDPMPipeline`` with the class vectors in a small file beside it.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,10 +17,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hallulib import UserError, disk
 from hallulib.score import ScoreModel
 from hallulib.sde import SDE, SDES, VPSDE
+from hallulib.seeding import seeded
 from hallulib.shapes import Images, Labels, Times
 
 SIDECAR, CLASSES = "score_model.json", "classes.safetensors"
@@ -82,19 +85,21 @@ def build(
         seed: of the initial weights.
 
     Raises:
-        UserError: a size that leaves more than 16 pixels a side at the coarsest resolution, where
-            attention would compare too many positions.
+        UserError: a width that is no multiple of 8, or a size that leaves more than 16 pixels a
+            side at the coarsest resolution, where attention would compare too many positions.
     """
+    if width < 8 or width % 8:
+        raise UserError(f"width is {width}; a multiple of 8 is needed")
     levels, side = 1, size
     while side > 8 and side % 2 == 0:
         levels, side = levels + 1, side // 2
     if side > 16:
         raise UserError(
-            f"images of side {size} do not suit the network, which halves them down to 16 or less;"
-            f" it stopped at {side}: a multiple of 8 is needed"
+            f"images of side {size} do not suit the network, which halves them while they are "
+            f"even and is left with {side}; a side that so comes to 16 or less is needed, such as "
+            f"{size // 16 * 16 or 16}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         unet = UNet2DModel(
             sample_size=size,
             in_channels=channels,
@@ -120,6 +125,11 @@ def save(model: ScoreModel, folder: Path) -> None:
         UserError: the folder cannot be written.
     """
     unet = model.network.unet
+    if any(map(parametrize.is_parametrized, unet.modules())):  # low-rank changes become weights
+        unet = copy.deepcopy(unet)
+        for module in unet.modules():
+            if parametrize.is_parametrized(module):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     unet.register_to_config(class_embed_type=None)  # the null class needs no class input
     scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
     name = next(name for name, kind in SDES.items() if type(model.sde) is kind)
@@ -151,7 +161,8 @@ def load(folder: Path) -> ScoreModel:
         of_classes = load_file(folder / CLASSES)
         unet = load_network(UNet2DModel, folder / "unet", class_embed_type="identity")
         sde = SDES[sidecar["sde"].pop("name")](**sidecar["sde"])
-        network = ClassUNet(unet, len(sidecar["labels"]))
+        with seeded():  # its random vectors are not kept
+            network = ClassUNet(unet, len(sidecar["labels"]))
         network.classes.load_state_dict({"weight": of_classes["classes"]})
         shifts = of_classes.get("shifts")
         if shifts is not None and shifts.shape != (len(sidecar["labels"]) + 1, *network.shape):

@@ -9,7 +9,7 @@ import torch
 
 from hallulib import UserError, data
 from hallulib.augment import ARMS, Trial, read_fold, run
-from hallulib.few_labels import choose
+from hallulib.few_labels import choose, read_scores
 from hallulib.gains import table
 from hallulib.selection import ADMITTED
 
@@ -120,6 +120,18 @@ def test_an_arm_that_answers_as_the_other_gains_nothing_for_sure():
         scores[f"selected {name}"] = scores[f"classical {name}"]
     row = table(scores, ARMS).set_index("arm").loc["selected"]
     assert row["gain"] == row["gain_low"] == row["gain_high"] == 0
+
+
+def test_patients_may_have_any_name_but_need_one(tmp_path):
+    scores = made_up((0.6, 0.7, 0.7, 0.8))
+    names = dict(zip(scores["patient"].unique(), ["NA", "None", "nan", "007"], strict=False))
+    named = scores.assign(patient=scores["patient"].map(lambda p: names.get(p, p)))
+    named.to_csv(tmp_path / "scores.csv", index=False)
+    read = read_scores(tmp_path / "scores.csv")
+    assert read["patient"].tolist() == named["patient"].astype(str).tolist()
+    pd.testing.assert_frame_equal(table(read, ARMS), table(scores, ARMS))
+    with pytest.raises(UserError, match="row 3 of the scores has no patient"):
+        table(named.assign(patient=named["patient"].where(named.index != 3)), ARMS)
 
 
 def test_intervals_of_no_gain_hold_zero_about_as_often_as_they_should():

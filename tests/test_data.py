@@ -99,6 +99,14 @@ def test_selected_rows_keep_images_and_table_together(toy):
     assert list(toy.select(labelled="grade").table["item"]) == ["0", "1", "2", "3"]
 
 
+def test_a_part_of_a_set_is_other_images_than_the_whole(toy):
+    assert toy.select().identity == toy.identity  # nothing is left out
+    parts = [toy.select(rows=rows).identity for rows in ([0, 1], [0, 2], [0, 1, 2])]
+    assert len({str(i) for i in [toy.identity, *parts]}) == 4
+    by_way_of = toy.select(rows=[0, 1, 2]).select(rows=[0, 1])
+    assert by_way_of.identity == parts[0]  # whatever way it was selected
+
+
 def test_the_summary_counts_every_image_once(toy):
     summary = toy.summary()
     assert summary["images"].sum() == len(toy)

@@ -14,8 +14,10 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from hallulib import UserError, unet
 from hallulib.adaptation import shifted
+from hallulib.bound import bound, decide
 from hallulib.estimators import ScoreClassifier
 from hallulib.levels import Levels, leads
+from hallulib.likelihood import log_density
 
 TINY = dict(width=8, batch_size=8, effort=6)
 # checks that do not apply to networks on images
@@ -209,12 +211,75 @@ def test_training_goes_on_from_its_folder(tmp_path):
         (dict(adapt="some"), "adapt 'some'"),
         (dict(priors="mine"), "priors is 'mine'"),
         (dict(priors=(0.5, 0.6)), "2 numbers above 0 that sum to 1"),
+        (dict(priors=(np.nan, 0.5)), "2 numbers above 0 that sum to 1"),
+        (dict(priors=None), "2 numbers above 0 that sum to 1"),
         (dict(channels=3), "rows have 64 features; channels"),
+        (dict(channels=0), "channels is 0; at least 1"),
+        (dict(temperature=-1), "temperature is -1; a number above 0"),
+        (dict(effort=0), "effort is 0; at least 1"),
+        (dict(effort=1, method="exact"), "effort is 1; at least 2"),
+        (dict(steps=-1), "steps is -1; at least 0"),
+        (dict(batch_size=0), "batch_size is 0; at least 1"),
+        (dict(copies=-1), "copies is -1; at least 0"),
+        (dict(width=12), "width is 12; a multiple of 8"),
+        (dict(random_state=None), "random_state is None; a whole number"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(change, sentence):
+    x, y = bars(8)
     with pytest.raises(UserError, match=sentence):
-        ScoreClassifier(steps=2, **TINY | change).fit(*bars(8))
+        ScoreClassifier(**dict(steps=2, **TINY) | change).fit(x.reshape(8, 64), y)
+
+
+def test_the_whole_numbers_of_numpy_are_whole_numbers():
+    x, y = bars(8)
+    found = [ScoreClassifier(steps=2, random_state=s, **TINY).fit(x, y) for s in (3, np.int64(3))]
+    np.testing.assert_array_equal(*[f.predict_proba(x) for f in found])
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 4), (1, 4, 16), (4, 4, 4), (64, 1, 1)])
+def test_images_of_another_shape_are_refused_though_they_have_as_many_pixels(fitted, shape):
+    with pytest.raises(UserError, match=r"images of shape .* found; \(1, side, side\) is needed"):
+        fitted.predict(np.zeros((2, *shape), np.float32))
+
+
+def test_images_may_lie_in_memory_in_any_way(fitted):
+    x, y = bars(8)
+    expected = fitted.predict_proba(x)
+    np.testing.assert_array_equal(fitted.predict_proba(x[::-1]), expected[::-1])
+    halves = torch.from_numpy(x).bfloat16()
+    np.testing.assert_array_equal(
+        fitted.predict_proba(halves), fitted.predict_proba(halves.float())
+    )
+    ScoreClassifier(steps=1, **TINY).fit(x[::-1], y[::-1, None]).calibrate(x, y[:, None])
+
+
+def test_a_training_of_other_images_is_not_taken_for_its_own(tmp_path):
+    x, y = bars(8)
+    told = dict(steps=2, folder=tmp_path, **TINY)
+    start = ScoreClassifier(**told).fit(x, y).model_
+    again = ScoreClassifier(**told).fit(x, y).model_  # the same images go on
+    for a, b in zip(start.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for others in ((-x, y), (x, y[::-1])):
+        with pytest.raises(UserError, match="was trained with identity = .*; give another folder"):
+            ScoreClassifier(**told).fit(*others)
+    with pytest.raises(UserError, match="was trained with identity = .*; give another folder"):
+        ScoreClassifier(start, **told).fit(x, y)
+
+
+@pytest.mark.parametrize("method", ["decide", "bound", "exact"])
+def test_a_model_of_single_precision_takes_double_images_and_none(fitted, method):
+    x = torch.from_numpy(bars(4)[0])[:, None]
+    model = fitted.model_
+    score = {
+        "decide": lambda x: decide(model, x).log_ratio,
+        "bound": lambda x: bound(model, x, pairs=2).value,
+        "exact": lambda x: log_density(model, x, steps=2).value,
+    }[method]
+    assert torch.equal(score(x.double()), score(x))
+    if method != "decide":  # which has nobody to decide for
+        assert score(x[:0]).shape == (0, 2)
 
 
 def test_images_it_cannot_use_are_refused(fitted):
@@ -292,3 +357,30 @@ def test_it_is_saved_without_pickle_and_comes_back(fitted, tmp_path):
     assert {p.suffix for p in files} == {".json", ".safetensors"}
     with pytest.raises(UserError, match="is not a saved ScoreClassifier"):
         ScoreClassifier.load(tmp_path)
+
+
+def test_low_rank_changes_and_labels_of_any_kind_come_back(fitted, tmp_path):
+    x, y = bars(16)
+    told = dict(adapt="low_rank", steps=3, lr=1e-2, **TINY)
+    one = ScoreClassifier(fitted.model_, **told).fit(x, y == "upper")
+    one.save(tmp_path / "one")
+    state = torch.get_rng_state()
+    again = ScoreClassifier.load(tmp_path / "one")
+    assert torch.equal(torch.get_rng_state(), state)
+    np.testing.assert_allclose(again.predict_proba(x), one.predict_proba(x), rtol=1e-3)
+    assert again.predict(x).dtype == bool
+    one.save(tmp_path / "twice")  # saving has changed nothing
+    np.testing.assert_array_equal(
+        ScoreClassifier.load(tmp_path / "twice").predict_proba(x), again.predict_proba(x)
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_what_was_saved_on_a_gpu_can_be_read_where_there_is_none(fitted, tmp_path):
+    fitted.save(tmp_path / "one")
+    state = tmp_path / "one" / "estimator.json"
+    state.write_text(state.read_text().replace('"device": null', '"device": "cuda"'))
+    with pytest.raises(UserError, match="device is 'cuda', and PyTorch finds no GPU"):
+        ScoreClassifier.load(tmp_path / "one")
+    again = ScoreClassifier.load(tmp_path / "one", device="cpu")
+    assert again.predict(bars(4)[0]).shape == (4,)

@@ -179,3 +179,41 @@ def test_episodes_needed_reach_the_power_they_promise_and_one_fewer_does_not(rng
 def test_impossible_requests_are_told_in_a_sentence(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_right_or_wrong_in_any_type_makes_the_same_difference():
+    a, b = [1, 0, 1, 0, 1], [1, 1, 1, 0, 1]
+    expected = paired_difference(a, b)
+    assert expected.value == pytest.approx(-0.2)
+    for kind in (np.uint8, bool, np.float32, torch.bfloat16, torch.bool):
+        torches = isinstance(kind, torch.dtype)
+        pair = [torch.tensor(v, dtype=kind) if torches else np.array(v, kind) for v in (a, b)]
+        assert paired_difference(*pair) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("level", [0, 1, 95, float("nan")])
+def test_a_level_that_is_no_share_is_told(level):
+    values = [0.1, 0.2, 0.4]
+    for call in (
+        lambda: mean_interval(values, level=level),
+        lambda: paired_difference(values, values[::-1], level=level),
+        lambda: bootstrap(np.mean, values, level=level),
+        lambda: episodes_needed(0.1, 0.1, level=level),
+    ):
+        with pytest.raises(UserError, match=r"level is .*; a number between 0 and 1 is needed"):
+            call()
+    with pytest.raises(UserError, match="power is 80"):
+        episodes_needed(0.1, 0.1, power=80)
+
+
+def test_names_in_place_of_numbers_and_patients_without_a_name_are_told():
+    with pytest.raises(UserError, match="labels are of type <U4; numbers are needed"):
+        auroc(["low", "high", "low"], [0.1, 0.2, 0.3])
+    for name in (None, float("nan")):
+        with pytest.raises(UserError, match="row 1 is of no group"):
+            bootstrap(np.mean, [0.1, 0.2, 0.3], groups=np.array(["a", name, "b"], object))
+
+
+def test_a_difference_that_nobody_could_see_is_told():
+    with pytest.raises(UserError, match="more than 1.* episodes would be needed"):
+        episodes_needed(1e-12, 0.1)

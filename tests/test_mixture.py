@@ -1,10 +1,11 @@
 """The closed forms that other tests lean on, against independent implementations."""
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from hallulib.mixture import GaussianMixture
+from hallulib.mixture import ClassMixture, GaussianMixture
 from hallulib.sde import VESDE, VPSDE, SubVPSDE
 
 
@@ -39,3 +40,10 @@ def test_samples_have_the_moments_of_the_mixture():
         assert len(of_class) / 1e5 == pytest.approx(float(mixture.weights[k]), abs=0.006)
         torch.testing.assert_close(of_class.mean(0), mixture.means[k], atol=0.05, rtol=0)
         torch.testing.assert_close(torch.cov(of_class.T), covariances[k], atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_priors_of_any_form_are_the_same(kind):
+    data = GaussianMixture(torch.zeros(1, 2), torch.eye(2)[None])
+    found = ClassMixture(VPSDE(), {"a": data, "b": data}, priors=kind([0.2, 0.8]))
+    assert found.priors.tolist() == pytest.approx([0.2, 0.8])

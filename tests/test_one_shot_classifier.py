@@ -149,7 +149,9 @@ def test_candidates_are_chosen_as_in_the_experiment(result, images, tmp_path, mo
         (dict(pretrained="nowhere"), "nowhere is not a finished joint training .*oneshot.run"),
         (dict(n_hallucinated=-1), "n_hallucinated is -1; a whole number from 0 on"),
         (dict(n_hallucinated=1.5), "n_hallucinated is 1.5"),
-        (dict(channels=3), "256 features; channels"),
+        (dict(channels=3), r"images of shape \(1, 16, 16\) found; \(3, side, side\)"),
+        (dict(pretrained=None), "pretrained is None; the folder of a run"),
+        (dict(pretrained="no/such/place/one-shot-phantom"), "one-shot-phantom is not a finished"),
     ],
 )
 def test_impossible_settings_are_told(result, images, settings, message):

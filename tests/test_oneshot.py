@@ -310,6 +310,14 @@ def test_a_method_that_equals_the_baseline_needs_no_number_of_episodes():
     assert "needed" not in row or np.isnan(row["needed"])
 
 
+def test_means_that_tie_but_for_rounding_need_no_number_of_episodes():
+    a = [0.72, 0.6, 0.52, 0.36, 0.36, 0.2, 0.24, 0.2, 0.28, 0.72]
+    b = [0.52, 0.28, 0.36, 0.24, 0.72, 0.36, 0.2, 0.2, 0.6, 0.72]
+    row = table(pd.DataFrame({"baseline": a, "+1": b})).loc["+1"]
+    assert row["gain"] == pytest.approx(0, abs=1e-12)
+    assert "needed" not in row or np.isnan(row["needed"])
+
+
 def test_the_share_of_the_oracle_is_the_ratio_of_the_gains():
     told = made_up(oracle_2=0.05)
     told["+2"] = told["baseline"] + 0.4 * (told["oracle +2"] - told["baseline"])

@@ -65,6 +65,13 @@ def test_a_weight_of_zero_leaves_an_example_out():
     torch.testing.assert_close(prototypes(support, weights), expected)
 
 
+def test_nothing_of_an_example_that_is_left_out_is_felt_and_a_class_needs_one():
+    found = prototypes(torch.tensor([[[1.0], [math.nan]]]), torch.tensor([[1.0, 0.0]]))
+    assert found.tolist() == [[1.0]]
+    with pytest.raises(UserError, match="one in each class must be above zero"):
+        prototypes(torch.zeros(2, 0, 3), torch.zeros(2, 0))
+
+
 def test_an_integer_weight_is_so_many_copies():
     _, support, _ = task((), n_way=2, n=2)
     weights = torch.tensor([[3.0, 1.0], [3.0, 1.0]], dtype=torch.float64)
@@ -82,10 +89,10 @@ def test_a_prototype_lies_within_its_examples_and_moves_with_them(size):
     torch.testing.assert_close(prototypes(2 * support + 1, weights), 2 * found + 1)
 
 
-@pytest.mark.parametrize("bad", [[1.0, -0.1], [0.0, 0.0], [math.nan, 1.0]])
+@pytest.mark.parametrize("bad", [[1.0, -0.1], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
 def test_weights_without_a_mean_are_refused(bad):
     support = torch.randn(2, 2, 3)
-    with pytest.raises(UserError, match="weights that are not negative, and one above zero"):
+    with pytest.raises(UserError, match="none may be negative or infinite"):
         prototypes(support, torch.tensor([[1.0, 1.0], bad]))
 
 

@@ -87,5 +87,30 @@ def test_what_does_not_suit_is_told_in_a_sentence(fitted, images):
         SyntheticAugmenter(**TINY | {"confidence": 0.999999}).fit_resample(x, y)
     with pytest.raises(UserError, match="candidates is 0"):
         SyntheticAugmenter(**TINY | {"candidates": 0}).fit(x, y)
-    with pytest.raises(ValueError, match="768 features, .* expecting 256"):
-        fitted.resample(np.zeros((4, 3, 16, 16), np.float32), np.zeros(4))
+    with pytest.raises(ValueError, match="1024 features, .* expecting 256"):
+        fitted.resample(np.zeros((4, 1, 32, 32), np.float32), y[:4])
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        fitted.resample(x, y[:-1])
+    with pytest.raises(UserError, match="label 3 was not among those of the fit: high, low"):
+        fitted.resample(x, np.full(len(y), 3))
+
+
+def test_grey_levels_come_back_as_grey_levels(fitted, images):
+    x, y, _ = images
+    grey = ((x + 1) * 127.5).round().astype(np.uint8)
+    more, labels = fitted.resample(grey, y)
+    whole, _ = fitted.resample(x, y)
+    assert more.dtype == np.uint8
+    np.testing.assert_array_equal(more[: len(x)], grey)
+    np.testing.assert_array_equal(more[len(x) :], ((whole[len(x) :] + 1) * 127.5).round())
+    assert len(more) == len(labels)
+
+
+def test_the_seed_is_that_of_the_judge_too_and_a_small_ratio_adds_one_of_a_class(images):
+    x, y, others = images
+    told = TINY | {"ratio": 1e-3}
+    found = [SyntheticAugmenter(random_state=s, **told).fit(x, y, others) for s in (0, 0, 1)]
+    sure = [f.verdicts_["confidence"].to_numpy() for f in found]
+    np.testing.assert_array_equal(sure[0], sure[1])
+    assert not np.array_equal(sure[0], sure[2])
+    assert len(found[0].synthetic_) == 2 * TINY["candidates"]

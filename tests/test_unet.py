@@ -106,7 +106,7 @@ def test_colour_images_are_predicted_too():
 
 
 def test_a_size_that_cannot_be_halved_is_explained():
-    with pytest.raises(UserError, match="side 34 do not suit .* stopped at 17: a multiple of 8"):
+    with pytest.raises(UserError, match="side 34 do not suit .* is left with 17; .* such as 32"):
         unet.build(size=34)
 
 
