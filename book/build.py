@@ -33,15 +33,21 @@ def fingerprint(chapter: Path, chosen: dict) -> str:
     if "data_prep" in chapter.read_text():
         code |= set((ROOT / "data_prep").rglob("*.py"))
     if "grid.load" in chapter.read_text():
-        code |= set((ROOT / "book" / "results").rglob("*.json"))
+        code |= _files(ROOT / chosen.get("RESULTS", "book/results"))
     # card.json holds the checksums of the other files of an image set
-    code.add(ROOT / str(chosen.get("DATASET", "")) / "card.json")
+    code.add(ROOT / Path(str(chosen.get("DATASET", ""))).expanduser() / "card.json")
     # pictures of the reader's own have no card yet
-    code |= set((ROOT / chosen["FOLDER"]).rglob("*")) if "FOLDER" in chosen else set()
+    code |= _files(ROOT / chosen["FOLDER"]) if "FOLDER" in chosen else set()
     for file in sorted(code):
         if file.is_file() and "__pycache__" not in file.parts:
             digest.update(str(file).encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def _files(folder: Path) -> set[Path]:
+    """All files in a folder, those of folders that are links too."""
+    walk = os.walk(folder, followlinks=True)
+    return {Path(place) / name for place, _, names in walk for name in names}
 
 
 def execute(chapter: Path, out: Path, chosen: dict, title: str | None = None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from scipy.optimize import brentq
 from torch import Tensor
 
@@ -23,7 +23,7 @@ COLDEST, HOTTEST = 1e-2, 1e4
 
 LogDensities = Float[Tensor, "n k"]
 Probabilities = Float[Tensor, "n k"]
-Answers = Int[Tensor, " answers"]
+Answers = Integer[Tensor, " answers"]
 Priors = Sequence[float] | Float[Tensor, " priors"]
 
 
@@ -221,16 +221,10 @@ def _labels(rows: Float[Tensor, "n k"], y: Answers) -> Answers:
     n, k = rows.shape
     if n == 0 or len(y) != n:
         raise UserError(f"{n} rows and {len(y)} labels found; one label for each row is needed")
-    if y.ndim > 1 or y.is_floating_point() or y.dtype == torch.bool:
-        raise UserError(
-            f"labels of shape {tuple(y.shape)} and type {y.dtype} found; whole numbers in one row "
-            "are needed"
-        )
-    y = y.long()
     if not ((y >= 0) & (y < k)).all():
         wrong = int(y[(y < 0) | (y >= k)][0])
         raise UserError(f"label {wrong} found; {k} classes need labels 0 to {k - 1}")
-    return y
+    return y.long()  # what indices must be
 
 
 def _answers(p: Probabilities, y: Answers) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:

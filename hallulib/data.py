@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +41,14 @@ class ImageSet:
         table: strings: ``patient``, ``split``, label columns ("" = unlabelled), coordinates.
         card: origin, licence, processing, label order; see the module.
         path: the folder, or None for an embedded set.
-        is_part: whether a selection has left out some images.
+        opened: the table as `open` read it.
     """
 
     images: np.ndarray
     table: pd.DataFrame
     card: dict
     path: Path | None = None
-    is_part: bool = False
+    opened: pd.DataFrame | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,13 +77,14 @@ class ImageSet:
     def identity(self) -> str | dict:
         """What the images are, for runs that depend on them: a checksum, or how they are drawn.
 
-        Of a part of a set, with a checksum of its rows: other images are another run.
+        Of a part of a set, or where its table was changed, with a checksum of the table: other
+        images or labels are another run.
         """
         whole = self.card.get("sha256") or self.card["origin"]
-        if not self.is_part:
+        if self.opened is not None and self.table.equals(self.opened):
             return whole
         rows = hashlib.sha256(self.table.to_csv(index=False).encode()).hexdigest()
-        return {"part of": whole, "rows": rows}
+        return {"of": whole, "table": rows}
 
     def classes(self, scheme: str) -> tuple[str, ...]:
         """The label values of a scheme, in the order of the card.
@@ -161,8 +162,7 @@ class ImageSet:
         neighbours = last - first + 1 == len(rows)
         images = self.images[first : last + 1] if neighbours else self.images[rows]
         table = self.table.iloc[rows].reset_index(drop=True)
-        is_part = self.is_part or len(rows) < len(self)
-        return replace(self, images=images, table=table, is_part=is_part)
+        return replace(self, images=images, table=table)
 
     def summary(self) -> pd.DataFrame:
         """Images and patients per split and class of the first scheme ("" = unlabelled)."""
@@ -197,6 +197,7 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
     else:
         image_set = _load(Path(path_or_name).expanduser())
     check(image_set)
+    image_set = replace(image_set, opened=image_set.table.copy())
     return image_set if size in (None, image_set.size) else _reduced(image_set, size)
 
 

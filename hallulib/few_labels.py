@@ -135,7 +135,7 @@ def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd
 
 def read_scores(file: Path) -> pd.DataFrame:
     """A table of scores; a patient may be called anything, ``NA`` as well."""
-    return pd.read_csv(file, converters={"patient": str})
+    return pd.read_csv(file, dtype={"patient": str}, keep_default_na=False)
 
 
 def table(scores: pd.DataFrame, seed: int = 0, own: str = "likelihood") -> pd.DataFrame:

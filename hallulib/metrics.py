@@ -115,7 +115,7 @@ def _check_scores(y, scores) -> int:
     return n_classes
 
 
-def mean_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
+def mean_interval(values: ArrayLike, *, level: float | int = 0.95) -> Interval:
     r"""Mean of independent values with Student's interval, in the unit of the values.
 
     .. math:: \bar v \pm t_{(1 + \mathrm{level})/2,\, n-1}\; s / \sqrt n
@@ -142,7 +142,7 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Interval:
+def paired_difference(a: ArrayLike, b: ArrayLike, *, level: float | int = 0.95) -> Interval:
     """Mean of ``a - b`` over the same episodes, with Student's interval for pairs.
 
     What makes an episode easy is common to both methods and cancels, so the interval is narrower
@@ -169,7 +169,7 @@ def bootstrap(
     *arrays: ArrayLike,
     groups: ArrayLike | None = None,
     n_resamples: int = 2000,
-    level: float = 0.95,
+    level: float | int = 0.95,
     seed: int = 0,
 ) -> Interval:
     """A statistic with its percentile bootstrap interval, resampling whole groups.
@@ -230,7 +230,11 @@ def _rows_of_groups(arrays, groups):
 
 
 def episodes_needed(
-    difference: float | int, sd: float | int, *, power: float = 0.8, level: float = 0.95
+    difference: float | int,
+    sd: float | int,
+    *,
+    power: float | int = 0.8,
+    level: float | int = 0.95,
 ) -> int:
     r"""Episodes after which a true paired difference is seen with the given power.
 

@@ -8,6 +8,7 @@ has to learn for images is a formula here, for teaching and for tests alike.
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -86,7 +87,7 @@ class ClassMixture:
         self,
         sde: SDE,
         classes: Mapping[str, GaussianMixture],
-        priors: Sequence[float] | None = None,
+        priors: Sequence[float] | np.ndarray | Tensor | None = None,
     ):
         self.sde, self.labels, self.parts = sde, tuple(classes), tuple(classes.values())
         equal = [1.0] * len(self.parts)

@@ -245,10 +245,12 @@ def execute(
         stderr_file: where the standard error of the chapter is echoed.
 
     Raises:
-        UserError: the chapter stopped with one; its sentence, after the chapter's name.
+        UserError: the chapter stopped with one; its sentence, after the chapter's name. Or its
+            process was killed.
         papermill.PapermillExecutionError: it failed otherwise.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     settings = dict(
         kernel_name="python3",
@@ -266,6 +268,11 @@ def execute(
             if error.ename == "UserError":
                 raise UserError(f"{chapter.stem}: {error.evalue}") from None
             raise
+        except DeadKernelError as error:
+            raise UserError(
+                f"{chapter.stem}: its process was killed, most likely for lack of memory; smaller "
+                "parameters or more memory are needed"
+            ) from error
         except RuntimeError as error:
             # kernels that start at the same moment may find the same port free; no cell has run
             if "before replying" not in str(error) or not left:

@@ -1,14 +1,21 @@
-"""The parameters of a chapter: one call refuses misspelt names and impossible values."""
+"""The parameters of a chapter: one call refuses misspelt names and impossible values.
+
+It also makes relative paths start at the root of the project, as they do under papermill and
+``make``: JupyterLab and Binder start a kernel in the folder of its notebook.
+"""
 
 import ast
 import difflib
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from hallulib import UserError
 
+BOOK = Path(__file__).resolve().parents[1] / "book"
 Rule = type | tuple | set | frozenset | list
 
 # Only plain values can be parameters: a class such as VPSDE has a capital name too.
@@ -17,6 +24,8 @@ _PLAIN = (str, int, float, bool, list, dict, type(None))
 
 def check(namespace: Mapping[str, Any], **declared: Rule) -> None:
     """Stop the run with one sentence if a parameter is misspelt or impossible.
+
+    A kernel that was started in the folder of the chapters is moved to the root of the project.
 
     A rule is one of
 
@@ -39,6 +48,8 @@ def check(namespace: Mapping[str, Any], **declared: Rule) -> None:
         Traceback (most recent call last):
         hallulib.UserError: parameter STEPS = 0 must be a whole number of at least 1
     """
+    if Path.cwd() in (BOOK, BOOK / "grids"):
+        os.chdir(BOOK.parent)
     for name in sorted(_capitals(namespace) | _injected(namespace)):
         if name not in declared:
             raise UserError(unknown(name, declared))

@@ -104,12 +104,15 @@ def pretrain(
             :class:`hallulib.checkpoint.Due`.
 
     Raises:
-        UserError: a checkpoint of other settings, or a loss that is no longer finite.
+        UserError: no step, no image in a batch, a checkpoint of other settings, or a loss that is
+            no longer finite.
 
     Source:
         Ho et al. 2020 (loss, Adam 2e-4, clipping at 1); Ho & Salimans 2022, algorithm 1
         (dropped labels).
     """
+    if steps < 1 or batch_size < 1:
+        raise UserError(f"steps is {steps}, batch_size is {batch_size}; at least 1 is needed")
     device = images.device
     settings = dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, p_uncond=p_uncond)
     settings |= dict(ema_decay=ema_decay, clip=clip, seed=seed, images=list(images.shape))
@@ -277,7 +280,7 @@ def training_images(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 after a sentence about the input."""
+    """The command line; returns 0, 2 after a sentence about the input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m hallulib.train",
         description="Train the score model of an image set where chapters with these settings "
@@ -298,6 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on at the last checkpoint", file=sys.stderr)
+        return 130
     if parallel.is_main():
         print(f"the score model is in {folder}")
     return 0

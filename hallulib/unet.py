@@ -5,8 +5,8 @@ the network without class *is* a plain ``UNet2DModel`` and a saved model is an o
 ``DDPMPipeline`` with the class vectors in a small file beside it.
 """
 
-import copy
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -125,11 +125,8 @@ def save(model: ScoreModel, folder: Path) -> None:
         UserError: the folder cannot be written.
     """
     unet = model.network.unet
-    if any(map(parametrize.is_parametrized, unet.modules())):  # low-rank changes become weights
-        unet = copy.deepcopy(unet)
-        for module in unet.modules():
-            if parametrize.is_parametrized(module):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    if any(map(parametrize.is_parametrized, unet.modules())):
+        unet = _plain(unet)
     unet.register_to_config(class_embed_type=None)  # the null class needs no class input
     scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
     name = next(name for name, kind in SDES.items() if type(model.sde) is kind)
@@ -147,6 +144,15 @@ def save(model: ScoreModel, folder: Path) -> None:
             of_classes["shifts"] = model.shifts.contiguous()
         save_file(of_classes, partial / CLASSES)
         (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+
+
+def _plain(unet: UNet2DModel) -> UNet2DModel:
+    """An ordinary network of the weights that low-rank changes have led to."""
+    with torch.device("meta"):
+        plain = UNet2DModel.from_config(unet.config)
+    weights = {name: operator.attrgetter(name)(unet).detach() for name in plain.state_dict()}
+    plain.load_state_dict(weights, assign=True)
+    return plain
 
 
 def load(folder: Path) -> ScoreModel:

@@ -8,6 +8,7 @@ start of a notebook come on top.
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -174,9 +175,9 @@ def _one_shot(p) -> list[Work]:
     return [Work("classifier step", p.SIZE, p.WIDTH, 6 * p.STEPS * N_WAY * (1 + 5))]
 
 
-def _hallucination(p) -> list[Work]:
+def _hallucination(p, **other) -> list[Work]:
     plain = Trial("train", "test", n_way=N_WAY, steps=p.STEPS, n_episodes=p.N_EPISODES)
-    t = vary(plain, p.VARY)
+    t = vary(replace(plain, **other), p.VARY)
     own = dict(size=p.SIZE, width=t.pretraining_width, kept=True)
     most = max(t.counts) * t.fit.candidates
     seen = [t.k_shot + t.n_query + n * t.fit.candidates for n in t.counts]
@@ -190,6 +191,10 @@ def _hallucination(p) -> list[Work]:
         Work("score call", images=(t.steps + tests) * made, batch=16, **own),
         Work("classifier step", p.SIZE, t.width, t.steps * t.n_way * sum(seen), kept=True),
     ]
+
+
+def _your_data(p) -> list[Work]:
+    return _hallucination(p, n_way=2, pretraining=p.PRETRAINING, pretraining_width=16)
 
 
 def _likelihood(p) -> list[Work]:
@@ -221,4 +226,5 @@ CHAPTERS: dict[str, Callable[[SimpleNamespace], list[Work]]] = {
     "06_hallucination": _hallucination,
     "07_likelihood": _likelihood,
     "08_latent_augmentation": _augmentation,
+    "10_your_data": _your_data,
 }

@@ -151,20 +151,15 @@ def test_calibration_error_of_constructions():
     assert int(calibration_error(sure, torch.zeros(3, dtype=torch.int64)).count[-1]) == 3
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=seeds)
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
-def test_labels_of_any_whole_type_are_taken_and_others_told(kind):
+def test_labels_of_any_whole_type_are_taken(kind):
     p, y = torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1])
     assert calibration_error(p, y.to(kind)).error == calibration_error(p, y).error
     assert fit_temperature(p.log(), y.to(kind)) == fit_temperature(p.log(), y)
-    for wrong in (y[:, None], y.bool(), y.float()):
-        with pytest.raises(UserError, match="whole numbers in one row are needed"):
-            calibration_error(p, wrong)
 
 
-@given(st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds)
 def test_the_order_of_classes_and_rows_changes_no_measure(seed):
     """Also where two classes share the top probability."""
     p, y = random_answers(seed)

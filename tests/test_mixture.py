@@ -44,6 +44,6 @@ def test_samples_have_the_moments_of_the_mixture():
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
 def test_priors_of_any_form_are_the_same(kind):
-    data = GaussianMixture(torch.zeros(1, 2), torch.eye(2)[None])
+    data = GaussianMixture(torch.zeros(1, 1, 1, 2), torch.eye(2)[None])
     found = ClassMixture(VPSDE(), {"a": data, "b": data}, priors=kind([0.2, 0.8]))
     assert found.priors.tolist() == pytest.approx([0.2, 0.8])

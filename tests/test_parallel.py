@@ -136,6 +136,33 @@ def test_the_command_line_tells_a_wrong_data_set_in_one_sentence(capsys):
     assert "\n" not in told
 
 
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--steps 0", "steps is 0, batch_size is 4; at least 1"),
+        ("--batch-size -1", "batch_size is -1; at least 1"),
+        ("--width 7", "width is 7; a multiple of 8"),
+    ],
+)
+def test_impossible_numbers_are_refused_and_no_run_is_kept(
+    tmp_path, monkeypatch, capsys, option, sentence
+):
+    monkeypatch.setenv("HALLULIB_RUNS", str(tmp_path))
+    sizes = f"--size 16 --steps 1 --batch-size 4 --width 8 {option}"
+    assert train.main(["phantom", *sizes.split()]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.glob(f"*/{artifacts.CARD}"))
+
+
+def test_ctrl_c_is_told_in_a_sentence(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "pretrained", interrupted)
+    assert train.main(["phantom", "--size", "16"]) == 130
+    assert "goes on at the last checkpoint" in capsys.readouterr().err
+
+
 def test_an_unknown_scheme_is_refused(capsys):
     assert train.main(["phantom", "--size", "16", "--scheme", "gs2"]) == 2
     assert "gs2" in capsys.readouterr().err

@@ -140,6 +140,21 @@ def test_the_papermill_command_runs_a_chapter_with_another_value(notebook, tmp_p
     assert re.search("ran 2000", (tmp_path / "out.ipynb").read_text())
 
 
+@pytest.mark.parametrize("place", ["book", "book/grids"])
+def test_paths_start_at_the_root_of_the_project_where_jupyterlab_starts_a_kernel(
+    monkeypatch, place
+):
+    monkeypatch.chdir(notebooks.ROOT / place)
+    check({"STEPS": 1}, STEPS=(1, 2))
+    assert Path.cwd() == notebooks.ROOT
+
+
+def test_a_kernel_elsewhere_stays_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    check({"STEPS": 1}, STEPS=(1, 2))
+    assert Path.cwd() == tmp_path
+
+
 @pytest.mark.parametrize("taken", [2, 3])
 def test_a_kernel_that_finds_its_port_taken_is_started_again(tmp_path, monkeypatch, taken):
     left = [RuntimeError("Kernel died before replying to kernel_info")] * taken

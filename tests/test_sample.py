@@ -249,8 +249,7 @@ def test_a_start_before_noise_needs_images(model):
         draw(model, torch.tensor([0]), start_time=0.5)
 
 
-@pytest.mark.parametrize("scale", [0, 1, 2.5])
-@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 1, 8, 8), (2, 1, 1, 1), (2, 3, 8, 8)])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1), (2, 3, 8, 8)])
 def test_one_image_of_its_own_size_starts_each_walk(model, shape):
     y = torch.tensor([0, 1])
     with pytest.raises(UserError, match="is needed, one for each wanted image"):
@@ -259,6 +258,7 @@ def test_one_image_of_its_own_size_starts_each_walk(model, shape):
         draw(model, y[:0])
 
 
+@pytest.mark.parametrize("scale", [0, 1, 2.5])
 def test_an_embedding_that_is_a_class_vector_draws_as_the_class(model, scale):
     y = torch.tensor([1, 0])
     vectors = model.network.classes.weight.detach()[y]
