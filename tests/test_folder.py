@@ -102,7 +102,7 @@ def test_no_name_of_a_file_or_patient_reaches_the_set(tmp_path):
     written = b"".join((tmp_path / "set" / f).read_bytes() for f in ("table.csv", "card.json"))
     for name in (b"Doe", b"Roe", b"MRN", b"4711", b"1950", str(tmp_path).encode()):
         assert name not in written
-    assert data.open(tmp_path / "set").card["report"]["column of the CSV left out"] == 1
+    assert data.open(tmp_path / "set").card["report"]["column 'birthday' of the CSV left out"] == 1
 
 
 def test_train_and_test_folders_are_kept_and_val_is_taken_from_train(tmp_path):
@@ -129,6 +129,22 @@ def test_a_csv_gives_labels_patients_and_splits(classes):
     assert list(opened.table["split"][:4]) == ["test"] * 4
     assert opened.table["patient"].nunique() == 5
     assert opened.card["report"]["image not in the CSV left out"] == 13
+
+
+@pytest.mark.parametrize("names", ["File,Grade,Patient,Split", "file, grade , patient, SPLIT"])
+def test_names_of_columns_count_in_any_case_and_with_spaces_around(classes, names):
+    rows = [f"sick/{i}.png,{'ab'[i % 2]},p{i // 2},{'test' if i < 4 else ''}" for i in range(10)]
+    assert prepare(classes, table(classes, names, *rows), "--label=grade") == 0
+    opened = data.open(classes.parent / "set")
+    assert opened.table["patient"].nunique() == 5
+    assert list(opened.table["split"][:4]) == ["test"] * 4
+    assert not [note for note in opened.card["report"] if "column" in note]
+
+
+def test_items_are_the_lines_where_the_rows_begin(classes):
+    lines = ["", "file,label,note", "sick/0.png,a,", "", "", 'sick/1.png,b,"one', 'two"', ",,"]
+    assert prepare(classes, table(classes, *lines, "sick/2.png,a")) == 0
+    assert list(data.open(classes.parent / "set").table["item"]) == ["3", "6", "9"]
 
 
 def test_unlabelled_images_of_labelled_patients_are_left_out_and_counted(classes):
@@ -341,7 +357,13 @@ def test_a_decompression_bomb_is_refused(classes, capsys, monkeypatch):
             "table.csv: patient P9 is in train and test; a patient may be in one split only",
         ),
         (["file,label", 'sick/0.png,"a'], "table.csv: not a readable CSV"),
+        (["file,label", "sick/0.png,a,"], "not a readable CSV (3 cells in line 2 for 2 names);"),
+        (["file,label", "sick/0.png,a", "", "sick/1.png,b", "../x.png,a"], "line 5 has file"),
+        (["", "file,label", "", "sick/0.png,a,,"], "4 cells in line 4 for 2 names"),
+        (["file,label,patient,Patient", "sick/0.png,a,,P"], "2 columns 'patient' among"),
+        (["file,label,label", "sick/0.png,a,b"], "2 columns 'label' among"),
         (["file,label"], "table.csv: no image found"),
+        ([""], "table.csv: no column 'label' among []; --label names the label column"),
     ],
 )
 def test_a_fault_in_the_csv_names_its_line(classes, capsys, lines, told):
