@@ -85,7 +85,8 @@ def settle(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Gives every image a split and every patient a pseudonym.
 
-    Splits that came with the data are kept; if val is missing there, it is taken from train.
+    Splits that came with the data are kept; if val is missing there, it is taken from train, and
+    only val is.
     Images without label become ``unlabelled``; they are left out if their patient has labels.
 
     Args:
@@ -120,10 +121,14 @@ def settle(
 
 def order(values: Sequence[str]) -> list[str]:
     """Label values in order: by number if all are numbers, else by name."""
+    names = sorted(set(values) - {""})
     try:
-        return sorted(set(values) - {""}, key=float)
+        numbers = [float(name) for name in names]
     except ValueError:
-        return sorted(set(values) - {""})
+        return names
+    if any(map(math.isnan, numbers)):  # it has no place among numbers
+        return names
+    return sorted(names, key=float)  # 2 and 2.0 stay in the order of their names
 
 
 def check_known(labels: pd.Series, known: Sequence[str], where: str) -> None:
@@ -175,22 +180,27 @@ def _keep_together(plan: pd.DataFrame, where: str) -> None:
 
 
 def _divide(plan: pd.DataFrame, shares: Mapping[str, float], seed: int) -> list[str]:
+    """Deals what has no split, and train where val has to come from it."""
     given = set(plan["split"]) - {"", "unlabelled"}
-    notes = []
+    loose, notes = plan["split"] == "", []
     if "train" in given and "val" not in given and shares.get("val", 0) > 0:
-        plan.loc[plan["split"] == "train", "split"] = ""
+        train = plan["split"] == "train"
+        _deal(plan, train, {s: share for s, share in shares.items() if s != "test"}, seed)
         notes = ["val split was missing: taken from train"]
         given -= {"train"}
-    todo = plan["split"] == ""
-    left = {split: share for split, share in shares.items() if split not in given}
-    if not todo.any():
-        return notes
+    _deal(plan, loose, {s: share for s, share in shares.items() if s not in given}, seed)
+    return notes
+
+
+def _deal(plan: pd.DataFrame, rows: pd.Series, shares: Mapping[str, float], seed: int) -> None:
+    """Gives splits to some rows; the shares need not sum to 1, all is train if they sum to 0."""
+    if not rows.any():
+        return
     from hallulib.data import split_patients  # late: imports torch, which not all need
 
-    left = left if sum(left.values()) > 0 else {"train": 1.0}
-    left = {split: share / sum(left.values()) for split, share in left.items()}
-    patients, labels = list(plan.loc[todo, "patient"]), list(plan.loc[todo, "label"])
-    plan.loc[todo, "split"] = plan.loc[todo, "patient"].map(
-        split_patients(patients, labels, left, seed)
+    shares = shares if sum(shares.values()) > 0 else {"train": 1.0}
+    shares = {split: share / sum(shares.values()) for split, share in shares.items()}
+    patients, labels = list(plan.loc[rows, "patient"]), list(plan.loc[rows, "label"])
+    plan.loc[rows, "split"] = plan.loc[rows, "patient"].map(
+        split_patients(patients, labels, shares, seed)
     )
-    return notes

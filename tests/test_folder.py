@@ -117,6 +117,17 @@ def test_train_and_test_folders_are_kept_and_val_is_taken_from_train(tmp_path):
     assert set(data.open(tmp_path / "kept").table["split"]) == {"train", "test"}
 
 
+@pytest.mark.parametrize("declared", [8, 12])
+def test_images_declared_train_never_become_test(tmp_path, declared):
+    for i in range(12):
+        save(tmp_path / "in" / f"{i}.png")
+    rows = [f"{i}.png,{'ab'[i % 2]},{'train' if i < declared else ''}" for i in range(12)]
+    assert prepare(tmp_path / "in", table(tmp_path / "in", "file,label,split", *rows)) == 0
+    found = data.open(tmp_path / "set").table["split"]
+    assert set(found[:declared]) == {"train", "val"}
+    assert ("test" in set(found[declared:])) == (declared < 12)
+
+
 def test_a_csv_gives_labels_patients_and_splits(classes):
     rows = [
         f"sick/{i}.png,{('low', 'high')[i % 2]},p{i // 2},{'test' if i < 4 else ''}"
@@ -399,6 +410,12 @@ def test_label_values_are_ordered_by_number_if_they_are_numbers():
     assert plan.order(["b", "a", "1"]) == ["1", "a", "b"]
 
 
+def test_the_order_of_labels_does_not_depend_on_the_seed_of_hashes():
+    ones = sorted(f"{'0' * n}1" for n in range(20))  # no two sets have them in one order
+    assert plan.order([*ones, "0.5", "2"]) == ["0.5", *ones, "2"]
+    assert plan.order([*ones, "nan"]) == [*ones, "nan"]
+
+
 @given(st.data())
 @settings(deadline=None, max_examples=50)
 def test_a_settled_plan_never_has_a_patient_in_two_splits(draw):
@@ -412,6 +429,9 @@ def test_a_settled_plan_never_has_a_patient_in_two_splits(draw):
     except UserError:
         return  # two splits for one patient were drawn, or a split without a label
     assert (settled.groupby("patient")["split"].nunique() == 1).all()
+    declared = pd.Series(rows["split"])[settled.index]
+    assert set(settled.loc[declared == "train", "split"]) <= {"train", "val"}
+    assert set(settled.loc[declared == "test", "split"]) <= {"test"}
     assert ((settled["label"] == "") == (settled["split"] == "unlabelled")).all()
     assert set(settled["split"]) <= {"train", "val", "test", "unlabelled"}
 
