@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 import toy_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -223,6 +224,28 @@ def test_deep_images_keep_their_order_of_brightness(tmp_path, dtype):
     order = np.argsort(deep, axis=None)
     assert (np.diff(eight.ravel()[order].astype(int)) >= 0).all()
     assert (eight.min(), eight.max(), len(notes)) == (0, 255, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [("x.png", 2), ("x.png", 3), ("x.png", 4), ("x.tif", 3)]
+)
+@pytest.mark.parametrize("grey", [False, True])
+def test_pixels_that_would_be_cut_to_8_bits_are_refused(tmp_path, name, channels, grey):
+    deep = sitk.GetImageFromArray(pixels(16, 16, channels, top=4096, dtype=np.uint16), True)
+    sitk.WriteImage(deep, tmp_path / name)
+    told = f"{name}: 16 bits per channel in colour or with transparency would be cut to 8; 8 bits"
+    with pytest.raises(UserError, match=told):
+        pictures.read(tmp_path / name, grey)
+
+
+def test_grey_of_an_array_is_that_of_a_picture_with_these_pixels(tmp_path):
+    image = pixels(16, 16, 3, top=60)
+    np.save(tmp_path / "x.npy", image)
+    found = pictures.read(tmp_path / "x.npy", True)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, pictures.read(save(tmp_path / "x.png", image), True))
+    np.save(tmp_path / "deep.npy", image.astype(np.uint16))
+    assert np.allclose(pictures.read(tmp_path / "deep.npy", True), found, atol=0.51)
 
 
 def test_orientation_tags_are_obeyed(tmp_path):
