@@ -10,7 +10,16 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import files, pictures, tables, tiles
-from data_prep.plan import add_origin, add_output, add_splits, check_known, is_below, order, settle
+from data_prep.plan import (
+    add_label,
+    add_origin,
+    add_output,
+    add_splits,
+    check_known,
+    is_below,
+    order,
+    settle,
+)
 from data_prep.writer import Report, prepare, versions
 from hallulib import UserError
 
@@ -45,10 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--unlabelled", action="store_true", help="all images, at any depth")
     told = "regular expression that finds the patient in a path"
     parser.add_argument("--patient-pattern", type=_pattern, metavar="REGEX", help=told)
-    parser.add_argument(
-        "--label", default="label", help="name of the label, and of its column (default label)"
-    )
-    parser.add_argument("--classes", help="label values in order, a,b,c (default: sorted)")
+    add_label(parser, "name of the label, and of its column")
+    told = "label values in order, a,b,c (default: sorted)"
+    parser.add_argument("--classes", type=_classes, help=told)
     parser.add_argument(
         "--fit", choices=["pad", "crop"], default="pad", help="how to make squares (default pad)"
     )
@@ -66,11 +74,9 @@ def run(args: argparse.Namespace) -> Report:
     """
     if not args.source.is_dir():
         raise UserError(f"{args.source}: no such folder; a folder with images is needed")
-    if args.size < 1:
-        raise UserError(f"--size is {args.size}; at least 1 pixel is needed")
     plan, notes = _listed(args)
     where = str(args.csv or args.source)
-    values = args.classes.split(",") if args.classes else order(plan["label"])
+    values = args.classes or order(plan["label"])
     check_known(plan["label"], values, where)
     plan, odd = settle(plan, args.fractions, args.seed, where)
     plan["file"] = [str(args.source / name) for name in plan["file"]]
@@ -108,6 +114,13 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
+def _classes(text: str) -> list[str]:
+    values = [value.strip() for value in text.split(",")]
+    if len(set(values) - {""}) < len(values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like a,b,c, each value once")
+    return values
 
 
 def _patients(names: Sequence[str], pattern: re.Pattern[str], root: Path) -> list[str]:

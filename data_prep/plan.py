@@ -14,13 +14,16 @@ from hallulib.integrity import SPLITS
 OWN_PATIENT = (
     "image without patient: counted as its own, so leaks between splits cannot be excluded"
 )
+RESERVED = ("file", "patient", "split", "item")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Options of every archive."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="the image set, a folder to create")
+    parser.add_argument(
+        "out", type=output, metavar="OUT", help="the image set, a folder to create"
+    )
     size = "side in pixels (default %(default)s)"  # an archive may set another default
-    parser.add_argument("--size", type=int, default=64, help=size)
+    parser.add_argument("--size", type=pixels, default=64, help=size)
     parser.add_argument("--name", help="name of the set (default: name of OUT)")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -36,6 +39,12 @@ def add_origin(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_label(parser: argparse.ArgumentParser, told: str) -> None:
+    """The option that names the label; ``told``: what it is in this archive."""
+    told += " (default %(default)s)"
+    parser.add_argument("--label", type=label_name, default="label", help=told)
+
+
 def add_splits(parser: argparse.ArgumentParser) -> None:
     """Options of archives without a complete split."""
     parser.add_argument(
@@ -46,6 +55,44 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
         " with are kept, and val is taken from train where it is missing",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
+
+
+def output(text: str) -> Path:
+    """The folder to create, its ``~`` expanded.
+
+    Raises:
+        argparse.ArgumentTypeError: no folder can be created under this name.
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~ of a user that there is not
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}".rstrip(".")) from error
+    if path.name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} names no new folder; sets/mine does")
+    return path
+
+
+def pixels(text: str) -> int:
+    """A side in pixels.
+
+    Raises:
+        argparse.ArgumentTypeError: not a whole number above 0.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of pixels above 0")
+    return int(text)
+
+
+def label_name(text: str) -> str:
+    """The name of a label, which becomes a column of the table.
+
+    Raises:
+        argparse.ArgumentTypeError: another column has it, or there is none.
+    """
+    if text.strip().lower() in ("", *RESERVED):
+        told = f"{text!r} cannot name a label: {', '.join(RESERVED)} are columns of their own"
+        raise argparse.ArgumentTypeError(told)
+    return text.strip()
 
 
 def fractions(text: str) -> dict[str, float]:

@@ -421,6 +421,24 @@ def test_images_in_unexpected_places_are_not_guessed(classes, capsys):
 
 
 @pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--label=patient", "'patient' cannot name a label: file, patient, split, item are"),
+        ("--label= Item", "' Item' cannot name a label"),
+        ("--label=", "'' cannot name a label"),
+        ("--classes=a,b,b", "'a,b,b' is not like a,b,c, each value once"),
+        ("--classes=a,,b", "'a,,b' is not like a,b,c"),
+        ("--size=0", "'0' is not a whole number of pixels above 0"),
+    ],
+)
+def test_options_that_no_set_could_have_are_refused_before_reading(classes, capsys, option, told):
+    (classes / "sick" / "0.png").write_text("no image")
+    with pytest.raises(SystemExit, match="2"):
+        prepare(classes, option)
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     "option", ["--fractions=train=.5", "--spacing=0", "--fractions=x", "--fit=x"]
 )
 def test_impossible_options_exit_with_2(classes, option, capsys):
