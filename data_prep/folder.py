@@ -9,16 +9,25 @@ from pathlib import Path
 
 import pandas as pd
 
-from data_prep import files, pictures, tiles
-from data_prep.plan import add_origin, add_output, add_splits, check_known, is_below, order, settle
+from data_prep import files, pictures, tables, tiles
+from data_prep.plan import (
+    add_label,
+    add_origin,
+    add_output,
+    add_splits,
+    check_known,
+    is_below,
+    order,
+    settle,
+)
 from data_prep.writer import Report, prepare, versions
 from hallulib import UserError
 
 HELP = """
 Without --csv, the folders in IN are the classes; a folder "unlabelled" holds images without label.
 If IN holds train, val or test, these are the splits and the classes are inside them.
-With --csv, the table has the columns file (below IN) and label, and if it can patient and split;
-an empty label means unlabelled.
+With --csv, the table has the columns file (below IN) and label, and if it can patient and split,
+in small letters or capitals; an empty label means unlabelled.
 With --unlabelled, all images in IN, at any depth, are without label: sets to learn tissue from.
 
 --patient-pattern finds the patient in the path of each file below IN, with its first group, or
@@ -45,10 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--unlabelled", action="store_true", help="all images, at any depth")
     told = "regular expression that finds the patient in a path"
     parser.add_argument("--patient-pattern", type=_pattern, metavar="REGEX", help=told)
-    parser.add_argument(
-        "--label", default="label", help="name of the label, and of its column (default label)"
-    )
-    parser.add_argument("--classes", help="label values in order, a,b,c (default: sorted)")
+    add_label(parser, "name of the label, and of its column")
+    told = "label values in order, a,b,c (default: sorted)"
+    parser.add_argument("--classes", type=_classes, help=told)
     parser.add_argument(
         "--fit", choices=["pad", "crop"], default="pad", help="how to make squares (default pad)"
     )
@@ -66,11 +74,9 @@ def run(args: argparse.Namespace) -> Report:
     """
     if not args.source.is_dir():
         raise UserError(f"{args.source}: no such folder; a folder with images is needed")
-    if args.size < 1:
-        raise UserError(f"--size is {args.size}; at least 1 pixel is needed")
     plan, notes = _listed(args)
     where = str(args.csv or args.source)
-    values = args.classes.split(",") if args.classes else order(plan["label"])
+    values = args.classes or order(plan["label"])
     check_known(plan["label"], values, where)
     plan, odd = settle(plan, args.fractions, args.seed, where)
     plan["file"] = [str(args.source / name) for name in plan["file"]]
@@ -108,6 +114,13 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
+def _classes(text: str) -> list[str]:
+    values = [value.strip() for value in text.split(",")]
+    if len(set(values) - {""}) < len(values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like a,b,c, each value once")
+    return values
 
 
 def _patients(names: Sequence[str], pattern: re.Pattern[str], root: Path) -> list[str]:
@@ -183,38 +196,32 @@ def _class_folders(root: Path) -> list[tuple[str, Path]]:
 
 def _from_csv(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
     """The plan of a table; index = line of the file."""
-    table = _table(args.csv, args.label)
+    table, notes = _table(args.csv, args.label)
     for line, name in table["file"].items():
         _check_path(name, line, args)
     twice = table.index[table["file"].duplicated()]
     if len(twice):
         name = table["file"][twice[0]]
         raise UserError(f"{args.csv}: line {twice[0]} lists {name} again; once is needed")
-    wanted = ["file", "patient", args.label, "split"]
-    notes = ["column of the CSV left out"] * len(set(table.columns) - set(wanted))
     listed = {args.source / name for name in table["file"]}
     for folder, _, _ in os.walk(args.source):
         found = files.images(Path(folder))[0]
         notes += ["image not in the CSV left out"] * sum(file not in listed for file in found)
-    plan = table.reindex(columns=wanted, fill_value="")
-    return _plan(plan.set_axis(["file", "patient", "label", "split"], axis=1), args.csv), notes
+    return _plan(table, args.csv), notes
 
 
-def _table(file: Path, label: str) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{file}: not a readable CSV ({told}); give another --csv") from error
-    missing = [name for name in ("file", label) if name not in table]
-    if missing:
+def _table(file: Path, label: str) -> tuple[pd.DataFrame, list[str]]:
+    """Columns file, label, patient and split of a CSV, index = line; what is left out of it."""
+    table = tables.read(file)
+    known = {tables.key(name) for name in ("file", label, "patient", "split")}
+    notes = [f"column {n!r} of the CSV left out" for n in table if tables.key(n) not in known]
+    table = table[(table != "").any(axis=1)]
+    if tables.key(label) not in map(tables.key, table):
         raise UserError(
-            f"{file}: no column {missing[0]!r} among {list(table.columns)}; file and {label} are"
-            " needed (--label names the label column)"
+            f"{file}: no column {label!r} among {list(table)}; --label names the label column"
         )
-    table = table.apply(lambda column: column.str.strip())
-    table.index += 2  # lines, below the line of names
-    return table
+    table = tables.choose(table, file, ["file", label], ["patient", "split"])
+    return table.rename(columns={label: "label"}), notes
 
 
 def _check_path(name: str, line: int, args: argparse.Namespace) -> None:

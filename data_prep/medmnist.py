@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> Report:
     """
     info = _info(args.collection)
     size = min((s for s in SIZES if s >= args.size), default=0)
-    if not size or args.size < 1:
+    if not size:
         raise UserError(f"--size is {args.size}; 1 to {SIZES[-1]} pixels are needed")
     flag = "" if size == 28 else f"_{size}"
     md5 = info[f"MD5{flag}"]

@@ -9,7 +9,15 @@ import numpy as np
 import pandas as pd
 
 from data_prep import arrays, tiles
-from data_prep.plan import add_origin, add_output, add_splits, check_known, order, settle
+from data_prep.plan import (
+    add_label,
+    add_origin,
+    add_output,
+    add_splits,
+    check_known,
+    order,
+    settle,
+)
 from data_prep.writer import Report
 from hallulib import UserError
 
@@ -35,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", default="images", help="uint8 (N, H, H) or (N, H, H, 3) (default images)"
     )
-    parser.add_argument("--label", default="label", help="label of each image (default label)")
+    add_label(parser, "label of each image")
     parser.add_argument("--names", help="name of each label, if labels are 0, 1, ...")
     parser.add_argument("--patient", help="patient, or group, of each image")
     told = "true for the images to use, or NAME<=LIMIT: those of which NAME is at most LIMIT"

@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from hallulib import UserError
 from hallulib.integrity import map_array
@@ -24,7 +24,8 @@ def read(file: Path, grey: bool = False) -> np.ndarray:
         (H, W) or (H, W, 3), uint8 as stored, or float64 for deeper images.
 
     Raises:
-        UserError: unreadable, truncated, too large, several images in one, or not finite.
+        UserError: unreadable, truncated, too large, several images in one, not finite, or deeper
+            than 8 bits in colour or with transparency, which Pillow would cut.
     """
     try:
         with warnings.catch_warnings():
@@ -34,6 +35,8 @@ def read(file: Path, grey: bool = False) -> np.ndarray:
         raise UserError(
             f"{file}: more than {Image.MAX_IMAGE_PIXELS} pixels; cut it into smaller images"
         ) from error
+    except UserError:
+        raise
     except Exception as error:  # a damaged file makes Pillow throw nearly anything
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file}: not a whole image ({told}); replace or remove it") from error
@@ -43,9 +46,7 @@ def read(file: Path, grey: bool = False) -> np.ndarray:
         )
     if not np.isfinite(pixels).all():
         raise UserError(f"{file}: pixels are NaN or infinite; every pixel must be a finite number")
-    if grey and pixels.ndim == 3:
-        pixels = pixels @ np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's "L"
-    return pixels
+    return _luminance(pixels) if grey and pixels.ndim == 3 else pixels
 
 
 def to_bytes(pixels: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -97,13 +98,33 @@ def _array(file: Path) -> np.ndarray:
     return np.array(pixels, np.uint8 if pixels.dtype == np.uint8 else np.float64)
 
 
+def _luminance(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) as (H, W) by ITU-R 601; uint8 as a picture of these pixels would be."""
+    if pixels.dtype == np.uint8:
+        return np.array(Image.fromarray(pixels).convert("L"))
+    return pixels @ np.array([0.299, 0.587, 0.114])
+
+
 def _picture(file: Path, grey: bool) -> np.ndarray:
     with Image.open(file, formats=FORMATS) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError(f"{image.n_frames} images in one file, one needed")
+        deep = image.mode.startswith(("I", "F"))
+        if not deep and _bits(image) > 8:
+            raise UserError(
+                f"{file}: {_bits(image)} bits per channel in colour or with transparency would be"
+                " cut to 8; 8 bits, grey alone or a .npy file are needed"
+            )
         image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
+        if deep:
             return np.asarray(image).astype(np.float64)
         flat = "L" if grey or image.mode in ("1", "L", "LA") else "RGB"
         return np.array(image.convert(flat))
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits per channel of a file that is not loaded yet; what Pillow makes of it has 8 or less."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))
+    return 16 if image.format == "PNG" and ";16" in str(image.tile) else 8

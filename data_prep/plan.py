@@ -14,13 +14,16 @@ from hallulib.integrity import SPLITS
 OWN_PATIENT = (
     "image without patient: counted as its own, so leaks between splits cannot be excluded"
 )
+RESERVED = ("file", "patient", "split", "item")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Options of every archive."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="the image set, a folder to create")
+    parser.add_argument(
+        "out", type=output, metavar="OUT", help="the image set, a folder to create"
+    )
     size = "side in pixels (default %(default)s)"  # an archive may set another default
-    parser.add_argument("--size", type=int, default=64, help=size)
+    parser.add_argument("--size", type=pixels, default=64, help=size)
     parser.add_argument("--name", help="name of the set (default: name of OUT)")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -36,6 +39,12 @@ def add_origin(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_label(parser: argparse.ArgumentParser, told: str) -> None:
+    """The option that names the label; ``told``: what it is in this archive."""
+    told += " (default %(default)s)"
+    parser.add_argument("--label", type=label_name, default="label", help=told)
+
+
 def add_splits(parser: argparse.ArgumentParser) -> None:
     """Options of archives without a complete split."""
     parser.add_argument(
@@ -46,6 +55,44 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
         " with are kept, and val is taken from train where it is missing",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
+
+
+def output(text: str) -> Path:
+    """The folder to create, its ``~`` expanded.
+
+    Raises:
+        argparse.ArgumentTypeError: no folder can be created under this name.
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~ of a user that there is not
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}".rstrip(".")) from error
+    if path.name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} names no new folder; sets/mine does")
+    return path
+
+
+def pixels(text: str) -> int:
+    """A side in pixels.
+
+    Raises:
+        argparse.ArgumentTypeError: not a whole number above 0.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of pixels above 0")
+    return int(text)
+
+
+def label_name(text: str) -> str:
+    """The name of a label, which becomes a column of the table.
+
+    Raises:
+        argparse.ArgumentTypeError: another column has it, or there is none.
+    """
+    if text.strip().lower() in ("", *RESERVED):
+        told = f"{text!r} cannot name a label: {', '.join(RESERVED)} are columns of their own"
+        raise argparse.ArgumentTypeError(told)
+    return text.strip()
 
 
 def fractions(text: str) -> dict[str, float]:
@@ -85,7 +132,8 @@ def settle(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Gives every image a split and every patient a pseudonym.
 
-    Splits that came with the data are kept; if val is missing there, it is taken from train.
+    Splits that came with the data are kept; if val is missing there, it is taken from train, and
+    only val is.
     Images without label become ``unlabelled``; they are left out if their patient has labels.
 
     Args:
@@ -120,10 +168,14 @@ def settle(
 
 def order(values: Sequence[str]) -> list[str]:
     """Label values in order: by number if all are numbers, else by name."""
+    names = sorted(set(values) - {""})
     try:
-        return sorted(set(values) - {""}, key=float)
+        numbers = [float(name) for name in names]
     except ValueError:
-        return sorted(set(values) - {""})
+        return names
+    if any(map(math.isnan, numbers)):  # it has no place among numbers
+        return names
+    return sorted(names, key=float)  # 2 and 2.0 stay in the order of their names
 
 
 def check_known(labels: pd.Series, known: Sequence[str], where: str) -> None:
@@ -175,22 +227,27 @@ def _keep_together(plan: pd.DataFrame, where: str) -> None:
 
 
 def _divide(plan: pd.DataFrame, shares: Mapping[str, float], seed: int) -> list[str]:
+    """Deals what has no split, and train where val has to come from it."""
     given = set(plan["split"]) - {"", "unlabelled"}
-    notes = []
+    loose, notes = plan["split"] == "", []
     if "train" in given and "val" not in given and shares.get("val", 0) > 0:
-        plan.loc[plan["split"] == "train", "split"] = ""
+        train = plan["split"] == "train"
+        _deal(plan, train, {s: share for s, share in shares.items() if s != "test"}, seed)
         notes = ["val split was missing: taken from train"]
         given -= {"train"}
-    todo = plan["split"] == ""
-    left = {split: share for split, share in shares.items() if split not in given}
-    if not todo.any():
-        return notes
+    _deal(plan, loose, {s: share for s, share in shares.items() if s not in given}, seed)
+    return notes
+
+
+def _deal(plan: pd.DataFrame, rows: pd.Series, shares: Mapping[str, float], seed: int) -> None:
+    """Gives splits to some rows; the shares need not sum to 1, all is train if they sum to 0."""
+    if not rows.any():
+        return
     from hallulib.data import split_patients  # late: imports torch, which not all need
 
-    left = left if sum(left.values()) > 0 else {"train": 1.0}
-    left = {split: share / sum(left.values()) for split, share in left.items()}
-    patients, labels = list(plan.loc[todo, "patient"]), list(plan.loc[todo, "label"])
-    plan.loc[todo, "split"] = plan.loc[todo, "patient"].map(
-        split_patients(patients, labels, left, seed)
+    shares = shares if sum(shares.values()) > 0 else {"train": 1.0}
+    shares = {split: share / sum(shares.values()) for split, share in shares.items()}
+    patients, labels = list(plan.loc[rows, "patient"]), list(plan.loc[rows, "label"])
+    plan.loc[rows, "split"] = plan.loc[rows, "patient"].map(
+        split_patients(patients, labels, shares, seed)
     )
-    return notes

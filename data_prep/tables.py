@@ -1,7 +1,7 @@
 """Tables that come with archives: CSV files as texts."""
 
-import warnings
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,13 +9,75 @@ import pandas as pd
 from hallulib import UserError
 
 
-def read_table(file: Path, columns: Sequence[str], separator: str = ",") -> pd.DataFrame:
-    """A CSV as stripped texts, its columns in small letters, with spaces for underscores.
+def read(file: Path, separator: str = ",") -> pd.DataFrame:
+    """A CSV as stripped texts, under its own names, of which some may be alike.
 
     Args:
         file: the CSV.
-        columns: what is needed of it; nothing else is kept.
         separator: between columns.
+
+    Returns:
+        One row per record, blank lines left out; index = the line where it begins, from 1.
+
+    Raises:
+        UserError: it cannot be read, or a record is longer than the names.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; the archive's table is needed there")
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            found = list(_records(csv.reader(stream, delimiter=separator, strict=True)))
+    except (OSError, ValueError, csv.Error) as error:
+        told = type(error).__name__  # its text may quote the table
+    else:
+        (_, names), *records = found or [(1, [])]
+        width = len(names)
+        longer = [(line, len(cells)) for line, cells in records if len(cells) > width]
+        told = "".join(f"{n} cells in line {line} for {width} names" for line, n in longer[:1])
+    if told:
+        raise UserError(
+            f"{file}: not a readable CSV ({told}); columns as in its first line, with"
+            f" {separator!r} between them, are needed"
+        )
+    rows = [cells + [""] * (width - len(cells)) for _, cells in records]
+    return pd.DataFrame(rows, [line for line, _ in records], names, dtype=str)
+
+
+def choose(
+    table: pd.DataFrame, file: Path, needed: Sequence[str], optional: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Columns of a table, whatever the case of their names, with spaces or underscores.
+
+    Args:
+        table: see `read`.
+        file: its CSV, for messages.
+        needed: names of columns.
+        optional: further ones, "" where there is none.
+
+    Returns:
+        The columns under the names asked for.
+
+    Raises:
+        UserError: a column is missing or there are several of its name.
+    """
+    names = [key(name) for name in table.columns]
+    chosen = {}
+    for name in (*needed, *optional):
+        n = names.count(key(name))
+        if n > 1 or (name in needed and not n):
+            found = f"{n} columns" if n else "no column"
+            raise UserError(f"{file}: {found} {name!r} among {list(table)}; one is needed")
+        chosen[name] = table.iloc[:, names.index(key(name))] if n else ""
+    return pd.DataFrame(chosen, table.index, dtype=str)
+
+
+def key(name: str) -> str:
+    """The name of a column as it is compared: stripped, in small letters, without underscores."""
+    return name.strip().lower().replace("_", " ")
+
+
+def read_table(file: Path, columns: Sequence[str], separator: str = ",") -> pd.DataFrame:
+    """The columns that an archive needs of its table; see `read` and `choose`.
 
     Returns:
         One row per record that is not blank; index = its number, from 1.
@@ -23,30 +85,19 @@ def read_table(file: Path, columns: Sequence[str], separator: str = ",") -> pd.D
     Raises:
         UserError: it cannot be read, lacks a column or has no row.
     """
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; the archive's table is needed there")
-    try:
-        with warnings.catch_warnings():
-            # a row longer than the names would lose or shift columns
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            form = {"sep": separator, "index_col": False, "encoding": "utf-8-sig"}
-            table = pd.read_csv(file, dtype=str, keep_default_na=False, **form)
-    except (OSError, ValueError, pd.errors.ParserWarning) as error:
-        told = type(error).__name__  # its text may quote the table
-        raise UserError(
-            f"{file}: not a readable CSV ({told}); columns as in its first line, with"
-            f" {separator!r} between them, are needed"
-        ) from None
-    table.columns = [str(name).strip().lower().replace("_", " ") for name in table.columns]
-    names = list(table.columns)
-    missing = [name for name in columns if names.count(name) != 1]
-    if missing:
-        raise UserError(
-            f"{file}: no column {missing[0]!r}, or two of them, among {names}; one is needed"
-        )
-    table = table[list(columns)].apply(lambda column: column.str.strip())
-    table.index += 1
+    table = choose(read(file, separator), file, columns)
+    table.index = range(1, len(table) + 1)
     table = table[(table != "").any(axis=1)]
     if table.empty:
         raise UserError(f"{file}: has no row; at least one is needed")
     return table
+
+
+def _records(reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """The line where each record begins, and its cells; a line may be blank, a cell have many."""
+    line = 1
+    for record in reader:
+        cells = [cell.strip() for cell in record]
+        if len(cells) > 1 or any(cells):
+            yield line, cells
+        line = reader.line_num + 1

@@ -17,7 +17,6 @@ from functools import reduce
 import numpy as np
 
 from data_prep.writer import versions
-from hallulib import UserError
 
 WHITE = 216  # of 255
 GREY = 20  # of 255
@@ -80,12 +79,7 @@ class Archive:
             args: of the command line.
             steps: what was done, besides blank tiles and the size.
             coordinates: columns besides patient, split, labels and item.
-
-        Raises:
-            UserError: an impossible size.
         """
-        if args.size < 1:
-            raise UserError(f"--size is {args.size}; at least 1 pixel is needed")
         schemes = {
             scheme: {"values": list(meaning), "meaning": meaning}
             for scheme, meaning in self.labels.items()

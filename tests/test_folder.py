@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 import toy_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,7 +103,7 @@ def test_no_name_of_a_file_or_patient_reaches_the_set(tmp_path):
     written = b"".join((tmp_path / "set" / f).read_bytes() for f in ("table.csv", "card.json"))
     for name in (b"Doe", b"Roe", b"MRN", b"4711", b"1950", str(tmp_path).encode()):
         assert name not in written
-    assert data.open(tmp_path / "set").card["report"]["column of the CSV left out"] == 1
+    assert data.open(tmp_path / "set").card["report"]["column 'birthday' of the CSV left out"] == 1
 
 
 def test_train_and_test_folders_are_kept_and_val_is_taken_from_train(tmp_path):
@@ -117,6 +118,17 @@ def test_train_and_test_folders_are_kept_and_val_is_taken_from_train(tmp_path):
     assert set(data.open(tmp_path / "kept").table["split"]) == {"train", "test"}
 
 
+@pytest.mark.parametrize("declared", [8, 12])
+def test_images_declared_train_never_become_test(tmp_path, declared):
+    for i in range(12):
+        save(tmp_path / "in" / f"{i}.png")
+    rows = [f"{i}.png,{'ab'[i % 2]},{'train' if i < declared else ''}" for i in range(12)]
+    assert prepare(tmp_path / "in", table(tmp_path / "in", "file,label,split", *rows)) == 0
+    found = data.open(tmp_path / "set").table["split"]
+    assert set(found[:declared]) == {"train", "val"}
+    assert ("test" in set(found[declared:])) == (declared < 12)
+
+
 def test_a_csv_gives_labels_patients_and_splits(classes):
     rows = [
         f"sick/{i}.png,{('low', 'high')[i % 2]},p{i // 2},{'test' if i < 4 else ''}"
@@ -129,6 +141,22 @@ def test_a_csv_gives_labels_patients_and_splits(classes):
     assert list(opened.table["split"][:4]) == ["test"] * 4
     assert opened.table["patient"].nunique() == 5
     assert opened.card["report"]["image not in the CSV left out"] == 13
+
+
+@pytest.mark.parametrize("names", ["File,Grade,Patient,Split", "file, grade , patient, SPLIT"])
+def test_names_of_columns_count_in_any_case_and_with_spaces_around(classes, names):
+    rows = [f"sick/{i}.png,{'ab'[i % 2]},p{i // 2},{'test' if i < 4 else ''}" for i in range(10)]
+    assert prepare(classes, table(classes, names, *rows), "--label=grade") == 0
+    opened = data.open(classes.parent / "set")
+    assert opened.table["patient"].nunique() == 5
+    assert list(opened.table["split"][:4]) == ["test"] * 4
+    assert not [note for note in opened.card["report"] if "column" in note]
+
+
+def test_items_are_the_lines_where_the_rows_begin(classes):
+    lines = ["", "file,label,note", "sick/0.png,a,", "", "", 'sick/1.png,b,"one', 'two"', ",,"]
+    assert prepare(classes, table(classes, *lines, "sick/2.png,a")) == 0
+    assert list(data.open(classes.parent / "set").table["item"]) == ["3", "6", "9"]
 
 
 def test_unlabelled_images_of_labelled_patients_are_left_out_and_counted(classes):
@@ -196,6 +224,28 @@ def test_deep_images_keep_their_order_of_brightness(tmp_path, dtype):
     order = np.argsort(deep, axis=None)
     assert (np.diff(eight.ravel()[order].astype(int)) >= 0).all()
     assert (eight.min(), eight.max(), len(notes)) == (0, 255, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [("x.png", 2), ("x.png", 3), ("x.png", 4), ("x.tif", 3)]
+)
+@pytest.mark.parametrize("grey", [False, True])
+def test_pixels_that_would_be_cut_to_8_bits_are_refused(tmp_path, name, channels, grey):
+    deep = sitk.GetImageFromArray(pixels(16, 16, channels, top=4096, dtype=np.uint16), True)
+    sitk.WriteImage(deep, tmp_path / name)
+    told = f"{name}: 16 bits per channel in colour or with transparency would be cut to 8; 8 bits"
+    with pytest.raises(UserError, match=told):
+        pictures.read(tmp_path / name, grey)
+
+
+def test_grey_of_an_array_is_that_of_a_picture_with_these_pixels(tmp_path):
+    image = pixels(16, 16, 3, top=60)
+    np.save(tmp_path / "x.npy", image)
+    found = pictures.read(tmp_path / "x.npy", True)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, pictures.read(save(tmp_path / "x.png", image), True))
+    np.save(tmp_path / "deep.npy", image.astype(np.uint16))
+    assert np.allclose(pictures.read(tmp_path / "deep.npy", True), found, atol=0.51)
 
 
 def test_orientation_tags_are_obeyed(tmp_path):
@@ -341,7 +391,13 @@ def test_a_decompression_bomb_is_refused(classes, capsys, monkeypatch):
             "table.csv: patient P9 is in train and test; a patient may be in one split only",
         ),
         (["file,label", 'sick/0.png,"a'], "table.csv: not a readable CSV"),
+        (["file,label", "sick/0.png,a,"], "not a readable CSV (3 cells in line 2 for 2 names);"),
+        (["file,label", "sick/0.png,a", "", "sick/1.png,b", "../x.png,a"], "line 5 has file"),
+        (["", "file,label", "", "sick/0.png,a,,"], "4 cells in line 4 for 2 names"),
+        (["file,label,patient,Patient", "sick/0.png,a,,P"], "2 columns 'patient' among"),
+        (["file,label,label", "sick/0.png,a,b"], "2 columns 'label' among"),
         (["file,label"], "table.csv: no image found"),
+        ([""], "table.csv: no column 'label' among []; --label names the label column"),
     ],
 )
 def test_a_fault_in_the_csv_names_its_line(classes, capsys, lines, told):
@@ -365,6 +421,24 @@ def test_images_in_unexpected_places_are_not_guessed(classes, capsys):
 
 
 @pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--label=patient", "'patient' cannot name a label: file, patient, split, item are"),
+        ("--label= Item", "' Item' cannot name a label"),
+        ("--label=", "'' cannot name a label"),
+        ("--classes=a,b,b", "'a,b,b' is not like a,b,c, each value once"),
+        ("--classes=a,,b", "'a,,b' is not like a,b,c"),
+        ("--size=0", "'0' is not a whole number of pixels above 0"),
+    ],
+)
+def test_options_that_no_set_could_have_are_refused_before_reading(classes, capsys, option, told):
+    (classes / "sick" / "0.png").write_text("no image")
+    with pytest.raises(SystemExit, match="2"):
+        prepare(classes, option)
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     "option", ["--fractions=train=.5", "--spacing=0", "--fractions=x", "--fit=x"]
 )
 def test_impossible_options_exit_with_2(classes, option, capsys):
@@ -375,6 +449,12 @@ def test_impossible_options_exit_with_2(classes, option, capsys):
 def test_label_values_are_ordered_by_number_if_they_are_numbers():
     assert plan.order(["10", "9", "", "9"]) == ["9", "10"]
     assert plan.order(["b", "a", "1"]) == ["1", "a", "b"]
+
+
+def test_the_order_of_labels_does_not_depend_on_the_seed_of_hashes():
+    ones = sorted(f"{'0' * n}1" for n in range(20))  # no two sets have them in one order
+    assert plan.order([*ones, "0.5", "2"]) == ["0.5", *ones, "2"]
+    assert plan.order([*ones, "nan"]) == [*ones, "nan"]
 
 
 @given(st.data())
@@ -390,6 +470,9 @@ def test_a_settled_plan_never_has_a_patient_in_two_splits(draw):
     except UserError:
         return  # two splits for one patient were drawn, or a split without a label
     assert (settled.groupby("patient")["split"].nunique() == 1).all()
+    declared = pd.Series(rows["split"])[settled.index]
+    assert set(settled.loc[declared == "train", "split"]) <= {"train", "val"}
+    assert set(settled.loc[declared == "test", "split"]) <= {"test"}
     assert ((settled["label"] == "") == (settled["split"] == "unlabelled")).all()
     assert set(settled["split"]) <= {"train", "val", "test", "unlabelled"}
 

@@ -138,10 +138,10 @@ BAD = {
     "a path for a name": (lambda x: [x[0], x[1].replace("20586010", "../x")], "'../x'"),
     "commas": (lambda x: [line.replace(";", ",") for line in x], "not a readable CSV"),
     "longer rows": (lambda x: [x[0], *(line + ";" for line in x[1:])], "not a readable CSV"),
-    "a column twice": (lambda x: [x[0].replace("ACR", "View"), *x[1:]], "or two of them"),
+    "a column twice": (lambda x: [x[0].replace("ACR", "View"), *x[1:]], "2 columns"),
     "a column twice by another name": (
         lambda x: [x[0].replace("ACR", "File_Name"), *x[1:]],
-        "or two of them",
+        "2 columns",
     ),
     "no row": (lambda x: x[:1], "has no row"),
 }

@@ -77,6 +77,13 @@ def test_blank_tiles_are_left_out_if_asked(tmp_path, arrays, capsys):
     assert sorted(places) == [i for i in range(60) if i % 4]
 
 
+def test_a_label_with_the_name_of_another_column_is_refused(tmp_path, arrays, capsys):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(SystemExit, match="2"):
+        main(["npz", str(tmp_path / "a.npz"), str(tmp_path / "set"), "--label=patient"])
+    assert "'patient' cannot name a label" in capsys.readouterr().err
+
+
 def test_colour_arrays_keep_their_channels(tmp_path, arrays, capsys):
     arrays["images"] = images(60, 12, 3)
     np.savez_compressed(tmp_path / "a.npz", **arrays)

@@ -119,8 +119,6 @@ def test_what_is_wrong_is_told_and_nothing_is_left(tmp_path, capsys, kind, told)
     assert told in refused(capsys, tmp_path / "set", "nct_crc", root, None, "--size=28")
 
 
-@pytest.mark.parametrize("size", [0, 225])
-def test_an_impossible_size_is_told(archive, tmp_path, capsys, size):
-    command = ("nct_crc", archive[1], None, f"--size={size}")
-    told = refused(capsys, tmp_path / "set", *command)
-    assert f"--size is {size}" in told
+def test_an_impossible_size_is_told(archive, tmp_path, capsys):
+    told = refused(capsys, tmp_path / "set", "nct_crc", archive[1], None, "--size=225")
+    assert "--size is 225" in told

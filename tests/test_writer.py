@@ -13,7 +13,7 @@ import toy_archive
 from killing import in_session
 from toy_archive import CARD, SPLITS, Patient, make, read
 
-from data_prep import staging, writer
+from data_prep import plan, staging, writer
 from data_prep.__main__ import main
 from data_prep.writer import prepare
 from hallulib import UserError, data
@@ -285,6 +285,27 @@ def test_help_tells_what_an_archive_needs(archive, capsys):
     told = capsys.readouterr().out
     assert "python -m data_prep" in told
     assert "OUT" in told
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
+@pytest.mark.parametrize("size", ["0", "-1", "1.5"])
+def test_an_impossible_size_is_told_before_anything_is_read(archive, size, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([archive, str(tmp_path / "none"), str(tmp_path / "set"), f"--size={size}"])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"--size: '{size}' is not a whole number of pixels above 0" in told
+
+
+@pytest.mark.parametrize("out", ["", ".", "./", "/", "..", "sets/..", "~nobody_at_all/set"])
+def test_an_output_that_is_no_new_folder_is_told(out, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["npz", str(tmp_path / "none.npz"), out])
+    assert f"argument OUT: {out!r}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_output_in_the_home_folder_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert plan.output("~/sets/mine") == tmp_path / "sets" / "mine"
 
 
 def test_help_lists_the_archives_and_a_wrong_name_exits_with_2(capsys):
