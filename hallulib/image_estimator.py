@@ -12,7 +12,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
 from hallulib import UserError, artifacts, disk, prototypes, unet
@@ -42,6 +42,17 @@ class ImageEstimator(BaseEstimator):
         """Images of the same size as those of the fit."""
         check_is_fitted(self)
         return self._images(validate_data(self, self._flat(X), reset=False, dtype=np.float32))
+
+    def _known(self, y) -> np.ndarray:
+        """Labels of further images, all among those of the fit."""
+        y = column_or_1d(y)
+        strange = y[~np.isin(y, self.classes_)]
+        if len(strange):
+            known = ", ".join(map(str, self.classes_))
+            raise UserError(
+                f"label {str(strange[0])!r} was not among those of the training: {known}"
+            )
+        return y
 
     def _flat(self, X) -> object:
         """Images of any form as rows, 8-bit ones in [-1, 1]; what is no image goes on as it is."""

@@ -16,7 +16,7 @@ import nbformat
 
 from hallulib import UserError, parameters
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = parameters.BOOK.parent
 DEEPEST = 20  # lists in lists of a parameter file
 TIMEOUT = 12 * 3600  # seconds for one code cell: a training run on real data is one of them
 STARTS = 3  # of a kernel that finds its port taken

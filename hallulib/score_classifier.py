@@ -7,7 +7,7 @@ import torch
 from sklearn.base import ClassifierMixin
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from hallulib import UserError, checkpoint, runs, unet
@@ -216,12 +216,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             UserError: a label that was not in the training.
         """
         check_is_fitted(self)
-        y = column_or_1d(y)
-        if not np.isin(y, self.classes_).all():
-            strange = y[~np.isin(y, self.classes_)][0]
-            known = ", ".join(map(str, self.classes_))
-            raise UserError(f"label {str(strange)!r} was not among those of the training: {known}")
-        position = torch.from_numpy(np.searchsorted(self.classes_, y))
+        position = torch.from_numpy(np.searchsorted(self.classes_, self._known(y)))
         self.temperature_ = fit_temperature(self.log_ratio(X), position, self.priors_)
         return self
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.utils import check_consistent_length, column_or_1d
+from sklearn.utils import check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 
 from hallulib import UserError, augment, autoencoder, encoding, runs, train, unet
@@ -165,12 +165,8 @@ class SyntheticAugmenter(ImageEstimator):
             UserError: nothing was admitted, or a label that the fit did not see.
             ValueError: not one label for each image.
         """
-        x, y = self._further(X), column_or_1d(y)
+        x, y = self._further(X), self._known(y)
         check_consistent_length(x, y)
-        strange = sorted(set(y.tolist()) - set(self.classes_.tolist()), key=str)
-        if strange:
-            known = ", ".join(map(str, self.classes_))
-            raise UserError(f"label {strange[0]!r} was not among those of the fit: {known}")
         n = augment.per_class(self.ratio, len(x), len(self.classes_))
         kept = take(self.verdicts_, n, [str(c) for c in self.classes_])
         both = np.concatenate([x.numpy(), self.synthetic_[kept]]).reshape(-1, *np.shape(X)[1:])
