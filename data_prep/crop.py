@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LOW, HIGH = 0.5, 99.5  # percentiles that become black and white
+
 
 def centre_of(mask: np.ndarray) -> np.ndarray:
     """Middle of the box around a mask, in rows and columns, over all slices.
@@ -68,6 +70,23 @@ class Window:
         for axis, middle, step in zip((1, 2), self.centre, self.spacing, strict=True):
             x = _resampled(x, axis, middle, self.target / step, self.size)
         return x
+
+
+def ends(x: np.ndarray) -> tuple[float, float]:
+    """The grey values that become black and white.
+
+    They are the percentiles `LOW` and `HIGH`. Where these coincide, as in a dark image with a few
+    bright pixels, least and greatest value stand for them, so that only a constant image has no
+    contrast.
+
+    Args:
+        x: finite values of what is shown, of any shape.
+
+    Returns:
+        black and white; white is greater unless all values are equal.
+    """
+    black, white = (float(end) for end in np.percentile(x, [LOW, HIGH]))
+    return (black, white) if white > black else (float(x.min()), float(x.max()))
 
 
 def to_bytes(x: np.ndarray, black: float, white: float) -> np.ndarray:

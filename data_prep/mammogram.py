@@ -14,7 +14,7 @@ import pydicom
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, get_decoder
 from scipy import ndimage
 
-from data_prep.crop import to_bytes
+from data_prep.crop import HIGH, LOW, ends, to_bytes
 from data_prep.dicom import LARGEST, PIXEL_TAGS, read_tags, silent
 from data_prep.volumes import Fault
 from hallulib.area import area_average
@@ -33,7 +33,6 @@ COARSE = 512  # longer side, at most, of the copy in which the breast is looked 
 DARK = 0.25  # of the way from background to Otsu's threshold: skin and fat belong to the breast
 THIN = 1 / 64  # of the longer side: what is thinner than twice this, or hangs on it, is no breast
 SMALLEST = 0.01  # of the image: a smaller piece is no breast
-LOW, HIGH = 0.5, 99.5  # percentiles within the breast that become black and white
 STEPS = (
     "as displayed: rescale, first window (VOI LUT), MONOCHROME1 or INVERSE inverted",
     f"breast: largest piece above background + {DARK:g} (Otsu's threshold - background), opened,"
@@ -120,7 +119,7 @@ def to_square(pixels: np.ndarray, size: int, told: str) -> tuple[np.ndarray, lis
             " enlarging invents detail, so a smaller --size is needed",
             "breast smaller than --size",
         )
-    black, white = (float(p) for p in np.percentile(pixels[mask], [LOW, HIGH]))
+    black, white = ends(pixels[mask])
     if not white > black:
         raise Fault(f"{told}: the breast has no contrast; it must show tissue", "no contrast")
     grey = to_bytes(pixels, black, white)

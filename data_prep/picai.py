@@ -24,9 +24,10 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import plan
+from data_prep.crop import HIGH, LOW
 from data_prep.picai_images import find
 from data_prep.picai_labels import GLANDS, LABELS, LESIONS, MASKS, read_mapping, read_marksheet
-from data_prep.picai_study import HIGH, LOW, Case, Settings, read_case
+from data_prep.picai_study import Case, Settings, read_case
 from data_prep.staging import File
 from data_prep.volumes import Fault
 from data_prep.writer import Report, by_fraction, prepare, versions

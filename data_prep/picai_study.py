@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.crop import Window, centre_of, to_bytes
+from data_prep.crop import Window, centre_of, ends, to_bytes
 from data_prep.picai_images import Source
 from data_prep.picai_labels import (
     GLANDS,
@@ -19,8 +19,6 @@ from data_prep.picai_labels import (
 )
 from data_prep.staging import File, Study
 from data_prep.volumes import Fault, Volume, on_grid, read_file
-
-LOW, HIGH = 0.5, 99.5  # percentiles that become black and white
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def _grey(case: Case, image: Volume, gland: np.ndarray | None, window: Window) -
     pixels = window.cut(image.pixels)
     # of the gland alone: a full bladder would darken all else
     tissue = pixels if gland is None else image.pixels[gland > 0]
-    black, white = np.percentile(tissue, [LOW, HIGH])
+    black, white = ends(tissue)
     if not white > black:
         raise Fault(f"{case.key}: the image has no contrast; it must show tissue", "no contrast")
     return to_bytes(pixels, black, white)

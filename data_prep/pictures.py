@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from data_prep import crop
 from hallulib import UserError
 from hallulib.integrity import map_array
 
@@ -57,11 +58,10 @@ def to_bytes(pixels: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """
     if pixels.dtype == np.uint8:
         return pixels, []
-    low, high = np.percentile(pixels, [0.5, 99.5])
-    if high <= low:
+    black, white = crop.ends(pixels)
+    if black == white:
         return np.zeros(pixels.shape, np.uint8), ["constant image set to black"]
-    scaled = np.clip((pixels - low) / (high - low), 0, 1) * 255
-    return np.rint(scaled).astype(np.uint8), ["image deeper than 8 bits, scaled by percentiles"]
+    return crop.to_bytes(pixels, black, white), ["image deeper than 8 bits, scaled by percentiles"]
 
 
 def to_square(pixels: np.ndarray, fit: str) -> tuple[np.ndarray, list[str]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from synthetic_mri import DIRECTION, ORIGIN, SPACING, truncate, write, write_dicom
 
-from data_prep.crop import Window, centre_of, to_bytes
+from data_prep.crop import Window, centre_of, ends, to_bytes
 from data_prep.dicom import read_header, read_series
 from data_prep.volumes import Fault, on_grid, read_file
 
@@ -217,3 +217,18 @@ def test_a_stray_voxel_does_not_move_the_crop():
 
 def test_grey_values_beyond_black_and_white_are_clipped():
     assert to_bytes(np.array([-1.0, 0, 0.5, 1, 9]), 0, 1).tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.004, 0.3])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_few_bright_or_dark_pixels_are_no_constant_image(share, turned):
+    x = np.full(10_000, 40.0)
+    x[: round(share * x.size)] = 3000.0
+    x = 3040 - x if turned else x
+    black, white = ends(x)
+    assert (black, white) == (40.0, 3000.0)
+    assert set(to_bytes(x, black, white)) == {0, 255}
+
+
+def test_a_constant_image_has_no_contrast():
+    assert ends(np.full(9, 7)) == (7.0, 7.0)
