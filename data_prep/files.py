@@ -4,14 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from data_prep import pictures
 from data_prep.staging import File, Study
 from data_prep.tiles import Blanks
 from hallulib import UserError
-from hallulib.area import area_average
 
 BLOCK = 64  # files read by one worker at a time
 NO_IMAGE = "file that is not an image left out"
@@ -87,19 +85,19 @@ def read_block(block: Block, how: Reading) -> Study:
     """
     kept, rows, notes = [], [], []
     for file, row in zip(block.files, block.rows, strict=True):
-        pixels, odd = _square(file.path, how)
-        stays, blank = how.blanks.check(pixels)
+        square, odd = _square(file.path, how)
+        stays, blank = how.blanks.check(square.pixels, square.around, square.colour)
         notes += odd + blank
         if stays:
-            planes = pixels[None] if how.channels == 1 else np.moveaxis(pixels, 2, 0)
-            kept.append(area_average(planes[None], how.size)[0])
+            kept.append(square.average(how.size))
             rows.append(dict(row))
     return Study(kept, rows, notes)
 
 
-def _square(path: str, how: Reading) -> tuple[np.ndarray, list[str]]:
-    """One file as uint8 (H, H) or (H, H, 3), H at least the size asked for; and notes."""
-    pixels = pictures.read(Path(path), how.to_grey)
+def _square(path: str, how: Reading) -> tuple[pictures.Square, list[str]]:
+    """One file, its side at least the size asked for; and notes."""
+    notes = []
+    pixels = pictures.read(Path(path), how.to_grey, notes)
     if (pixels.ndim == 3) != (how.channels == 3):
         kinds = ("grey", "colour") if how.channels == 3 else ("colour", "grey")
         raise UserError(
@@ -110,10 +108,10 @@ def _square(path: str, how: Reading) -> tuple[np.ndarray, list[str]]:
         found, needed = (f"{h} x {w}" for h, w in (pixels.shape[:2], how.shape))
         raise UserError(f"{path}: {found} pixels; {needed} are needed, as in the whole archive")
     pixels, deep = pictures.to_bytes(pixels)
-    pixels, odd = pictures.to_square(pixels, how.fit)
-    if len(pixels) < how.size:
+    square, odd = pictures.to_square(pixels, how.fit)
+    if square.side < how.size:
         raise UserError(
-            f"{path}: {len(pixels)} pixels wide and --size is {how.size}; enlarging invents"
+            f"{path}: {square.side} pixels wide and --size is {how.size}; enlarging invents"
             " detail, so a smaller --size is needed"
         )
-    return pixels, deep + odd
+    return square, notes + deep + odd

@@ -249,7 +249,8 @@ def _plan(rows, where: Path) -> pd.DataFrame:
 
 def _card(args: argparse.Namespace, values: list[str], grey: bool, blanks: tiles.Blanks) -> dict:
     steps = [
-        "images deeper than 8 bits: 0.5th to 99.5th percentile of each image to 0..255",
+        "images deeper than 8 bits or signed: 0.5th to 99.5th percentile of each to 0..255",
+        "transparent pixels on black",
         "pad: median of the border" if args.fit == "pad" else "crop: centre",
         *(["colour to luminance (ITU-R 601)"] if args.grey else []),
         *blanks.steps,

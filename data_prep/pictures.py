@@ -1,12 +1,13 @@
 """One image file to one square uint8 image, or one clear sentence."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
-from data_prep import crop
+from data_prep import crop, decoding
 from hallulib import UserError
 from hallulib.integrity import map_array
 
@@ -14,30 +15,43 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"}
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # whatever the name: others run programs, as PostScript
 
 
-def read(file: Path, grey: bool = False) -> np.ndarray:
+def read(file: Path, grey: bool = False, notes: list[str] | None = None) -> np.ndarray:
     """Pixels of a PNG, JPEG, TIFF, BMP or .npy file.
 
     Args:
-        file: upright after its EXIF orientation; transparency is dropped.
+        file: upright after its EXIF orientation; black lies under what is transparent, and of
+            several pictures in a JPEG, as phones write them, the first is taken.
         grey: turn colour into luminance.
+        notes: what was odd is added here.
 
     Returns:
-        (H, W) or (H, W, 3), uint8 as stored, or float64 for deeper images.
+        (H, W) or (H, W, 3), uint8 as stored, or float64 for what is deeper or signed, greater
+        where it is brighter.
 
     Raises:
-        UserError: unreadable, truncated, too large, several images in one, not finite, or deeper
-            than 8 bits in colour or with transparency, which Pillow would cut.
+        UserError: unreadable, truncated, too large, several images in one, not finite, wholly
+            transparent, deeper than 8 bits in colour or with transparency, which Pillow would
+            cut, or of a meaning that the file does not tell.
     """
+    odd = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            pixels = _array(file) if file.suffix.lower() == ".npy" else _picture(file, grey)
+            if file.suffix.lower() == ".npy":
+                pixels = _array(file)
+            else:
+                pixels, odd = _picture(file, grey)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(
             f"{file}: more than {Image.MAX_IMAGE_PIXELS} pixels; cut it into smaller images"
         ) from error
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{file}: not a whole image of a kind that is read; replace or remove it, or save it"
+            " as 8-bit PNG or as .npy"
+        ) from error
     except Exception as error:  # a damaged file makes Pillow throw nearly anything
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file}: not a whole image ({told}); replace or remove it") from error
@@ -47,24 +61,87 @@ def read(file: Path, grey: bool = False) -> np.ndarray:
         )
     if not np.isfinite(pixels).all():
         raise UserError(f"{file}: pixels are NaN or infinite; every pixel must be a finite number")
+    if notes is not None:
+        notes += odd
     return _luminance(pixels) if grey and pixels.ndim == 3 else pixels
 
 
 def to_bytes(pixels: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Deeper images from their 0.5th..99.5th percentile to 0..255; uint8 as it is.
+    """Deeper or signed images from their 0.5th..99.5th percentile to 0..255; uint8 as it is.
 
     Returns:
         uint8 of the same shape, and notes.
     """
     if pixels.dtype == np.uint8:
-        return pixels, []
+        told = "8-bit image with values up to 1 only: nearly black"
+        return pixels, [told] if pixels.max() == 1 else []
     black, white = crop.ends(pixels)
     if black == white:
         return np.zeros(pixels.shape, np.uint8), ["constant image set to black"]
-    return crop.to_bytes(pixels, black, white), ["image deeper than 8 bits, scaled by percentiles"]
+    told = "image deeper than 8 bits or signed, scaled by percentiles"
+    return crop.to_bytes(pixels, black, white), [told]
 
 
-def to_square(pixels: np.ndarray, fit: str) -> tuple[np.ndarray, list[str]]:
+@dataclass(frozen=True)
+class Square:
+    """A picture in the middle of a square of one colour, which is never built.
+
+    Args:
+        pixels: uint8 (H, W) or (H, W, C).
+        side: of the square, at least H and W.
+        colour: uint8 () or (C,), around the picture.
+    """
+
+    pixels: np.ndarray
+    side: int
+    colour: np.ndarray
+
+    @property
+    def around(self) -> int:
+        """How many pixels lie around the picture."""
+        height, width = self.pixels.shape[:2]
+        return self.side**2 - height * width
+
+    def average(self, size: int) -> np.ndarray:
+        """The square made smaller, to the byte as `hallulib.area.area_average` would.
+
+        Averaged along the longer axis first, so that memory is bounded by the pixels of the
+        picture, however long it is.
+
+        Args:
+            size: at most the side.
+
+        Returns:
+            uint8 (C, size, size).
+        """
+        x = np.atleast_3d(self.pixels)
+        wide = x.shape[1] > x.shape[0]
+        x = x.swapaxes(0, 1) if wide else x
+        step = max(1, 2**20 // x[:, :1].size)  # bounds the copy in int64 to 8 MB, or one line
+        reduced = [
+            self._sums(x[:, start : start + step].astype(np.int64) - self.colour, size)
+            for start in range(0, x.shape[1], step)
+        ]
+        sums = self._sums(np.concatenate(reduced, axis=1).swapaxes(0, 1), size)
+        sums = sums.transpose(2, 0, 1) if wide else sums.T
+        sums = sums + self.colour.astype(np.int64).reshape(-1, 1, 1) * self.side**2
+        return np.rint(sums / self.side**2).astype(np.uint8, order="C")
+
+    def _sums(self, x: np.ndarray, size: int) -> np.ndarray:
+        """Sums of x (length, ...) over each of the new pixels along the side, times size, exact.
+
+        They are differences of the integral of x up to the edges of the new pixels.
+        """
+        first = (self.side - len(x)) // 2
+        edges = np.arange(size + 1) * self.side - first * size
+        whole, part = np.divmod(np.clip(edges, 0, len(x) * size), size)
+        integral = np.concatenate([np.zeros_like(x[:1]), np.cumsum(x, axis=0)])
+        next_pixel = x[np.minimum(whole, len(x) - 1)]  # with part 0 at the end
+        part = part.reshape(-1, *[1] * (x.ndim - 1))
+        return np.diff(size * integral[whole] + part * next_pixel, axis=0)
+
+
+def to_square(pixels: np.ndarray, fit: str) -> tuple[Square, list[str]]:
     """Makes (H, W, ...) square around its centre.
 
     Args:
@@ -76,23 +153,22 @@ def to_square(pixels: np.ndarray, fit: str) -> tuple[np.ndarray, list[str]]:
         The square, and notes.
     """
     height, width = pixels.shape[:2]
-    if height == width:
-        return pixels, []
     side = min(height, width) if fit == "crop" else max(height, width)
-    top, left = abs(height - side) // 2, abs(width - side) // 2
-    if fit == "crop":
-        return pixels[top : top + side, left : left + side], ["image cropped to a square"]
+    notes = []
+    if height != width:
+        notes = [f"image {'cropped' if fit == 'crop' else 'padded'} to a square"]
+    top, left = max(0, height - side) // 2, max(0, width - side) // 2
+    pixels = pixels[top : top + side, left : left + side]
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    square = np.empty((side, side, *pixels.shape[2:]), np.uint8)
-    square[...] = np.rint(np.median(border, axis=0))
-    square[top : top + height, left : left + width] = pixels
-    return square, ["image padded to a square"]
+    return Square(pixels, side, np.rint(np.median(border, axis=0)).astype(np.uint8)), notes
 
 
 def _array(file: Path) -> np.ndarray:
     pixels = map_array(file)
     if pixels.size > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError
+    if pixels.dtype == bool:  # a mask: white where it is true, as in pictures of 1 bit
+        return pixels * np.uint8(255)
     if pixels.dtype.kind not in "uif":
         raise ValueError(f"type {pixels.dtype}, numbers needed")
     return np.array(pixels, np.uint8 if pixels.dtype == np.uint8 else np.float64)
@@ -105,26 +181,10 @@ def _luminance(pixels: np.ndarray) -> np.ndarray:
     return pixels @ np.array([0.299, 0.587, 0.114])
 
 
-def _picture(file: Path, grey: bool) -> np.ndarray:
-    with Image.open(file, formats=FORMATS) as image:
-        if getattr(image, "n_frames", 1) > 1:
-            raise ValueError(f"{image.n_frames} images in one file, one needed")
-        deep = image.mode.startswith(("I", "F"))
-        if not deep and _bits(image) > 8:
-            raise UserError(
-                f"{file}: {_bits(image)} bits per channel in colour or with transparency would be"
-                " cut to 8; 8 bits, grey alone or a .npy file are needed"
-            )
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if deep:
-            return np.asarray(image).astype(np.float64)
-        flat = "L" if grey or image.mode in ("1", "L", "LA") else "RGB"
-        return np.array(image.convert(flat))
-
-
-def _bits(image: Image.Image) -> int:
-    """Bits per channel of a file that is not loaded yet; what Pillow makes of it has 8 or less."""
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))
-    return 16 if image.format == "PNG" and ";16" in str(image.tile) else 8
+def _picture(file: Path, grey: bool) -> tuple[np.ndarray, list[str]]:
+    with file.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+        several = getattr(image, "n_frames", 1)
+        if several > 1 and image.format != "MPO":  # the others show the same once more
+            raise UserError(f"{file}: {several} images in one file; save each in its own")
+        pixels, notes = decoding.decode(image, grey, str(file))
+    return pixels, notes + ["first of several pictures in a JPEG taken"] * (several > 1)

@@ -35,13 +35,17 @@ class Blanks:
     action: str = "ignore"
     share: float = 0.8
 
-    def check(self, tile: np.ndarray) -> tuple[bool, list[str]]:
+    def check(
+        self, tile: np.ndarray, around: int = 0, colour: Sequence[int] | int = 0
+    ) -> tuple[bool, list[str]]:
         """Whether a tile stays, and notes.
 
         Args:
             tile: uint8 (H, W) or (H, W, 3).
+            around: how many pixels more pad it.
+            colour: of these.
         """
-        found = "" if self.action == "ignore" else kind(tile, self.share)
+        found = "" if self.action == "ignore" else kind(tile, self.share, around, colour)
         if not found:
             return True, []
         dropped = self.action == "drop"
@@ -120,24 +124,34 @@ def blanks(args: argparse.Namespace) -> Blanks:
     return Blanks(args.blank, args.blank_share)
 
 
-def kind(tile: np.ndarray, share: float) -> str:
+def kind(tile: np.ndarray, share: float, around: int = 0, colour: Sequence[int] | int = 0) -> str:
     """``"white"``, ``"grey"``, or "" for a tile that shows something.
 
     Args:
         tile: uint8 (H, W), which can be white only, or (H, W, 3).
         share: of the pixels, above which it is blank.
+        around: how many pixels more pad it.
+        colour: of these.
 
     Example:
         >>> kind(np.full((2, 2, 3), 240, np.uint8), 0.8), kind(np.zeros((2, 2, 3), np.uint8), 0.8)
         ('white', 'grey')
     """
-    channels = np.atleast_3d(tile)
-    planes = [channels[..., i] for i in range(channels.shape[2])]
-    darkest = reduce(np.minimum, planes)  # much faster than min(axis=2)
-    if (darkest > WHITE).mean() > share:
-        return "white"
-    colourless = reduce(np.maximum, planes) - darkest <= GREY
-    return "grey" if tile.ndim == 3 and colourless.mean() > share else ""
+    planes = np.moveaxis(np.atleast_3d(tile), 2, 0)
+    frame = np.reshape(colour, (-1, 1, 1)).astype(np.uint8)
+    for name, rule in (("white", _is_white), ("grey", _is_grey))[: tile.ndim - 1]:
+        count = np.count_nonzero(rule(planes)) + around * rule(frame).item()
+        if count / (planes[0].size + around) > share:
+            return name
+    return ""
+
+
+def _is_white(planes: np.ndarray) -> np.ndarray:
+    return reduce(np.minimum, planes) > WHITE  # much faster than min(axis=0)
+
+
+def _is_grey(planes: np.ndarray) -> np.ndarray:
+    return reduce(np.maximum, planes) - reduce(np.minimum, planes) <= GREY
 
 
 def _share(text: str) -> float:

@@ -261,14 +261,16 @@ def test_orientation_tags_are_obeyed(tmp_path):
 @settings(deadline=None)
 def test_padding_keeps_every_pixel_and_cropping_adds_none(height, width, colour):
     image = pixels(height, width, *colour)
-    padded, _ = pictures.to_square(image, "pad")
-    cropped, _ = pictures.to_square(image, "crop")
-    assert padded.shape[:2] == (max(height, width),) * 2
-    assert cropped.shape[:2] == (min(height, width),) * 2
-    top, left = (len(padded) - height) // 2, (len(padded) - width) // 2
-    assert np.array_equal(padded[top : top + height, left : left + width], image)
-    white, _ = pictures.to_square(np.full((height, width, *colour), 255, np.uint8), "pad")
-    assert (white == 255).all()
+    square = lambda image, fit, side: pictures.to_square(image, fit)[0].average(side)
+    padded = square(image, "pad", max(height, width))
+    cropped = square(image, "crop", min(height, width))
+    assert padded.shape[1:] == (max(height, width),) * 2
+    assert cropped.shape[1:] == (min(height, width),) * 2
+    top, left = (padded.shape[1] - height) // 2, (padded.shape[2] - width) // 2
+    inside = np.moveaxis(padded[:, top : top + height, left : left + width], 0, 2)
+    assert np.array_equal(inside, np.atleast_3d(image))
+    white = np.full((height, width, *colour), 255, np.uint8)
+    assert (square(white, "pad", max(height, width)) == 255).all()
 
 
 BARCODES = ["TCGA-A2-A0CM-01Z-00-DX1", "TCGA-A2-A0CM-01Z-00-DX2", "TCGA-E2-A14N-01Z-00-DX1"]
