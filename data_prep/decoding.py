@@ -95,13 +95,11 @@ def _flat(image: Image.Image, grey: bool) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of 8 bits or less as uint8, and alpha."""
     image = image.convert("LA") if image.mode == "La" else image
     flat = "L" if grey or image.mode in ("1", "L", "LA") else "RGB"
-    alpha = OPAQUE
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        alpha = np.asarray(layer.getchannel("A"))
-        if alpha.min() < 255:
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
-    return np.array(image.convert(flat)), alpha
+    if not image.has_transparency_data:
+        return np.array(image.convert(flat)), OPAQUE
+    layer = image.convert("RGBA")
+    shown = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
+    return np.array(shown.convert(flat)), np.asarray(layer.getchannel("A"))
 
 
 def _tags(image: Image.Image) -> dict:
