@@ -36,7 +36,7 @@ class Blanks:
     share: float = 0.8
 
     def check(
-        self, tile: np.ndarray, around: int = 0, colour: Sequence[int] | int = 0
+        self, tile: np.ndarray, around: int = 0, colour: np.ndarray | int = 0
     ) -> tuple[bool, list[str]]:
         """Whether a tile stays, and notes.
 
@@ -124,7 +124,7 @@ def blanks(args: argparse.Namespace) -> Blanks:
     return Blanks(args.blank, args.blank_share)
 
 
-def kind(tile: np.ndarray, share: float, around: int = 0, colour: Sequence[int] | int = 0) -> str:
+def kind(tile: np.ndarray, share: float, around: int = 0, colour: np.ndarray | int = 0) -> str:
     """``"white"``, ``"grey"``, or "" for a tile that shows something.
 
     Args:

@@ -98,10 +98,15 @@ def test_a_tiff_of_pillow_is_upright_in_every_mode_and_orientation(tmp_path, mod
 
 @pytest.mark.parametrize(
     ("suffix", "mode"),
-    [*product(["png"], ["1", "L", "LA", "P", "RGB", "RGBA"]), ("jpg", "L"), ("jpg", "RGB")],
+    [
+        *product(["png"], ["1", "L", "I;16", "LA", "P", "RGB", "RGBA"]),
+        ("jpg", "L"),
+        ("jpg", "RGB"),
+    ],
 )
 def test_the_orientation_of_a_camera_is_obeyed(tmp_path, suffix, mode):
-    image = Image.fromarray(noise(24, 40, 3)).convert(mode)
+    image = Image.fromarray(noise(24, 40).astype(np.uint16) * 9)
+    image = image if mode == "I;16" else Image.fromarray(noise(24, 40, 3)).convert(mode)
     image.save(tmp_path / f"plain.{suffix}")
     plain = pictures.read(tmp_path / f"plain.{suffix}")
     for tag, upright in UPRIGHT.items():
