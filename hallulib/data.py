@@ -24,6 +24,7 @@ from hallulib.integrity import (
     check_images,
     check_sums,
     check_table,
+    count_units,
     map_array,
     read_card,
 )
@@ -57,6 +58,16 @@ class ImageSet:
     def name(self) -> str:
         """Name of the set, from its card."""
         return self.card["name"]
+
+    @property
+    def unit(self) -> str:
+        """What the column ``patient`` names: "patient" unless the card says otherwise."""
+        return self.card.get("unit", "patient")
+
+    @property
+    def units(self) -> str:
+        """How many of them there are, in words: "18 patients", "60 fields", "unknown patients"."""
+        return count_units(self.unit, self.table["patient"].nunique())
 
     @property
     def channels(self) -> int:

@@ -205,7 +205,7 @@ def test_pathmnist_is_nine_tissues_and_the_report_says_that_val_shares_patients(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["toymnist", "--size=64"], "is needed for 64 pixels; fetch the file again"),
+        (["toymnist", "--size=64"], "is that of the published file of 64 pixels"),
         (["toymnist", "--size=300"], "--size is 300; 1 to 224 pixels"),
         (["breastmnits"], "no MedMNIST collection 'breastmnits'; did you mean breastmnist?"),
         (["chestmnist"], "chestmnist: several labels per image"),

@@ -144,7 +144,7 @@ BAD = {
     "another shape": "array x has shape (12, 48, 48, 3); (12, 96, 96, 3) is needed",
     "many labels": "valid_y.h5: array y is uint8 (12, 2); one whole number per image is needed",
     "an unknown label": "valid_y.h5: array y has 2; 0 (normal) and 1 (tumor) are known",
-    "a slide in two splits": "camelyon16_train_tumor_000 is in train and val; a patient may be in",
+    "a slide in two splits": "camelyon16_train_tumor_000 is in train and val; a slide may be in",
 }
 
 
