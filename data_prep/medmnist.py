@@ -106,7 +106,7 @@ def _check_sum(file: Path, md5: str, size: int) -> None:
     if found != md5:
         raise UserError(
             f"{file}: MD5 is {found} but {md5} is that of the published file of {size} pixels, so"
-            " this one is another, was put together anew or is damaged; the published one is needed"
+            " this is another file, made anew or damaged; the published one is needed"
         )
 
 
