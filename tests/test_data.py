@@ -216,6 +216,7 @@ def test_the_word_nan_and_leading_zeros_stay_text(tmp_path):
 def test_sentences_name_what_the_card_says_that_images_are_grouped_by(tmp_path, unit, units, leak):
     opened = data.open(write(tmp_path / "toy", unit=unit))
     assert (opened.unit, opened.units) == (unit, units)
+    assert list(opened.summary()) == ["split", "label", "images", units.removeprefix("4 ")]
     with pytest.raises(UserError, match=leak):
         data.open(write(tmp_path / "leak", unit=unit, **FAULTS["leak"][0]))
 
