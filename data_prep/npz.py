@@ -35,6 +35,8 @@ the table is the position in the arrays.
   python -m data_prep npz chest_xray_64.npz sets/chest --names class_names --patient patient \\
       --split split
   python -m data_prep npz crc_tiles_64.npz sets/crc --unlabelled --patient field --unit field
+  python -m data_prep npz prostatex_lesions_32.npz sets/lesions --size 32 --patient patient \\
+      --keep keep --label case_isup --missing=-1
   python -m data_prep npz mias_images_128.npz sets/mias --label density --names density_names \\
       --patient patient --size 64 --spacing 3.2
   python -m data_prep npz glas_tiles_64.npz sets/glas --names class_names --patient patient \\
@@ -190,8 +192,8 @@ def _column(file: Path, name: str, n: int | None = None, missing: bool = False) 
         raise UserError(
             f"{file}: array {name} has shape {values.shape}; one entry per image needed"
         )
-    known = np.isfinite if not missing else lambda found: ~np.isinf(found)
-    if values.dtype.kind == "f" and not known(values).all():
+    odd = np.isinf if missing else lambda found: ~np.isfinite(found)
+    if values.dtype.kind == "f" and odd(values).any():
         raise UserError(f"{file}: array {name} has NaN or infinity; numbers are needed")
     try:
         return values.astype(str)

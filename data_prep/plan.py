@@ -327,7 +327,9 @@ def _read_patients(patients: pd.Series, where: str, unit: str) -> tuple[pd.Serie
             " its place if so, and another name if not"
         )
     twice = {other: one for one, other in _twice(found, _spelling)}
-    return texts.replace(twice), [f"{noun} in two spellings: taken as one"] * len(twice)
+    return texts.map(lambda text: twice.get(text, text)), [
+        f"{noun} in two spellings: taken as one"
+    ] * len(twice)
 
 
 def _plain(text: str) -> str:

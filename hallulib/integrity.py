@@ -80,7 +80,7 @@ def read_card(file: Path) -> dict:
             raise UserError(f"{file}: {strange[0]} is of type {found}; {told} is needed")
     if not isinstance(card["processing"].get("steps", []), list):
         raise UserError(f"{file}: the steps of processing are no list; [texts] are needed")
-    if card.setdefault("unit", "patient") not in list(UNITS):
+    if card.get("unit", "patient") not in list(UNITS):  # a list: what JSON holds may not hash
         told = ", ".join(UNITS)
         raise UserError(f"{file}: unit is {card['unit']!r}; one of {told} is needed")
     spacing = card["spacing_mm"]

@@ -75,6 +75,7 @@ def test_a_slide_is_a_patient_and_is_not_named(whole):
     assert len(pairs) == len(set(slides)) == whole.table["patient"].nunique() == 13
     assert "camelyon16" not in written(whole).replace("CAMELYON16", "")
     assert not [name for name in whole.card["report"] if name.startswith("image without patient")]
+    assert whole.unit == "slide"
 
 
 @pytest.mark.parametrize("options", [dict(chunks=(7, 96, 48, 3), compression="gzip")])
@@ -88,6 +89,7 @@ def test_chunks_and_compression_change_nothing(whole, tmp_path, options):
 def test_without_tables_the_report_says_that_slides_are_unknown(tmp_path):
     root = make(tmp_path / "in", tables=False)
     other = prepared(tmp_path / "set", "patch_camelyon", root, None, f"--size={SIZE}")
+    assert other.unit == "unknown"
     warnings = " ".join(other.card["warnings"])
     for name, n in COUNTS.items():
         assert f"no table names slides of {name}: they may be in other splits too" in warnings

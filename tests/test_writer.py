@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from killing import in_session
 from toy_archive import CARD, SPLITS, Patient, make, read
 
 from data_prep import plan, staging, writer
-from data_prep.__main__ import main
+from data_prep.__main__ import main, parser
 from data_prep.writer import prepare
 from hallulib import UserError, data
 
@@ -311,6 +312,17 @@ def test_help_tells_what_an_archive_needs(archive, capsys):
     told = capsys.readouterr().out
     assert "python -m data_prep" in told
     assert "OUT" in told
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_the_examples_of_the_help_are_commands_that_it_takes(archive, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([archive, "--help"])
+    told = capsys.readouterr().out.replace("\\\n", " ")
+    examples = [line for line in told.splitlines() if line.startswith("  python -m data_prep")]
+    assert examples
+    for line in examples:
+        assert parser(archive).parse_args(shlex.split(line)[3:]).archive == archive
 
 
 @pytest.mark.parametrize("archive", ARCHIVES)
