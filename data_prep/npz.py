@@ -3,6 +3,7 @@
 import argparse
 import math
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +123,8 @@ def card_of(args: argparse.Namespace, labels: dict, unit: str) -> dict:
 
 def _plan(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str]]:
     """Patient, label and split of the images to use, values of the label, and notes."""
-    labels, values, notes = _labels(args)
-    plan = pd.DataFrame({"label": labels, "patient": "", "split": ""}, dtype=str)
+    names, notes = _names(args) if args.names else [], []
+    plan = pd.DataFrame({"label": _labels(args, names), "patient": "", "split": ""}, dtype=str)
     if args.patient:
         plan["patient"] = _column(args.source, args.patient, len(plan))
     if args.split:
@@ -133,26 +134,22 @@ def _plan(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str]]
         plan["split"] = np.where(test, "test", "train")
     if args.keep:
         keep = _kept(args.source, args.keep, len(plan))
-        notes += [f"image left out by {args.keep}"] * int((~keep).sum())
-        plan = plan[keep]
-    return plan, values, notes
-
-
-def _labels(args: argparse.Namespace) -> tuple[pd.Series, list[str], list[str]]:
-    """The label of each image, the values in order, and notes."""
-    source, where = args.source, str(args.source)
-    if args.unlabelled:
-        n = arrays.opened(where, args.images).shape[0]
-        return pd.Series([""] * n, dtype=str), [], []
-    labels = _column(source, args.label, missing=True)
-    arrays.check(source, args.images, len(labels))
-    names = _names(args) if args.names else []
-    if args.names:
-        labels = _named(labels, names, args)
-    found = read_labels(labels, args.classes or names, where, args.missing)
-    if not (found[0] != "").any():
+        notes = [f"image left out by {args.keep}"] * int((~keep).sum())
+        plan = plan[keep].copy()
+    where, known = str(args.source), args.classes or names
+    plan["label"], values, odd = read_labels(plan["label"], known, where, args.missing)
+    if not (args.unlabelled or plan["label"].any()):
         raise UserError(f"{where}: no image has a label in {args.label}; or is it --unlabelled?")
-    return found
+    return plan, values, [*notes, *odd]
+
+
+def _labels(args: argparse.Namespace, names: list[str]) -> Sequence[str]:
+    """The label of each image, as it stands there or by its name."""
+    if args.unlabelled:
+        return [""] * arrays.opened(str(args.source), args.images).shape[0]
+    labels = _column(args.source, args.label, missing=True)
+    arrays.check(args.source, args.images, len(labels))
+    return _named(labels, names, args) if names else labels
 
 
 def _array(file: Path, name: str) -> np.ndarray:

@@ -197,7 +197,7 @@ def _assemble(out: Path, staging: Path, items, staged, card, splits, notes) -> R
     told = {"splits": _tally(table, card), "counts": dict(sorted(odd.items()))}
     warnings = [*card.get("warnings", ()), *_warnings(told["splits"], odd)]
     report = Report(out, **counts, **told, unit=card["unit"], warnings=warnings)
-    card = card | {"counts": counts | {"splits": report.splits}, "report": report.counts}
+    card |= {"counts": counts | {"splits": report.splits}, "report": report.counts}
     card |= {"warnings": warnings}
     data.check_table(table, card, out.name)
     with writing(out):

@@ -80,9 +80,7 @@ def read_card(file: Path) -> dict:
             raise UserError(f"{file}: {strange[0]} is of type {found}; {told} is needed")
     if not isinstance(card["processing"].get("steps", []), list):
         raise UserError(f"{file}: the steps of processing are no list; [texts] are needed")
-    if card.get("unit", "patient") not in list(UNITS):  # a list: what JSON holds may not hash
-        told = ", ".join(UNITS)
-        raise UserError(f"{file}: unit is {card['unit']!r}; one of {told} is needed")
+    _check_unit(card, file)
     spacing = card["spacing_mm"]
     try:
         good = all(_are_values(about["values"]) for about in card["labels"].values())
@@ -181,6 +179,12 @@ def check_sums(folder: Path, sha256: Mapping[str, str]) -> None:
                 f"{folder}/{name}: SHA-256 differs from card.json, so it was changed or damaged"
                 " after it was prepared; prepare the set again"
             )
+
+
+def _check_unit(card: Mapping, file: Path) -> None:
+    if card.get("unit", "patient") not in list(UNITS):  # a list: what JSON holds may not hash
+        told = ", ".join(UNITS)
+        raise UserError(f"{file}: unit is {card['unit']!r}; one of {told} is needed")
 
 
 def _are_values(values: Sequence[str]) -> bool:

@@ -156,6 +156,15 @@ def test_images_of_missing_labels_are_unlabelled(tmp_path, arrays, capsys, codes
     assert len(opened.classes("label")) == 2
 
 
+def test_only_images_that_are_used_are_counted(tmp_path, arrays, capsys):
+    codes = np.where(np.arange(60) < 8, np.nan, np.arange(60) % 2)  # the last of them is left out
+    np.savez(tmp_path / "a.npz", **arrays | {"label": codes})
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--size=12", "--keep=keep")
+    told = run(capsys, *command)
+    assert "7  label 'nan' taken as unlabelled" in told
+    assert "7  unlabelled" in told
+
+
 def test_labels_that_are_all_missing_are_asked_about(tmp_path, arrays, capsys):
     np.savez(tmp_path / "a.npz", **arrays | {"label": np.full(60, np.nan)})
     command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--size=12")
