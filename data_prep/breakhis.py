@@ -109,6 +109,7 @@ def archive(warnings: tuple[str, ...]) -> tiles.Archive:
         licence="CC BY 4.0",
         labels={"diagnosis": diagnoses, "subtype": subtypes},
         warnings=("a biopsy, whatever its slides, stands for a patient", *warnings),
+        unit="patient",
     )
 
 

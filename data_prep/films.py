@@ -43,6 +43,7 @@ class Archive:
         steps: how labels and splits were made.
         warnings: what readers of the card must know.
         official: the archive says what is test.
+        unit: what it tells of each film, see `hallulib.integrity.UNITS`.
     """
 
     origin: str
@@ -51,6 +52,7 @@ class Archive:
     steps: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     official: bool = False
+    unit: str = "patient"
 
 
 def add_arguments(parser: argparse.ArgumentParser, official: bool) -> None:
@@ -157,7 +159,7 @@ def make(
     notes = [*notes, *["film without diagnosis: left out"] * int(bare.sum())]
     films = films[~bare].assign(label=films["diagnosis"])
     shares = {s: n for s, n in args.fractions.items() if not (archive.official and s == "test")}
-    films, odd = plan.settle(films, shares, args.seed, str(where))
+    films, odd = plan.settle(films, shares, args.seed, str(where), archive.unit)
     names = ["patient", "split", *archive.labels, *COORDINATES]
     rows = films[names].to_dict("records")
     items = [
@@ -207,6 +209,7 @@ def _card(args: argparse.Namespace, archive: Archive, shares: dict[str, float]) 
         "spacing_mm": None,  # every breast fills its square
         "processing": {"steps": steps, "versions": versions("pydicom", "scipy")},
         "labels": archive.labels,
+        "unit": archive.unit,
         "coordinates": list(COORDINATES),
         "warnings": [*archive.warnings, "a burnt-in label that touches the breast stays"],
     }

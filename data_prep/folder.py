@@ -15,10 +15,11 @@ from data_prep.plan import (
     add_origin,
     add_output,
     add_splits,
-    check_known,
+    add_unit,
     is_below,
-    order,
+    read_labels,
     settle,
+    unit_of,
 )
 from data_prep.writer import Report, prepare, versions
 from hallulib import UserError
@@ -54,9 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--unlabelled", action="store_true", help="all images, at any depth")
     told = "regular expression that finds the patient in a path"
     parser.add_argument("--patient-pattern", type=_pattern, metavar="REGEX", help=told)
+    add_unit(parser)
     add_label(parser, "name of the label, and of its column")
-    told = "label values in order, a,b,c (default: sorted)"
-    parser.add_argument("--classes", type=_classes, help=told)
     parser.add_argument(
         "--fit", choices=["pad", "crop"], default="pad", help="how to make squares (default pad)"
     )
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> Report:
         raise UserError(f"{args.source}: no such folder; a folder with images is needed")
     plan, notes = _listed(args)
     where = str(args.csv or args.source)
-    values = args.classes or order(plan["label"])
-    check_known(plan["label"], values, where)
-    plan, odd = settle(plan, args.fractions, args.seed, where)
+    plan["label"], values, found = read_labels(plan["label"], args.classes, where, args.missing)
+    unit = unit_of(plan["patient"], args.unit, where)
+    plan, odd = settle(plan, args.fractions, args.seed, where, unit)
     plan["file"] = [str(args.source / name) for name in plan["file"]]
     grey = args.grey or pictures.read(Path(plan["file"].iloc[0])).ndim == 2
     blanks = tiles.blanks(args)
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> Report:
         args.out,
         list(files.blocks(plan, {args.label: "label"})),
         partial(files.read_block, how=how),
-        _card(args, values, grey, blanks),
-        notes=[*notes, *odd],
+        _card(args, values, grey, blanks) | {"unit": unit},
+        notes=[*notes, *found, *odd],
         workers=args.workers,
         overwrite=args.overwrite,
     )
@@ -114,13 +114,6 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
-
-
-def _classes(text: str) -> list[str]:
-    values = [value.strip() for value in text.split(",")]
-    if len(set(values) - {""}) < len(values):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like a,b,c, each value once")
-    return values
 
 
 def _patients(names: Sequence[str], pattern: re.Pattern[str], root: Path) -> list[str]:

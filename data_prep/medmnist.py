@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import arrays, npz, tiles
-from data_prep.plan import add_output, settle
+from data_prep.plan import add_output, read_labels, settle
 from data_prep.writer import Report
 from hallulib import UserError
 
@@ -51,12 +51,13 @@ def run(args: argparse.Namespace) -> Report:
     file = args.file or _download(f"{args.collection}{flag}.npz", info[f"url{flag}"], md5)
     _check_sum(file, md5, size)
     plan = _plan(file, info)
+    plan["label"], values, _ = read_labels(plan["label"], list(info["label"].values()), str(file))
     plan, notes = settle(plan, {"train": 1.0}, 0, str(file))
-    values = list(info["label"].values())
     args.origin, args.licence, args.spacing = f"MedMNIST {args.collection}", info["license"], None
     args.name = args.name or args.collection
     args.warning = [WARNINGS.get(args.collection, UNKNOWN)]
-    card = npz.card_of(args, {"label": {"values": values, "meaning": {v: v for v in values}}})
+    labels = {"label": {"values": values, "meaning": {v: v for v in values}}}
+    card = npz.card_of(args, labels, "unknown")
     card["origin"] += f", {info['url' + flag]}, MD5 {md5}"
     plan = plan.reset_index(level="array").assign(file=str(file))
     return npz.write(args, plan.assign(part=plan["array"]), "label", card, notes)
@@ -104,7 +105,8 @@ def _check_sum(file: Path, md5: str, size: int) -> None:
         ) from error
     if found != md5:
         raise UserError(
-            f"{file}: MD5 is {found} but {md5} is needed for {size} pixels; fetch the file again"
+            f"{file}: MD5 is {found} but {md5} is that of the published file of {size} pixels, so"
+            " this is another file, made anew or damaged; the published one is needed"
         )
 
 

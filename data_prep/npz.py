@@ -1,8 +1,9 @@
-"""Arrays of one NumPy .npz file: images, labels, and if there are any patients and a split."""
+"""Arrays of one NumPy .npz file: images, and if there are any labels, patients and a split."""
 
 import argparse
 import math
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +15,29 @@ from data_prep.plan import (
     add_origin,
     add_output,
     add_splits,
-    check_known,
-    order,
+    add_unit,
+    is_missing,
+    read_labels,
     settle,
+    unit_of,
 )
 from data_prep.writer import Report
 from hallulib import UserError
 
 LARGEST = 2**28  # bytes of an array with one value per image
+TRUTH = {"True": True, "False": False, "1": True, "0": False}
 HELP = """
 Arrays are named by the options; all have one entry per image, except --names. The column item of
 the table is the position in the arrays.
 
   python -m data_prep npz brain_mri_64.npz sets/brain --label label --names class_names \\
-      --keep keep --test is_test_clean --patient group_near --fractions train=.85,val=.15
+      --keep keep --test is_test_clean --patient group_near --unit near-copies \\
+      --fractions train=.85,val=.15
+  python -m data_prep npz chest_xray_64.npz sets/chest --names class_names --patient patient \\
+      --split split
+  python -m data_prep npz crc_tiles_64.npz sets/crc --unlabelled --patient field --unit field
+  python -m data_prep npz prostatex_lesions_32.npz sets/lesions --size 32 --patient patient \\
+      --keep keep --label case_isup --missing=-1
   python -m data_prep npz mias_images_128.npz sets/mias --label density --names density_names \\
       --patient patient --size 64 --spacing 3.2
   python -m data_prep npz glas_tiles_64.npz sets/glas --names class_names --patient patient \\
@@ -44,11 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", default="images", help="uint8 (N, H, H) or (N, H, H, 3) (default images)"
     )
     add_label(parser, "label of each image")
-    parser.add_argument("--names", help="name of each label, if labels are 0, 1, ...")
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument("--names", help="name of each label, if labels are 0, 1, ...")
+    names.add_argument("--unlabelled", action="store_true", help="no image has a label")
     parser.add_argument("--patient", help="patient, or group, of each image")
+    add_unit(parser)
     told = "true for the images to use, or NAME<=LIMIT: those of which NAME is at most LIMIT"
     parser.add_argument("--keep", help=told)
-    parser.add_argument("--test", help="true for the test images; the rest becomes train and val")
+    splits = parser.add_mutually_exclusive_group()
+    splits.add_argument("--test", help="true for the test images; the rest becomes train and val")
+    told = "published split of each image: train, val or test, or training, validation ..."
+    splits.add_argument("--split", help=told)
     tiles.add_arguments(parser, "ignore")
     add_splits(parser)
     add_origin(parser)
@@ -60,27 +76,15 @@ def run(args: argparse.Namespace) -> Report:
     Raises:
         UserError: see `data_prep.writer.prepare`.
     """
-    where, labels = str(args.source), _column(args.source, args.label)
-    arrays.check(args.source, args.images, len(labels))
-    if args.names:
-        labels = _named(labels, _names(args), args)
-    plan = pd.DataFrame({"label": labels, "patient": "", "split": ""}, dtype=str)
-    values = list(_names(args)) if args.names else order(labels)
-    check_known(plan["label"], values, where)
-    if args.patient:
-        plan["patient"] = _column(args.source, args.patient, len(plan))
-    notes = []
-    if args.test:
-        plan.loc[_mask(args.source, args.test, len(plan)), "split"] = "test"
-        plan.loc[plan["split"] == "", "split"] = "train"
-    if args.keep:
-        keep = _kept(args.source, args.keep, len(plan))
-        notes, plan = [f"image left out by {args.keep}"] * int((~keep).sum()), plan[keep]
-    plan, odd = settle(plan, args.fractions, args.seed, where)
-    card = card_of(args, {args.label: {"values": values, "meaning": {v: v for v in values}}})
+    where = str(args.source)
+    plan, values, notes = _plan(args)
+    unit = unit_of(plan["patient"], args.unit, where)
+    plan, odd = settle(plan, args.fractions, args.seed, where, unit)
+    labels = {args.label: {"values": values, "meaning": {v: v for v in values}}} if values else {}
+    card = card_of(args, labels, unit)
     card["processing"]["steps"] += [
-        f"arrays: {args.images}, {args.label}, patient {args.patient}, keep {args.keep},"
-        f" test {args.test}",
+        f"arrays: {args.images}, {args.label if values else 'no label'}, patient {args.patient},"
+        f" keep {args.keep}, test {args.test}, split {args.split}",
         f"splits by seed {args.seed}, {args.fractions}",
     ]
     plan = plan.assign(part=args.images, file=where, array=args.images)
@@ -101,7 +105,7 @@ def write(args: argparse.Namespace, plan: pd.DataFrame, scheme: str, card: dict,
     return arrays.write(args, items, card, notes, workers=1)
 
 
-def card_of(args: argparse.Namespace, labels: dict) -> dict:
+def card_of(args: argparse.Namespace, labels: dict, unit: str) -> dict:
     """The card of an .npz, from the command line."""
     blank = tiles.blanks(args).steps
     return {
@@ -111,9 +115,41 @@ def card_of(args: argparse.Namespace, labels: dict) -> dict:
         "spacing_mm": args.spacing,
         "processing": {"steps": [*blank, f"area-averaged to {args.size} pixels"]},
         "labels": labels,
+        "unit": unit,
         "coordinates": ["item"],
         "warnings": args.warning,
     }
+
+
+def _plan(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """Patient, label and split of the images to use, values of the label, and notes."""
+    names, notes = _names(args) if args.names else [], []
+    plan = pd.DataFrame({"label": _labels(args, names), "patient": "", "split": ""}, dtype=str)
+    if args.patient:
+        plan["patient"] = _column(args.source, args.patient, len(plan))
+    if args.split:
+        plan["split"] = _column(args.source, args.split, len(plan))
+    if args.test:
+        test = _mask(args.source, args.test, len(plan))
+        plan["split"] = np.where(test, "test", "train")
+    if args.keep:
+        keep = _kept(args.source, args.keep, len(plan))
+        notes = [f"image left out by {args.keep}"] * int((~keep).sum())
+        plan = plan[keep].copy()
+    where, known = str(args.source), args.classes or names
+    plan["label"], values, odd = read_labels(plan["label"], known, where, args.missing)
+    if not (args.unlabelled or plan["label"].any()):
+        raise UserError(f"{where}: no image has a label in {args.label}; or is it --unlabelled?")
+    return plan, values, [*notes, *odd]
+
+
+def _labels(args: argparse.Namespace, names: list[str]) -> Sequence[str]:
+    """The label of each image, as it stands there or by its name."""
+    if args.unlabelled:
+        return [""] * arrays.opened(str(args.source), args.images).shape[0]
+    labels = _column(args.source, args.label, missing=True)
+    arrays.check(args.source, args.images, len(labels))
+    return _named(labels, names, args) if names else labels
 
 
 def _array(file: Path, name: str) -> np.ndarray:
@@ -137,24 +173,25 @@ def _array(file: Path, name: str) -> np.ndarray:
         raise UserError(f"{file}: not a readable .npz ({error}); give another file") from error
 
 
-def _names(args: argparse.Namespace) -> np.ndarray:
+def _names(args: argparse.Namespace) -> list[str]:
     """One text per label, each once."""
-    names = _column(args.source, args.names)
+    names = [name.strip() for name in _column(args.source, args.names)]
     if len(set(names) - {""}) < len(names):
         raise UserError(f"{args.source}: array {args.names} repeats a name or has an empty one")
     return names
 
 
-def _column(file: Path, name: str, n: int | None = None) -> np.ndarray:
-    """One text per image."""
+def _column(file: Path, name: str, n: int | None = None, missing: bool = False) -> np.ndarray:
+    """One text per image; ``missing``: NaN may stand where there is none."""
     values = _array(file, name)
     values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     if values.ndim != 1 or (n is not None and len(values) != n):
         raise UserError(
             f"{file}: array {name} has shape {values.shape}; one entry per image needed"
         )
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise UserError(f"{file}: array {name} has NaN; every image needs a finite value")
+    odd = np.isinf if missing else lambda found: ~np.isfinite(found)
+    if values.dtype.kind == "f" and odd(values).any():
+        raise UserError(f"{file}: array {name} has NaN or infinity; numbers are needed")
     try:
         return values.astype(str)
     except (TypeError, ValueError) as error:
@@ -164,9 +201,12 @@ def _column(file: Path, name: str, n: int | None = None) -> np.ndarray:
 
 def _mask(file: Path, name: str, n: int) -> np.ndarray:
     values = _column(file, name, n)
-    if not set(values) <= {"True", "False"}:
-        raise UserError(f"{file}: array {name} is not true or false; a boolean array is needed")
-    return values == "True"
+    if not set(values) <= set(TRUTH):
+        raise UserError(
+            f"{file}: array {name} is not true or false; a boolean array is needed (names of"
+            " splits go with --split)"
+        )
+    return np.array([TRUTH[value] for value in values])
 
 
 def _kept(file: Path, told: str, n: int) -> np.ndarray:
@@ -180,12 +220,14 @@ def _kept(file: Path, told: str, n: int) -> np.ndarray:
         raise UserError(f"{file}: --keep {told!r} does not compare numbers ({error})") from error
 
 
-def _named(labels: np.ndarray, names: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+def _named(labels: np.ndarray, names: list[str], args: argparse.Namespace) -> list[str]:
+    """The name of each label; what means that there is none stays as it is."""
+    codes = [label.strip().removesuffix(".0") for label in labels]
     known = {str(index): name for index, name in enumerate(names)}
-    strange = [str(label) for label in labels if label not in known]
+    strange = [c for c in codes if c and c not in known and not is_missing(c, args.missing)]
     if strange:
         raise UserError(
             f"{args.source}: {args.label} has {strange[0]!r}; known are 0 to {len(names) - 1},"
-            f" the places in {args.names}"
+            f" the places in {args.names}, and --missing says what means that there is no label"
         )
-    return np.array([known[label] for label in labels])
+    return [known.get(code, code) for code in codes]

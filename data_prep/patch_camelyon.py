@@ -54,13 +54,16 @@ def run(args: argparse.Namespace) -> Report:
     warnings = [NO_TABLE.format(name) for name, part in parts.items() if not part["patient"].any()]
     for name, part in parts.items():
         warnings += tiles.incomplete(name, len(part), PUBLISHED[name])
-    rows, notes = plan.settle(pd.concat(parts.values()), {"train": 1.0}, 0, str(args.root))
+    rows = pd.concat(parts.values())
+    unit = "slide" if rows["patient"].any() else "unknown"
+    rows, notes = plan.settle(rows, {"train": 1.0}, 0, str(args.root), unit)
     archive = tiles.Archive(
         origin="PatchCamelyon (Veeling et al. 2018), from CAMELYON16",
         licence="CC0 1.0",
         labels={"tissue": TISSUES},
         warnings=("a slide stands for a patient", *warnings),
         width=SHAPE[1] * MICROMETRES / 1000,
+        unit=unit,
     )
     items = list(arrays.blocks(rows, {"tissue": "label", "item": "item"}))
     card = archive.card(args, ["official splits"])

@@ -129,6 +129,7 @@ def card(name: str, settings: Settings, seed: int) -> dict:
         "spacing_mm": [settings.spacing, settings.spacing],
         "processing": {"steps": steps, "versions": versions("pydicom", "scipy", "SimpleITK")},
         "labels": {name: {"values": list(told), "meaning": told} for name, told in LABELS.items()},
+        "unit": "patient",
         "coordinates": ["study", "slice", "mask"],
     }
 

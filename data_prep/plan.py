@@ -2,19 +2,38 @@
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
 from hallulib import UserError
-from hallulib.integrity import SPLITS
+from hallulib.integrity import SPLITS, UNITS, check_disjoint
 
 OWN_PATIENT = (
     "image without patient: counted as its own, so leaks between splits cannot be excluded"
 )
 RESERVED = ("file", "patient", "split", "item")
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+    "unlabelled": "unlabelled",
+    "unlabeled": "unlabelled",
+}
+MISSING = ("nan", "na", "n/a", "<na>", "#n/a", "nat", "null", "?")  # nothing else is meant by them
+UNCLEAR = ("none", "unknown", "-", "--")  # no finding, not known, or HER2 negative
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,4})?", re.IGNORECASE)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +59,19 @@ def add_origin(parser: argparse.ArgumentParser) -> None:
 
 
 def add_label(parser: argparse.ArgumentParser, told: str) -> None:
-    """The option that names the label; ``told``: what it is in this archive."""
+    """The options of the label; ``told``: what it is in this archive."""
     told += " (default %(default)s)"
     parser.add_argument("--label", type=label_name, default="label", help=told)
+    told = "label values in order, a,b,c (default: sorted)"
+    parser.add_argument("--classes", type=values, default=[], help=told)
+    told = f"labels that mean that there is none, a,b (besides {' '.join(MISSING)})"
+    parser.add_argument("--missing", type=values, default=[], help=told.replace("%", "%%"))
+
+
+def add_unit(parser: argparse.ArgumentParser) -> None:
+    """The option that says what images are grouped by, for the card."""
+    told = "what is called patient here: it is in one split only (default patient)"
+    parser.add_argument("--unit", choices=list(UNITS), help=told)
 
 
 def add_splits(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +124,18 @@ def label_name(text: str) -> str:
     return text.strip()
 
 
+def values(text: str) -> list[str]:
+    """``a,b,c`` as a list.
+
+    Raises:
+        argparse.ArgumentTypeError: a value is empty or there twice.
+    """
+    found = [_plain(value) for value in text.split(",")]
+    if len(set(found) - {""}) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like a,b,c, each value once")
+    return found
+
+
 def fractions(text: str) -> dict[str, float]:
     """``train=.7,val=.1,test=.2`` as a dict.
 
@@ -127,29 +168,109 @@ def spacing(text: str) -> list[float]:
     return [values[0], values[-1]]
 
 
+def split_name(text: str) -> str:
+    """The split that a published name means; "" if none is known by it."""
+    return SPLIT_NAMES.get(text.strip().lower(), "")
+
+
+def unit_of(patients: pd.Series, told: str | None, where: str) -> str:
+    """What the images are grouped by: what was told, "patient", or "unknown" without any.
+
+    Raises:
+        UserError: a unit was told, and no image has one.
+    """
+    if (patients != "").any():
+        return told or "patient"
+    if told not in (None, "unknown"):
+        raise UserError(
+            f"{where}: --unit is {told}, but nothing tells the {told} of an image; an option or"
+            " column of patients is needed (--help lists them)"
+        )
+    return "unknown"
+
+
+def read_labels(
+    labels: Sequence[str], classes: Sequence[str], where: str, missing: Sequence[str] = ()
+) -> tuple[pd.Series, list[str], list[str]]:
+    """Labels as texts, each class under one name; what means that there is no label is empty.
+
+    Whatever stands in ``classes`` is a class and under no suspicion.
+
+    Args:
+        labels: one per image, as found.
+        classes: the values in order, if they are known.
+        where: the file that says so, for messages.
+        missing: further texts that mean that there is no label.
+
+    Returns:
+        The labels, "" where there is none; their values in order; and notes of what was odd.
+
+    Raises:
+        UserError: a label that may mean that there is none, two that differ in spelling only, or
+            one that is not in ``classes``.
+    """
+    texts = pd.Series(labels, dtype=str).map(_plain)
+    counts = Counter(texts)
+    none = [t for t in counts if is_missing(t, missing) and t not in classes]
+    notes = [f"label {text!r} taken as unlabelled" for text in none for _ in range(counts[text])]
+    found = set(counts) - set(none) - {""}
+    _check_spelling(found - set(classes), _unclear(found) - set(classes), where)
+    texts = texts.where(~texts.isin(none), "")
+    known = list(classes) or order(found)
+    check_known(texts, known, where)
+    return texts, known, notes
+
+
+def _check_spelling(found: set[str], unclear: set[str], where: str) -> None:
+    """Refuses labels of which a class would be made that nobody meant."""
+    for text in sorted(unclear)[:1]:
+        raise UserError(
+            f"{where}: label {text!r} may mean that there is none; --missing={text} takes its"
+            " images as unlabelled, --classes names it as a class"
+        )
+    for one, other in _twice(found, lambda t: _spelling(t) if _number(t) is None else _number(t)):
+        raise UserError(
+            f"{where}: labels {one!r} and {other!r} differ in spelling only; one spelling is"
+            " needed, or --classes that names both"
+        )
+
+
+def is_missing(text: str, told: Sequence[str] = ()) -> bool:
+    """Whether a text means that nothing is known; ``told``: what else means it."""
+    return text in told or text.casefold() in MISSING
+
+
 def settle(
-    plan: pd.DataFrame, shares: Mapping[str, float], seed: int, where: str
+    plan: pd.DataFrame,
+    shares: Mapping[str, float],
+    seed: int,
+    where: str,
+    unit: str = "patient",
 ) -> tuple[pd.DataFrame, list[str]]:
     """Gives every image a split and every patient a pseudonym.
 
     Splits that came with the data are kept; if val is missing there, it is taken from train, and
     only val is.
     Images without label become ``unlabelled``; they are left out if their patient has labels.
+    A patient in two spellings is one patient: to be wrong about that costs nothing.
 
     Args:
-        plan: strings, one row per image: ``patient``, ``label``, ``split``, "" where unknown; the
-            patient "" stands for the image itself.
+        plan: strings, one row per image: ``patient``, ``label``, ``split`` (a published name of
+            it will do), "" where unknown; the patient "" stands for the image itself.
         shares: split -> share of the images.
         seed: of the division.
         where: the file that says so, for messages.
+        unit: what is called patient here, for messages.
 
     Returns:
         The plan, without rows left out, its index kept; and notes of what was odd.
 
     Raises:
-        UserError: an unknown split, a split without a label, or a patient in two splits.
+        UserError: an unknown split, a split without a label, a patient in two splits, or one
+            whose name may mean that it is not known.
     """
-    plan, notes = plan.copy(), []
+    plan = plan.assign(split=[split_name(split) or split for split in plan["split"]])
+    plan["patient"], notes = _read_patients(plan["patient"], where, unit)
     nobody = plan["patient"] == ""
     plan.loc[nobody, "patient"] = [f"\0image {i:09d}" for i in np.flatnonzero(nobody)]
     notes += [OWN_PATIENT] * int(nobody.sum())
@@ -159,7 +280,7 @@ def settle(
     twice = bare & plan["patient"].isin(plan.loc[~bare, "patient"])
     notes += ["unlabelled image of a labelled patient left out"] * int(twice.sum())
     plan = plan[~twice].copy()
-    _keep_together(plan, where)
+    _keep_together(plan, where, unit)
     notes += _divide(plan, shares, seed)
     names = {patient: f"p{i:05d}" for i, patient in enumerate(sorted(set(plan["patient"])), 1)}
     plan["patient"] = plan["patient"].map(names)
@@ -169,13 +290,9 @@ def settle(
 def order(values: Sequence[str]) -> list[str]:
     """Label values in order: by number if all are numbers, else by name."""
     names = sorted(set(values) - {""})
-    try:
-        numbers = [float(name) for name in names]
-    except ValueError:
-        return names
-    if any(map(math.isnan, numbers)):  # it has no place among numbers
-        return names
-    return sorted(names, key=float)  # 2 and 2.0 stay in the order of their names
+    if all(_number(name) is not None for name in names):
+        return sorted(names, key=_number)  # 1 and 01 stay in the order of their names
+    return names
 
 
 def check_known(labels: pd.Series, known: Sequence[str], where: str) -> None:
@@ -199,6 +316,53 @@ def is_below(name: str) -> bool:
     return bool(name) and not outside and ".." not in path.parts
 
 
+def _read_patients(patients: pd.Series, where: str, unit: str) -> tuple[pd.Series, list[str]]:
+    """Patients under one name each; what may mean "not known" would tie strangers together."""
+    texts = patients.map(_plain)
+    found = set(texts) - {""}
+    strange, noun = sorted(_unclear(found) | set(filter(is_missing, found))), UNITS[unit][0]
+    if strange:
+        raise UserError(
+            f"{where}: {noun} {strange[0]!r} may mean that it is not known; nothing is needed in"
+            " its place if so, and another name if not"
+        )
+    twice = {other: one for one, other in _twice(found, _spelling)}
+    return texts.map(lambda text: twice.get(text, text)), [
+        f"{noun} in two spellings: taken as one"
+    ] * len(twice)
+
+
+def _plain(text: str) -> str:
+    """The text without spaces around it, accents as one character with their letter."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _number(text: str) -> Decimal | None:
+    """The number that a text is; exact, since long ones may be names."""
+    return Decimal(text) if NUMBER.fullmatch(text) else None
+
+
+def _spelling(text: str) -> str:
+    """What two spellings of a name have in common; leading zeros belong to a name."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
+
+
+def _twice(found: Iterable[str], key) -> list[tuple[str, str]]:
+    """Pairs of texts of one key: the first of them in order, and another."""
+    first: dict = {}
+    pairs = [(first.setdefault(key(text), text), text) for text in sorted(found)]
+    return [(one, other) for one, other in pairs if one != other]
+
+
+def _unclear(found: set[str]) -> set[str]:
+    """Texts that may stand for nothing: words, and negative numbers among other texts."""
+    numbers = {text: _number(text) for text in found}
+    below = {text for text, number in numbers.items() if number is not None and number < 0}
+    words = {text for text in found if text.casefold() in UNCLEAR}
+    return words | (below if below < found - words else set())
+
+
 def _check(plan: pd.DataFrame, where: str) -> None:
     strange = plan[~plan["split"].isin(["", *SPLITS])]
     if len(strange):
@@ -212,16 +376,10 @@ def _check(plan: pd.DataFrame, where: str) -> None:
         raise UserError(f"{where}: {told}; unlabelled must go with an empty label, and only it")
 
 
-def _keep_together(plan: pd.DataFrame, where: str) -> None:
+def _keep_together(plan: pd.DataFrame, where: str, unit: str) -> None:
     """Spreads a known split to the other images of the patient."""
-    known = plan.loc[plan["split"] != "", ["patient", "split"]].drop_duplicates()
-    twice = known["patient"].duplicated()
-    if twice.any():
-        patient = known.loc[twice, "patient"].iloc[0]
-        splits = " and ".join(known.loc[known["patient"] == patient, "split"])
-        raise UserError(
-            f"{where}: patient {patient} is in {splits}; a patient may be in one split only"
-        )
+    known = plan.loc[plan["split"] != "", ["patient", "split"]]
+    check_disjoint(known, unit, where)
     split_of = dict(zip(known["patient"], known["split"], strict=True))
     plan["split"] = [split_of.get(patient, "") for patient in plan["patient"]]
 

@@ -68,6 +68,7 @@ class Archive:
         labels: label scheme -> value -> meaning; the first is the default.
         warnings: what readers of the card must know.
         width: of a tile, in mm; None if tiles differ or it is not known.
+        unit: what the archive tells of each tile, see `hallulib.integrity.UNITS`.
     """
 
     origin: str
@@ -75,6 +76,7 @@ class Archive:
     labels: dict[str, dict[str, str]]
     warnings: tuple[str, ...] = ()
     width: float | None = None
+    unit: str = "unknown"
 
     def card(self, args: argparse.Namespace, steps: Sequence[str], *coordinates: str) -> dict:
         """The card.
@@ -96,6 +98,7 @@ class Archive:
             "spacing_mm": self.width and [self.width / args.size] * 2,
             "processing": {"steps": steps, "versions": versions("pillow")},
             "labels": schemes,
+            "unit": self.unit,
             "coordinates": [*coordinates, "item"],
             "warnings": list(self.warnings),
         }

@@ -73,6 +73,7 @@ def archive(three: str) -> films.Archive:
         ),
         warnings=("diagnosis is a BI-RADS category of the breast, not a pathology",),
         official=True,
+        unit="exam",
     )
 
 

@@ -30,10 +30,12 @@ import pandas as pd
 from data_prep.staging import Item, Study, fields, read_about, read_images, stage
 from hallulib import UserError
 from hallulib.disk import writing
+from hallulib.integrity import count_units
 
 __all__ = ["Item", "Report", "Study", "by_fraction", "prepare", "versions"]
 
 REPLACED = "replaced"
+CONTRADICTED = "image with an exact copy under another label"
 Splits = Callable[[pd.DataFrame], Mapping[str, str]] | Mapping[str, str] | None
 
 
@@ -44,7 +46,8 @@ class Report:
     Args:
         out: the image set.
         images: how many.
-        patients: how many.
+        patients: how many, or what stands for them.
+        unit: what that is, a key of `hallulib.integrity.UNITS`.
         splits: split -> class of the first scheme ("" = none) -> images.
         counts: what was odd, by name -> how often.
         warnings: what readers of the card must know.
@@ -53,12 +56,13 @@ class Report:
     out: Path
     images: int
     patients: int
+    unit: str
     splits: dict[str, dict[str, int]]
     counts: dict[str, int]
     warnings: Sequence[str] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.out}: {self.images} images of {self.patients} patients"]
+        lines = [f"{self.out}: {self.images} images of {count_units(self.unit, self.patients)}"]
         for split, classes in self.splits.items():
             told = ", ".join(f"{name or 'no label'} {n}" for name, n in classes.items())
             lines.append(f"{sum(classes.values()):>9}  {split:<11} {told}")
@@ -87,8 +91,9 @@ def prepare(
         card: ``name``, ``origin``, ``licence``, ``spacing_mm`` ([row, column] or None),
             ``processing`` {``steps``: [text], ``versions``}, ``labels`` {scheme: {``values``,
             ``meaning``}} (the first scheme is the default) and ``coordinates``, the allow-list of
-            further columns; and if need be ``warnings``. Every setting that changes a pixel
-            belongs in ``steps``. The writer adds ``counts``, ``report`` and ``sha256``.
+            further columns; and if need be ``warnings`` and ``unit``, what ``patient`` names
+            (default patient). Every setting that changes a pixel belongs in ``steps``. The writer
+            adds ``counts``, ``report``, ``sha256`` and warnings of its own.
         splits: patient -> split, or a function of the whole table that returns it; used for rows
             whose ``split`` is empty. See `by_fraction`.
         notes: oddities found before reading, counted with those of the studies.
@@ -173,7 +178,8 @@ def _complete(card: dict) -> dict:
     processing = card["processing"]
     found = {"python": platform.python_version()} | versions("hallulib", "numpy")
     told = found | processing.get("versions", {})
-    return {"coordinates": []} | card | {"processing": processing | {"versions": told}}
+    card = {"coordinates": [], "unit": "patient"} | card
+    return card | {"processing": processing | {"versions": told}}
 
 
 def _assemble(out: Path, staging: Path, items, staged, card, splits, notes) -> Report:
@@ -185,11 +191,14 @@ def _assemble(out: Path, staging: Path, items, staged, card, splits, notes) -> R
     table = pd.DataFrame(rows, columns=list(fields(card)), dtype=str)
     _decide_splits(table, splits, out.name)
     odd = Counter([*notes, *(note for about in abouts for note in about["notes"])])
-    odd += _copies([p for about in abouts for p in about["prints"]], table["split"])
+    prints = pd.Series([p for about in abouts for p in about["prints"]], dtype=str)
+    odd += _copies(prints, table["split"]) + _contradicted(prints, table[list(card["labels"])])
     counts = {"images": len(table), "patients": table["patient"].nunique()}
     told = {"splits": _tally(table, card), "counts": dict(sorted(odd.items()))}
-    report = Report(out, **counts, **told, warnings=card.get("warnings", ()))
-    card = card | {"counts": counts | {"splits": report.splits}, "report": report.counts}
+    warnings = [*card.get("warnings", ()), *_warnings(told["splits"], odd)]
+    report = Report(out, **counts, **told, unit=card["unit"], warnings=warnings)
+    card |= {"counts": counts | {"splits": report.splits}, "report": report.counts}
+    card |= {"warnings": warnings}
     data.check_table(table, card, out.name)
     with writing(out):
         new = _write(staging / "set", staged, (len(table), *shape), table, card)
@@ -253,6 +262,25 @@ def _copies(prints: Sequence[str], split: pd.Series) -> Counter[str]:
         odd["image that is an exact copy of another"] += 1
     odd["image that is an exact copy of another"] -= len(first)
     return odd
+
+
+def _contradicted(prints: pd.Series, labels: pd.DataFrame) -> Counter[str]:
+    """Images whose very pixels occur with another label."""
+    wrong = pd.Series(False, prints.index)
+    for scheme in labels:
+        told = labels.loc[labels[scheme] != "", scheme]
+        wrong[told.index] |= told.groupby(prints[told.index]).transform("nunique") > 1
+    return Counter({CONTRADICTED: int(wrong.sum())} if wrong.any() else {})
+
+
+def _warnings(splits: Mapping[str, Mapping], odd: Mapping[str, int]) -> list[str]:
+    """What readers of the card must know of the whole."""
+    labelled = set(splits) - {"unlabelled"}
+    missing = [split for split in ("val", "test") if labelled and split not in splits]
+    warnings = [f"no image is in {split}: what needs it will stop" for split in missing]
+    if odd[CONTRADICTED]:
+        warnings.append(f"{odd[CONTRADICTED]} images have an exact copy with another label")
+    return warnings
 
 
 def _write(new: Path, staged: Sequence[Path], shape, table: pd.DataFrame, card: dict) -> Path:

@@ -21,9 +21,11 @@ from hallulib import UserError
 from hallulib.area import area_average
 from hallulib.integrity import (
     SPLITS,
+    UNITS,
     check_images,
     check_sums,
     check_table,
+    count_units,
     map_array,
     read_card,
 )
@@ -57,6 +59,16 @@ class ImageSet:
     def name(self) -> str:
         """Name of the set, from its card."""
         return self.card["name"]
+
+    @property
+    def unit(self) -> str:
+        """What the column ``patient`` names: "patient" unless the card says otherwise."""
+        return self.card.get("unit", "patient")
+
+    @property
+    def units(self) -> str:
+        """How many of them there are, in words: "18 patients", "60 fields", "unknown patients"."""
+        return count_units(self.unit, self.table["patient"].nunique())
 
     @property
     def channels(self) -> int:
@@ -165,11 +177,12 @@ class ImageSet:
         return replace(self, images=images, table=table)
 
     def summary(self) -> pd.DataFrame:
-        """Images and patients per split and class of the first scheme ("" = unlabelled)."""
+        """Images and units per split and class of the first scheme ("" = unlabelled)."""
         scheme = self.schemes[0] if self.schemes else None
         label = self.table[scheme] if scheme else ""
         frame = self.table[["split", "patient"]].assign(label=label)
-        found = frame.groupby(["split", "label"])["patient"].agg(images="size", patients="nunique")
+        counts = {"images": "size", UNITS[self.unit][1]: "nunique"}
+        found = frame.groupby(["split", "label"])["patient"].agg(**counts)
         classes = ("", *(self.classes(scheme) if scheme else ()))
         kept = [(s, c) for s in SPLITS for c in classes if (s, c) in found.index]
         return found.loc[kept].reset_index()

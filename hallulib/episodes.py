@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 
 from hallulib import UserError
 from hallulib.data import ImageSet
-from hallulib.integrity import SPLITS
+from hallulib.integrity import SPLITS, count_units
 from hallulib.settings import check_known, check_least
 
 Draw = np.random.Generator
@@ -123,7 +123,7 @@ class Episodes:
         patient = np.arange(len(images)) if share_patients else images.table["patient"]
         self._patient = np.unique(patient, return_inverse=True)[1]
         found = self._grouped(images, scheme, split)
-        faults = self._faults(found)
+        faults = self._faults(found, "unknown" if share_patients else images.unit)
         if len(found) - len(faults) < self.n_way:
             raise UserError(
                 f"{images.name}: {len(found) - len(faults)} of the {len(found)} classes of scheme"
@@ -205,8 +205,8 @@ class Episodes:
         rows = [np.flatnonzero(used & (labels == index)) for index in range(len(known))]
         return [_Class(name, r, self._patient[r]) for name, r in zip(known, rows, strict=True)]
 
-    def _faults(self, found: list[_Class]) -> dict[str, str]:
-        """What is wrong with each class that cannot serve in every draw."""
+    def _faults(self, found: list[_Class], unit: str) -> dict[str, str]:
+        """What is wrong with each class that cannot serve in every draw; unit: of the set."""
         seen = np.zeros((len(found), len(self._patient)), bool)
         for mine, c in zip(seen, found, strict=True):
             mine[c.patients] = True
@@ -217,8 +217,7 @@ class Episodes:
             left = _left_at_worst(images, several[patients], self.k_shot + spare, self.n_way - 1)
             need = self._most_queries(c, found)
             if left < need:
-                owners = "patient" if len(patients) == 1 else "patients"
-                whose = "" if self.share_patients else f" of {len(patients)} {owners}"
+                whose = "" if unit == "unknown" else f" of {count_units(unit, len(patients))}"
                 faults[c.name] = (
                     f"class {c.name!r} has {images.sum()} images{whose}; with {self.k_shot} set"
                     f" aside for the support and {spare} for spare images, {left} images are sure"

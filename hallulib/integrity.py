@@ -17,6 +17,28 @@ from hallulib import UserError
 SPLITS = ("unlabelled", "train", "val", "test")
 CARD = ("name", "origin", "licence", "spacing_mm", "processing", "labels", "counts", "sha256")
 TEXTS, TABLES = ("name", "origin", "licence"), ("processing", "labels", "counts", "sha256")
+UNITS = {  # what the column patient of a table names -> one of them, several
+    "patient": ("patient", "patients"),
+    "exam": ("exam", "exams"),
+    "eye": ("eye", "eyes"),
+    "lesion": ("lesion", "lesions"),
+    "specimen": ("specimen", "specimens"),
+    "slide": ("slide", "slides"),
+    "field": ("field", "fields"),
+    "near-copies": ("group of near copies", "groups of near copies"),
+    "unknown": ("unknown patient", "unknown patients"),  # every image is its own
+}
+
+
+def count_units(unit: str, n: int) -> str:
+    """How many there are, in words; of unknown patients nobody knows.
+
+    Example:
+        >>> count_units("field", 60), count_units("patient", 1), count_units("unknown", 60)
+        ('60 fields', '1 patient', 'unknown patients')
+    """
+    one, several = UNITS[unit]
+    return several if unit == "unknown" else f"{n} {one if n == 1 else several}"
 
 
 def map_array(file: Path | str) -> np.ndarray:
@@ -58,6 +80,7 @@ def read_card(file: Path) -> dict:
             raise UserError(f"{file}: {strange[0]} is of type {found}; {told} is needed")
     if not isinstance(card["processing"].get("steps", []), list):
         raise UserError(f"{file}: the steps of processing are no list; [texts] are needed")
+    _check_unit(card, file)
     spacing = card["spacing_mm"]
     try:
         good = all(_are_values(about["values"]) for about in card["labels"].values())
@@ -110,7 +133,7 @@ def check_table(table: pd.DataFrame, card: Mapping, where: str) -> None:
     for scheme, about in card["labels"].items():
         _check_values(table[scheme], ("", *about["values"]), file)
     _check_labelled(table, schemes, file)
-    _check_disjoint(table, file)
+    check_disjoint(table, card.get("unit", "patient"), file)
     found = {"images": len(table), "patients": table["patient"].nunique()}
     for name, n in found.items():
         told = card.get("counts", {}).get(name, n)
@@ -118,6 +141,28 @@ def check_table(table: pd.DataFrame, card: Mapping, where: str) -> None:
             raise UserError(
                 f"{where}/card.json: counts {told} {name} but table.csv has {n}; they must agree"
             )
+
+
+def check_disjoint(table: pd.DataFrame, unit: str, where: str) -> None:
+    """Checks that nobody is in two splits.
+
+    Args:
+        table: with ``patient`` and ``split``.
+        unit: what is called patient there.
+        where: the file, for the message.
+
+    Raises:
+        UserError: names the first who is, and the splits.
+    """
+    pairs = table[["patient", "split"]].drop_duplicates()
+    twice = pairs["patient"].duplicated()
+    if twice.any():
+        patient, noun = pairs["patient"].iloc[_first(twice)], UNITS[unit][0]
+        splits = " and ".join(pairs.loc[pairs["patient"] == patient, "split"])
+        article = "an" if noun[0] in "aeu" else "a"
+        raise UserError(
+            f"{where}: {noun} {patient} is in {splits}; {article} {noun} may be in one split only"
+        )
 
 
 def check_sums(folder: Path, sha256: Mapping[str, str]) -> None:
@@ -134,6 +179,12 @@ def check_sums(folder: Path, sha256: Mapping[str, str]) -> None:
                 f"{folder}/{name}: SHA-256 differs from card.json, so it was changed or damaged"
                 " after it was prepared; prepare the set again"
             )
+
+
+def _check_unit(card: Mapping, file: Path) -> None:
+    if card.get("unit", "patient") not in list(UNITS):  # a list: what JSON holds may not hash
+        told = ", ".join(UNITS)
+        raise UserError(f"{file}: unit is {card['unit']!r}; one of {told} is needed")
 
 
 def _are_values(values: Sequence[str]) -> bool:
@@ -164,17 +215,6 @@ def _check_labelled(table: pd.DataFrame, schemes: list[str], file: str) -> None:
     ):
         if wrong.any():
             raise UserError(f"{file}: row {_first(wrong)} is {told}")
-
-
-def _check_disjoint(table: pd.DataFrame, file: str) -> None:
-    pairs = table[["patient", "split"]].drop_duplicates()
-    twice = pairs["patient"].duplicated()
-    if twice.any():
-        patient = pairs["patient"].iloc[_first(twice)]
-        splits = " and ".join(pairs.loc[pairs["patient"] == patient, "split"])
-        raise UserError(
-            f"{file}: patient {patient} is in {splits}; a patient may be in one split only"
-        )
 
 
 def _first(mask: pd.Series) -> int:

@@ -174,7 +174,7 @@ CSV = {
         instead("file,label,patient,split\na/0.png,0,p,train\na/2.png,0,p,test\n"),
         REFUSED,
     ),
-    "a split of nowhere": (instead("file,label,split\na/0.png,0,dev\n"), REFUSED),
+    "a split of nowhere": (instead("file,label,split\na/0.png,0,later\n"), REFUSED),
 }
 ROW = b"10000,1000000,"
 MARKSHEET = {

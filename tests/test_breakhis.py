@@ -75,6 +75,7 @@ def test_labels_are_those_of_the_names(whole, rows):
     assert list(whole.table["subtype"][~doubtful]) == list(rows["subtype"][~doubtful])
     told = "image of a slide filed under two subtypes: no subtype"
     assert whole.card["report"][told] == 4 * N
+    assert whole.unit == "patient"
 
 
 def test_slides_of_one_biopsy_are_one_patient_and_in_one_split(whole, rows):

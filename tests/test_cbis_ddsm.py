@@ -154,6 +154,7 @@ def test_the_official_split_is_kept_but_for_patients_in_both(prepared):
 
 def test_what_was_odd_is_counted(prepared):
     report = prepared.card["report"]
+    assert prepared.card["unit"] == "patient"
     assert (
         report.items()
         >= {

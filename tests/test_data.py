@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -142,6 +143,8 @@ FAULTS = {
     "no patient": (dict(rows=[("", "train", "low", "0")]), "has no patient"),
     "labelled": (dict(rows=[("p", "unlabelled", "low", "0")]), "row 0 is in split unlabelled"),
     "unlabelled": (dict(rows=[("p", "train", "", "0")]), "without a label"),
+    "another unit": (dict(unit="person"), "card.json: unit is 'person'; one of patient, exam"),
+    "units in a list": (dict(unit=["patient"]), "card.json: unit is ['patient']; one of"),
     "leak": (
         dict(rows=[("p7", "train", "low", "0"), ("p7", "test", "low", "1")]),
         "patient p7 is in train and test",
@@ -152,7 +155,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_one_sentence_that_names_the_file(tmp_path, fault):
     changes, told = FAULTS[fault]
-    with pytest.raises(UserError, match="toy.*" + told.replace("(", r"\(")) as error:
+    with pytest.raises(UserError, match="toy.*" + re.escape(told)) as error:
         data.open(write(tmp_path / "toy", **changes))
     assert "\n" not in str(error.value)
 
@@ -199,6 +202,29 @@ def test_the_word_nan_and_leading_zeros_stay_text(tmp_path):
     table = data.open(write(tmp_path / "toy", rows=rows)).table
     assert list(table["patient"]) == ["007", "nan"]
     assert list(table["item"]) == ["NA", "null"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "units", "leak"),
+    [
+        ("patient", "4 patients", "patient p7 is in train and test; a patient may"),
+        ("exam", "4 exams", "exam p7 is in train and test; an exam may"),
+        ("near-copies", "4 groups of near copies", "group of near copies p7 is in train and"),
+        ("unknown", "unknown patients", "unknown patient p7 is in train and test; an unknown"),
+    ],
+)
+def test_sentences_name_what_the_card_says_that_images_are_grouped_by(tmp_path, unit, units, leak):
+    opened = data.open(write(tmp_path / "toy", unit=unit))
+    assert (opened.unit, opened.units) == (unit, units)
+    assert list(opened.summary()) == ["split", "label", "images", units.removeprefix("4 ")]
+    with pytest.raises(UserError, match=leak):
+        data.open(write(tmp_path / "leak", unit=unit, **FAULTS["leak"][0]))
+
+
+def test_a_card_that_names_no_unit_means_patients(toy):
+    assert "unit" not in json.loads((toy.path / "card.json").read_text())
+    assert (toy.unit, toy.units) == ("patient", "4 patients")
+    assert toy.select(patients=["p1"]).units == "1 patient"
 
 
 def test_a_smaller_size_is_the_block_mean_and_scales_the_spacing(tmp_path):

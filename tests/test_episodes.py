@@ -296,6 +296,17 @@ def test_patients_of_several_classes_may_be_taken_by_another_class():
 
 
 @pytest.mark.parametrize(
+    ("unit", "whose"),
+    [("field", " of 2 fields"), ("near-copies", " of 2 groups of near copies"), ("unknown", "")],
+)
+def test_what_is_missing_is_counted_in_the_unit_of_the_set(unit, whose):
+    few = image_set([(p, "test", c) for p in "ab" for c in "xy"])
+    few.card["unit"] = unit
+    with pytest.raises(UserError, match=f"class 'x' has 2 images{whose}; with 1 set aside"):
+        Episodes(few, "grade", split="test", n_way=2, n_query=1)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(scheme="grade9"), "no label scheme 'grade9'; known schemes: isup, gs, grade2"),

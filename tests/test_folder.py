@@ -386,7 +386,7 @@ def test_a_decompression_bomb_is_refused(classes, capsys, monkeypatch):
         (["file,label", "sick/99.png,a"], "line 2 has file 'sick/99.png', which is not in"),
         (["file,label", "sick/0.dcm,a"], "one of .bmp"),
         (["file,label", "sick/0.png,a", "sick/0.png,b"], "line 3 lists sick/0.png again"),
-        (["file,label,split", "sick/0.png,a,dev"], "row 2 has split 'dev'; known: unlabelled"),
+        (["file,label,split", "sick/0.png,a,later"], "row 2 has split 'later'; known: unlabelled"),
         (["file,label,split", "sick/0.png,,train"], "row 2 has split 'train' and label ''"),
         (
             ["file,label,patient,split", "sick/0.png,a,P9,train", "sick/1.png,a,P9,test"],

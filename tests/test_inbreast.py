@@ -76,6 +76,7 @@ def test_films_have_their_labels_and_patients_one_split(root, tmp_path):
         (file,) = (root / "AllDICOMs").glob(f"{number}_*")
         place = int(row["item"]) - 1
         assert np.array_equal(found.images[place, 0], mammogram.read(file, 16)[0])
+    assert found.card["unit"] == "patient"
     report = found.card["report"]
     assert report["film without density"] == 1
     assert report["chest wall at right: flipped"] == PATIENTS

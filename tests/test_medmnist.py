@@ -68,6 +68,109 @@ def test_images_can_be_kept_by_a_limit(tmp_path, arrays, capsys):
     assert "no array 'grey'" in told
 
 
+def test_published_splits_are_kept_by_their_names(tmp_path, arrays, capsys):
+    arrays["split"] = np.repeat(["Training", "valid", "test"], 20)
+    arrays["patient"] = np.arange(60) // 2
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--size=12")
+    run(capsys, *command, "--split=split", "--patient=patient")
+    table = data.open(tmp_path / "set").table
+    assert table["split"].tolist() == np.repeat(["train", "val", "test"], 20).tolist()
+    told = run(capsys, *command[:2], tmp_path / "other", *command[3:], "--test=split", status=2)
+    assert "array split is not true or false; a boolean array is needed (names of splits" in told
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64])
+def test_what_is_true_may_be_a_one(tmp_path, arrays, capsys, dtype):
+    arrays |= {name: arrays[name].astype(dtype) for name in ("keep", "test")}
+    np.savez(tmp_path / "a.npz", **arrays)
+    run(capsys, "npz", tmp_path / "a.npz", tmp_path / "set", *OPTIONS)
+    table = data.open(tmp_path / "set").table
+    items = table["item"].astype(int)
+    assert 7 not in set(items)
+    assert ((table["split"] == "test") == arrays["test"][items].astype(bool)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "told", "unit"),
+    [
+        (["--patient=patient", "--unit=field"], "60 images of 20 fields", "field"),
+        (["--patient=patient"], "60 images of 20 patients", "patient"),
+        (
+            ["--patient=patient", "--unit=near-copies"],
+            "20 groups of near copies",
+            "near-copies",
+        ),
+        ([], "60 images of unknown patients", "unknown"),
+    ],
+)
+def test_report_and_card_say_what_the_images_are_grouped_by(
+    tmp_path, arrays, capsys, options, told, unit
+):
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--size=12")
+    assert told in run(capsys, *command, *options)
+    opened = data.open(tmp_path / "set")
+    assert opened.unit == opened.card["unit"] == unit
+    assert told.endswith(opened.units)
+
+
+def test_a_unit_that_nothing_names_is_asked_about(tmp_path, arrays, capsys):
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--unit=slide")
+    assert "nothing tells the slide of an image" in run(capsys, *command, status=2)
+
+
+def test_arrays_without_labels_are_a_pool(tmp_path, arrays, capsys):
+    np.savez(tmp_path / "a.npz", images=arrays["images"], field=arrays["patient"])
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--size=12")
+    assert "no array 'label'; it holds images, field" in run(capsys, *command, status=2)
+    told = run(capsys, *command, "--unlabelled", "--patient=field", "--unit=field")
+    opened = data.open(tmp_path / "set")
+    assert (opened.schemes, set(opened.table["split"])) == ((), {"unlabelled"})
+    assert np.array_equal(opened.images, arrays["images"][:, None])
+    assert "60 images of 20 fields" in told
+    assert "warning" not in told
+
+
+@pytest.mark.parametrize(
+    ("codes", "options"),
+    [
+        (np.where(np.arange(60) % 4, np.arange(60) % 2, np.nan), []),
+        (np.where(np.arange(60) % 4, np.arange(60) % 2, -1), ["--missing=-1"]),
+        (np.where(np.arange(60) % 4, np.arange(60) % 2, 255), ["--missing=255"]),
+        (np.where(np.arange(60) % 4, (np.arange(60) % 2).astype(str), ""), []),
+        (np.where(np.arange(60) % 4, (np.arange(60) % 2).astype(str), "NA"), []),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_images_of_missing_labels_are_unlabelled(tmp_path, arrays, capsys, codes, options, named):
+    np.savez(tmp_path / "a.npz", **arrays | {"label": codes})
+    names = ["--names=names"] if named else []
+    run(capsys, "npz", tmp_path / "a.npz", tmp_path / "set", "--size=12", *names, *options)
+    opened = data.open(tmp_path / "set")
+    items = opened.table["item"].astype(int)
+    assert ((opened.table["split"] == "unlabelled") == (items % 4 == 0)).all()
+    known = (items % 4 > 0).to_numpy()
+    assert np.array_equal(opened.labels("label").numpy()[known], (items % 2)[known])
+    assert len(opened.classes("label")) == 2
+
+
+def test_only_images_that_are_used_are_counted(tmp_path, arrays, capsys):
+    codes = np.where(np.arange(60) < 8, np.nan, np.arange(60) % 2)  # the last of them is left out
+    np.savez(tmp_path / "a.npz", **arrays | {"label": codes})
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--size=12", "--keep=keep")
+    told = run(capsys, *command)
+    assert "7  label 'nan' taken as unlabelled" in told
+    assert "7  unlabelled" in told
+
+
+def test_labels_that_are_all_missing_are_asked_about(tmp_path, arrays, capsys):
+    np.savez(tmp_path / "a.npz", **arrays | {"label": np.full(60, np.nan)})
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--size=12")
+    assert "no image has a label in label; or is it --unl" in run(capsys, *command, status=2)
+
+
 def test_blank_tiles_are_left_out_if_asked(tmp_path, arrays, capsys):
     arrays["images"][::4] = 250
     np.savez(tmp_path / "a.npz", **arrays)
@@ -117,6 +220,9 @@ def test_a_stream_reads_what_numpy_reads_in_any_order(tmp_path):
         (dict(patient=np.full(60, np.nan)), "array patient has NaN"),
         (dict(patient=np.zeros(60, int)), "patient 0 is in train and test"),
         (dict(test=np.arange(60)), "array test is not true or false"),
+        (dict(label=np.full(60, np.inf)), "array label has NaN or infinity"),
+        (dict(label=np.arange(60) % 3 - 1), "label has '-1'; known are 0 to 1"),
+        (dict(patient=np.arange(60) - 1), "patient '-1' may mean that it is not known"),
     ],
 )
 def test_a_bad_array_is_named_and_nothing_is_left(tmp_path, arrays, capsys, change, told):
@@ -197,6 +303,7 @@ def test_pathmnist_is_nine_tissues_and_the_report_says_that_val_shares_patients(
         assert np.array_equal(part.images, np.moveaxis(parts[f"{split}_images"], 3, 1))
         assert part.labels("label").tolist() == parts[f"{split}_labels"][:, 0].tolist()
     assert len(opened.classes("label")) == 9
+    assert "54 images of unknown patients" in told
     assert "54  image without patient: counted as its own, so leaks between splits cannot" in told
     assert "warning  patients are not published" in told
     assert "val shares patients with train, only test is from other patients" in told
@@ -205,7 +312,7 @@ def test_pathmnist_is_nine_tissues_and_the_report_says_that_val_shares_patients(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["toymnist", "--size=64"], "is needed for 64 pixels; fetch the file again"),
+        (["toymnist", "--size=64"], "is that of the published file of 64 pixels"),
         (["toymnist", "--size=300"], "--size is 300; 1 to 224 pixels"),
         (["breastmnits"], "no MedMNIST collection 'breastmnits'; did you mean breastmnist?"),
         (["chestmnist"], "chestmnist: several labels per image"),

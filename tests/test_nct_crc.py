@@ -52,6 +52,7 @@ def test_pixels_are_those_of_the_tiles(whole, archive):
         stored = np.moveaxis(np.asarray(Image.open(files[place])), 2, 0)
         row = list(whole.table["item"]).index(str(place + 1))
         assert np.array_equal(whole.images[row], data.area_average(stored[None], 28)[0])
+    assert whole.unit == "unknown"
     assert whole.card["spacing_mm"] == [0.004, 0.004]  # 224 pixels of 0.5 um in 28
 
 

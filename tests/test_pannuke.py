@@ -50,6 +50,7 @@ def test_folds_become_splits_and_types_become_labels(whole):
         f"fold{fold} {i}" for fold, names in NAMES.items() for i in range(len(names))
     ]
     assert list(whole.classes("tissue")) == TISSUES
+    assert whole.unit == "unknown"
     assert whole.card["spacing_mm"] == [0.002, 0.002]
 
 

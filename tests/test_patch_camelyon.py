@@ -75,6 +75,7 @@ def test_a_slide_is_a_patient_and_is_not_named(whole):
     assert len(pairs) == len(set(slides)) == whole.table["patient"].nunique() == 13
     assert "camelyon16" not in written(whole).replace("CAMELYON16", "")
     assert not [name for name in whole.card["report"] if name.startswith("image without patient")]
+    assert whole.unit == "slide"
 
 
 @pytest.mark.parametrize("options", [dict(chunks=(7, 96, 48, 3), compression="gzip")])
@@ -88,6 +89,7 @@ def test_chunks_and_compression_change_nothing(whole, tmp_path, options):
 def test_without_tables_the_report_says_that_slides_are_unknown(tmp_path):
     root = make(tmp_path / "in", tables=False)
     other = prepared(tmp_path / "set", "patch_camelyon", root, None, f"--size={SIZE}")
+    assert other.unit == "unknown"
     warnings = " ".join(other.card["warnings"])
     for name, n in COUNTS.items():
         assert f"no table names slides of {name}: they may be in other splits too" in warnings
@@ -144,7 +146,7 @@ BAD = {
     "another shape": "array x has shape (12, 48, 48, 3); (12, 96, 96, 3) is needed",
     "many labels": "valid_y.h5: array y is uint8 (12, 2); one whole number per image is needed",
     "an unknown label": "valid_y.h5: array y has 2; 0 (normal) and 1 (tumor) are known",
-    "a slide in two splits": "camelyon16_train_tumor_000 is in train and val; a patient may be in",
+    "a slide in two splits": "camelyon16_train_tumor_000 is in train and val; a slide may be in",
 }
 
 

@@ -201,6 +201,7 @@ def test_masks_paper_takes_the_other_masks(archive, tmp_path):
 def test_only_fields_on_the_list_reach_the_set(prepared):
     columns = ["patient", "split", "isup", "gs", "grade2", "study", "slice", "mask"]
     assert list(prepared.table.columns) == columns
+    assert prepared.card["unit"] == "patient"
     card = json.dumps(prepared.card)
     assert not any(told in card for told in ("2019-07-02", "RUMC", "10000_", str(Path.home())))
 

@@ -141,6 +141,7 @@ def test_missing_and_repeated_films_and_findings_are_counted(tmp_path):
     )
     next((root / "images" / identifier("s", 1)).iterdir()).unlink()
     assert run(root, tmp_path / "set") == 0
+    assert data.open(tmp_path / "set").unit == "exam"
     assert (
         data.open(tmp_path / "set").card["report"].items()
         >= {

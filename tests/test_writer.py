@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from killing import in_session
 from toy_archive import CARD, SPLITS, Patient, make, read
 
 from data_prep import plan, staging, writer
-from data_prep.__main__ import main
+from data_prep.__main__ import main, parser
 from data_prep.writer import prepare
 from hallulib import UserError, data
 
@@ -56,6 +57,32 @@ def test_exact_copies_are_counted_across_splits(tmp_path):
     odd = writer._copies(prints, ["train", "train", "test", "val", "train", "val"])
     assert odd["image that is an exact copy of another"] == 3
     assert odd["image with an exact copy in another split"] == 2
+
+
+def test_copies_under_another_label_are_counted_and_on_the_card(tmp_path):
+    def read_copies(item):
+        study = read(item)
+        for row in study.rows:
+            row["grade"] = "high" if (item.number, row["slice"]) == (2, 1) else "low"
+        study.images[:] = [np.full((1, 8, 8), item.number, np.uint8)] * len(study.images)
+        return study
+
+    items = [Patient(n) for n in (1, 2, 3, 5)]
+    report = prepare(tmp_path / "set", items, read_copies, CARD, splits=SPLITS, workers=1)
+    card = data.open(tmp_path / "set").card
+    assert card["report"]["image with an exact copy under another label"] == 2
+    assert "2 images have an exact copy with another label" in card["warnings"]
+    assert "warning  2 images have an exact copy" in str(report)
+
+
+@pytest.mark.parametrize("missing", [set(), {"val"}, {"test"}, {"val", "test"}])
+def test_a_set_without_val_or_test_says_so(tmp_path, missing):
+    kept = [s for s in ("train", "val", "test") if s not in missing]
+    by_patient = {f"p{n:03d}": kept[n % len(kept)] for n in range(24)}
+    report = make(tmp_path / "set", splits=by_patient)
+    told = [warning for warning in report.warnings if "no image is in" in warning]
+    assert told == data.open(tmp_path / "set").card["warnings"]
+    assert {split for split in ("train", "val", "test") if split in str(told)} == missing
 
 
 def start(out: Path, workers: int) -> subprocess.Popen:
@@ -285,6 +312,17 @@ def test_help_tells_what_an_archive_needs(archive, capsys):
     told = capsys.readouterr().out
     assert "python -m data_prep" in told
     assert "OUT" in told
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_the_examples_of_the_help_are_commands_that_it_takes(archive, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([archive, "--help"])
+    told = capsys.readouterr().out.replace("\\\n", " ")
+    examples = [line for line in told.splitlines() if line.startswith("  python -m data_prep")]
+    assert examples
+    for line in examples:
+        assert parser(archive).parse_args(shlex.split(line)[3:]).archive == archive
 
 
 @pytest.mark.parametrize("archive", ARCHIVES)
