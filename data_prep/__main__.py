@@ -28,7 +28,8 @@ def parser(archive: str | None = None) -> argparse.ArgumentParser:
         prog="python -m data_prep",
         description="Makes an image set (images.npy, table.csv, card.json), which every chapter of"
         " the book accepts as DATASET.",
-        epilog="A run that was killed goes on where it stopped when it is started again.",
+        epilog="A run that was killed, or stopped by a fault, goes on where it stopped when it is"
+        " started again; OUT.partial keeps what it read until then.",
     )
     names = top.add_subparsers(dest="archive", metavar="NAME", required=True)
     for name, told in ARCHIVES.items():
