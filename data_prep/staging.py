@@ -24,7 +24,7 @@ from tqdm import tqdm
 from hallulib import UserError
 from hallulib.disk import writing
 
-LISTED = 50  # faults that are named, and after which reading stops
+LISTED = 50  # faults that are named; one more, and reading stops
 UNREADABLE = "unreadable file"
 
 
@@ -119,8 +119,8 @@ def stage(
         card: complete apart from counts; part of the name of each staged file.
         folder: exists.
         workers: processes; all cores by default, 1 reads in this process.
-        on_fault: ``stop`` goes on to the end, or to the last of `LISTED` faults, and tells them
-            all; ``skip`` leaves out what has one.
+        on_fault: ``stop`` reads all, unless more than `LISTED` have a fault, and tells which;
+            ``skip`` leaves out what has one.
 
     Returns:
         The staged file of each item, in order.
@@ -141,7 +141,7 @@ def stage(
     with contextlib.closing(_run(job, todo, workers)) as found:
         for more in tqdm(found, total=len(todo), unit="item"):
             faults += more
-            if len(faults) >= LISTED and on_fault == "stop":
+            if len(faults) > LISTED and on_fault == "stop":
                 break
     if faults and on_fault == "stop":
         raise UserError(listed(list(map(str, faults))))
@@ -149,16 +149,27 @@ def stage(
 
 
 def listed(faults: Sequence[str]) -> str:
-    """The sentence of a fault, or one with a line for each of several."""
-    if len(faults) == 1:
-        return faults[0]
-    lines = [
-        f"{len(faults)} faults; mend or remove what has one and run the same command again, which"
-        " goes on from what was read, or leave it out by --on-fault skip:",
-        *faults[:LISTED],
-        *(["there may be more"] if len(faults) >= LISTED else []),
-    ]
-    return "\n  ".join(lines)
+    """One sentence of all that has a fault."""
+    hint = "--on-fault skip leaves it out; the next run goes on from what was read"
+    lines = grouped(faults)
+    if len(lines) == 1:
+        return f"{lines[0]} ({hint})"
+    return "\n  ".join([f"{len(faults)} faults ({hint}):", *lines])
+
+
+def grouped(faults: Sequence[str]) -> list[str]:
+    """A line for each way to be at fault: the names of those that are, as far as `LISTED`.
+
+    Example:
+        >>> grouped(["a.png: empty", "b.png: cut short", "c.png: empty"])
+        ['a.png, c.png: empty', 'b.png: cut short']
+    """
+    names: dict[str, list[str]] = {}
+    for fault in faults[:LISTED]:
+        name, mark, reason = fault.partition(": ")
+        names.setdefault(mark + reason, []).append(name)
+    lines = [", ".join(found) + reason for reason, found in names.items()]
+    return lines + ["and others"] * (len(faults) > LISTED)
 
 
 def fields(card: Mapping) -> dict[str, list[str] | None]:

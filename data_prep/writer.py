@@ -27,7 +27,16 @@ import numpy as np
 import pandas as pd
 
 from data_prep.output import NEW, claimed, put
-from data_prep.staging import LISTED, Item, Study, fields, listed, read_about, read_images, stage
+from data_prep.staging import (
+    Item,
+    Study,
+    fields,
+    grouped,
+    listed,
+    read_about,
+    read_images,
+    stage,
+)
 from hallulib import UserError
 from hallulib.disk import writing
 
@@ -66,9 +75,7 @@ class Report:
             lines.append(f"{sum(classes.values()):>9}  {split:<11} {told}")
         lines += [f"{n:>9}  {name}" for name, n in self.counts.items()]
         lines += [f"{'warning':>9}  {told}" for told in self.warnings]
-        lines += [f"{'left out':>9}  {told}" for told in self.left_out[:LISTED]]
-        if len(self.left_out) > LISTED:
-            lines.append(f"{'left out':>9}  {len(self.left_out) - LISTED} more")
+        lines += [f"{'left out':>9}  {told}" for told in grouped(self.left_out)]
         return "\n".join(lines)
 
 

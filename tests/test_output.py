@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from test_writer import start, wait_for
 from toy_archive import CARD, SPLITS, Patient, make, read
 
 from data_prep import output
