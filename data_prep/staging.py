@@ -144,11 +144,11 @@ def stage(
             if len(faults) > LISTED and on_fault == "stop":
                 break
     if faults and on_fault == "stop":
-        raise UserError(listed(list(map(str, faults))))
+        raise UserError(listed(faults))
     return staged
 
 
-def listed(faults: Sequence[str]) -> str:
+def listed(faults: Sequence[Fault | str]) -> str:
     """One sentence of all that has a fault."""
     hint = "--on-fault skip leaves it out; the next run goes on from what was read"
     lines = grouped(faults)
@@ -157,7 +157,7 @@ def listed(faults: Sequence[str]) -> str:
     return "\n  ".join([f"{len(faults)} faults ({hint}):", *lines])
 
 
-def grouped(faults: Sequence[str]) -> list[str]:
+def grouped(faults: Sequence[Fault | str]) -> list[str]:
     """A line for each way to be at fault: the names of those that are, as far as `LISTED`.
 
     Example:
@@ -166,7 +166,7 @@ def grouped(faults: Sequence[str]) -> list[str]:
     """
     names: dict[str, list[str]] = {}
     for fault in faults[:LISTED]:
-        name, mark, reason = fault.partition(": ")
+        name, mark, reason = str(fault).partition(": ")
         names.setdefault(mark + reason, []).append(name)
     lines = [", ".join(found) + reason for reason, found in names.items()]
     return lines + ["and others"] * (len(faults) > LISTED)
