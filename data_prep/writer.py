@@ -166,7 +166,8 @@ def _assemble(out: Path, new: Path, items, staged, card, splits, notes) -> Repor
     from hallulib import data
 
     abouts = [read_about(path) for path in staged]
-    shape = _common_shape(items, abouts)
+    left_out = [fault for about in abouts for fault in about["faults"]]
+    shape = _common_shape(items, abouts, left_out)
     rows = [row for about in abouts for row in about["rows"]]
     table = pd.DataFrame(rows, columns=list(fields(card)), dtype=str)
     _decide_splits(table, splits, out.name)
@@ -174,7 +175,6 @@ def _assemble(out: Path, new: Path, items, staged, card, splits, notes) -> Repor
     odd += _copies([p for about in abouts for p in about["prints"]], table["split"])
     counts = {"images": len(table), "patients": table["patient"].nunique()}
     told = {"splits": _tally(table, card), "counts": dict(sorted(odd.items()))}
-    left_out = [fault for about in abouts for fault in about["faults"]]
     report = Report(out, **counts, **told, warnings=card.get("warnings", ()), left_out=left_out)
     card = card | {"counts": counts | {"splits": report.splits}, "report": report.counts}
     data.check_table(table, card, out.name)
@@ -185,16 +185,14 @@ def _assemble(out: Path, new: Path, items, staged, card, splits, notes) -> Repor
     return report
 
 
-def _common_shape(items, abouts) -> tuple[int, ...]:
+def _common_shape(items, abouts, left_out: Sequence[str]) -> tuple[int, ...]:
     shapes = {}
     for item, about in zip(items, abouts, strict=True):
         if about["shape"][0]:
             shapes.setdefault(tuple(about["shape"][1:]), item.key)
-    faults = [fault for about in abouts for fault in about["faults"]]
-    if not shapes and faults:
-        raise UserError(listed(faults))
     if not shapes:
-        raise UserError(f"{items[0].key}: no image in it or in any other; at least one is needed")
+        told = f"{items[0].key}: no image in it or in any other; at least one is needed"
+        raise UserError(listed(left_out) if left_out else told)
     if len(shapes) > 1:
         (one, first), (two, other) = list(shapes.items())[:2]
         raise UserError(

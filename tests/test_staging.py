@@ -46,11 +46,19 @@ def run(out: Path, items, on_fault="stop"):
     return reader.read, told
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The set of items that never had a fault."""
+    out = tmp_path_factory.mktemp("whole") / "set"
+    make(out, ITEMS)
+    return contents(out)
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.sets(st.integers(1, 12), min_size=1))
-def test_every_fault_is_told_at_once_and_what_is_mended_alone_is_read_again(places):
+def test_every_fault_is_told_at_once_and_what_is_mended_alone_is_read_again(whole, places):
     with tempfile.TemporaryDirectory() as folder:
-        out, whole = Path(folder) / "set", Path(folder) / "whole"
+        out = Path(folder) / "set"
         damaged = damage(ITEMS, places)
         assert run(out, damaged)[0] == [item.number for item in ITEMS]
         again, told = run(out, damaged)
@@ -58,8 +66,7 @@ def test_every_fault_is_told_at_once_and_what_is_mended_alone_is_read_again(plac
         names = str(told).split(": cannot be read")[0].split(", ")
         assert names == [f"study {n}" for n in again]
         assert run(out, ITEMS)[0] == again
-        make(whole, ITEMS)
-        assert contents(out) == contents(whole)
+        assert contents(out) == whole
 
 
 @settings(max_examples=10, deadline=None)
@@ -98,7 +105,7 @@ def test_faults_in_workers_are_told_at_once_too(tmp_path):
         make(tmp_path / "set", damage(ITEMS, {2, 5, 11}), workers=2)
 
 
-def test_a_fault_that_is_gone_without_a_trace_is_read_again(tmp_path):
+def test_a_fault_that_is_gone_without_a_trace_is_read_again(tmp_path, whole):
     """As of a disk that did not answer: the file is the same as before."""
     answers = False
 
@@ -111,8 +118,7 @@ def test_a_fault_that_is_gone_without_a_trace_is_read_again(tmp_path):
         prepare(tmp_path / "set", ITEMS, network, CARD, splits=SPLITS, workers=1)
     answers = True
     prepare(tmp_path / "set", ITEMS, network, CARD, splits=SPLITS, workers=1)
-    make(tmp_path / "whole", ITEMS)
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "set") == whole
 
 
 def test_what_is_wrong_with_more_than_an_item_stops_at_once(tmp_path):
