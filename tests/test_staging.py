@@ -121,6 +121,19 @@ def test_a_fault_that_is_gone_without_a_trace_is_read_again(tmp_path, whole):
     assert contents(tmp_path / "set") == whole
 
 
+def test_what_a_run_that_was_interrupted_left_out_is_not_left_out_without_being_asked(tmp_path):
+    def interrupted(item):
+        if item.number == 12:
+            raise KeyboardInterrupt
+        return read(item)
+
+    damaged, out = damage(ITEMS, {3}), tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(out, damaged, interrupted, CARD, splits=SPLITS, workers=1, on_fault="skip")
+    with pytest.raises(UserError, match="study 3: cannot be read"):
+        make(out, damaged)
+
+
 def test_what_is_wrong_with_more_than_an_item_stops_at_once(tmp_path):
     def of_all(item):
         raise UserError(f"all.npz: is damaged, seen at {item.key}")
