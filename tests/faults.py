@@ -45,7 +45,7 @@ class Format:
 
 
 def command(out: Path, *words) -> None:
-    """Runs data_prep in this process; its one sentence is raised, and only what was read is left."""
+    """Runs data_prep in this process; its one sentence is raised, what was read may stay."""
     before = set(os.listdir(out.parent))
     said, told = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(said):
