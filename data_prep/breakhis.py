@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fit", choices=["pad", "crop"], default="crop", help=told)
     plan.add_splits(parser)
     tiles.add_arguments(parser, "report")
+    plan.add_fault(parser, "file")
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> Report:
         notes=[*notes, *odd],
         workers=args.workers,
         overwrite=args.overwrite,
+        on_fault=args.on_fault,
     )
 
 

@@ -1,13 +1,14 @@
 """Image files, read in blocks: what archives that are folders of pictures share."""
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from data_prep import pictures
-from data_prep.staging import File, Study
+from data_prep.staging import Fault, File, Study
 from data_prep.tiles import Blanks
 from hallulib import UserError
 
@@ -76,22 +77,34 @@ def blocks(plan: pd.DataFrame, columns: Mapping[str, str]) -> Iterator[Block]:
         yield Block(f"block {number}", found, tuple(rows))
 
 
+def are_grey(files: Iterable[str]) -> bool:
+    """Whether the first file that can be read is grey."""
+    for file in files:
+        with contextlib.suppress(UserError):  # which is told when it is read with the others
+            return pictures.read(Path(file)).ndim == 2
+    return False
+
+
 def read_block(block: Block, how: Reading) -> Study:
     """Reads the files of a block.
 
-    Raises:
-        UserError: a file cannot be read, is not of the shape that is asked for, has another number
-            of channels or is too small.
+    Returns:
+        What could be read; and a fault for each file that cannot, is not of the shape that is
+        asked for, has another number of channels or is too small.
     """
-    kept, rows, notes = [], [], []
+    kept, rows, notes, faults = [], [], [], []
     for file, row in zip(block.files, block.rows, strict=True):
-        square, odd = _square(file.path, how)
+        try:
+            square, odd = _square(file.path, how)
+        except Exception as error:
+            faults.append(Fault.of(file.path, error))
+            continue
         stays, blank = how.blanks.check(square.pixels, square.around, square.colour)
         notes += odd + blank
         if stays:
             kept.append(square.average(how.size))
             rows.append(dict(row))
-    return Study(kept, rows, notes)
+    return Study(kept, rows, notes, faults)
 
 
 def _square(path: str, how: Reading) -> tuple[pictures.Square, list[str]]:
@@ -100,18 +113,23 @@ def _square(path: str, how: Reading) -> tuple[pictures.Square, list[str]]:
     pixels = pictures.read(Path(path), how.to_grey, notes)
     if (pixels.ndim == 3) != (how.channels == 3):
         kinds = ("grey", "colour") if how.channels == 3 else ("colour", "grey")
-        raise UserError(
+        raise Fault(
             f"{path}: {kinds[0]} among {kinds[1]} images; all must be alike, and --grey of the"
-            " archive folder makes them grey"
+            " archive folder makes them grey",
+            f"{kinds[0]} among {kinds[1]} images",
         )
     if how.shape and pixels.shape[:2] != how.shape:
         found, needed = (f"{h} x {w}" for h, w in (pixels.shape[:2], how.shape))
-        raise UserError(f"{path}: {found} pixels; {needed} are needed, as in the whole archive")
+        raise Fault(
+            f"{path}: {found} pixels; {needed} are needed, as in the whole archive",
+            "image of another size than the archive's",
+        )
     pixels, deep = pictures.to_bytes(pixels)
     square, odd = pictures.to_square(pixels, how.fit)
     if square.side < how.size:
-        raise UserError(
+        raise Fault(
             f"{path}: {square.side} pixels wide and --size is {how.size}; enlarging invents"
-            " detail, so a smaller --size is needed"
+            " detail, so a smaller --size is needed",
+            "image smaller than --size",
         )
     return square, notes + deep + odd

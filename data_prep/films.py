@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep import mammogram, plan
-from data_prep.staging import File, Study
-from data_prep.volumes import Fault
+from data_prep.staging import Fault, File, Study, listed
 from data_prep.writer import Report, prepare, versions
 from hallulib import UserError
 
@@ -67,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, official: bool) -> None:
     parser.set_defaults(size=128)
     if official:
         parser.set_defaults(fractions="train=.9,val=.1")
-    told = "what to do with a film that cannot be read (default stop)"
-    parser.add_argument("--on-fault", choices=["stop", "skip"], default="stop", help=told)
+    plan.add_fault(parser, "film")
 
 
 def add_three(parser: argparse.ArgumentParser) -> None:
@@ -110,18 +108,18 @@ def locate(
         root: where the images should be, for the message.
 
     Raises:
-        Fault: of ``find``, with ``stop``.
-        UserError: there is no image at all.
+        UserError: there is no image at all; or, with ``stop``, a fault of ``find``.
     """
-    files, notes = [], []
+    files, faults = [], []
     for _, row in table.iterrows():
         try:
             files.append(str(find(row) or ""))
         except Fault as fault:
-            if on_fault == "stop":
-                raise
             files.append("")
-            notes.append(f"film left out: {fault.kind}")
+            faults.append(fault)
+    if faults and on_fault == "stop":
+        raise UserError(listed(faults))
+    notes = [f"left out: {fault.kind}" for fault in faults]
     table = table.assign(file=files)
     found = table[table["file"] != ""]
     if found.empty:
@@ -166,7 +164,7 @@ def make(
         Film(File.of(Path(file)), tuple(row.items()))
         for file, row in zip(films["file"], rows, strict=True)
     ]
-    read = partial(read_film, size=args.size, on_fault=args.on_fault)
+    read = partial(read_film, size=args.size)
     return prepare(
         args.out,
         items,
@@ -175,21 +173,17 @@ def make(
         notes=[*notes, *odd],
         workers=args.workers,
         overwrite=args.overwrite,
+        on_fault=args.on_fault,
     )
 
 
-def read_film(film: Film, size: int, on_fault: str) -> Study:
+def read_film(film: Film, size: int) -> Study:
     """Reads one film.
 
     Raises:
-        Fault: it cannot be read, and ``on_fault`` is ``stop``.
+        Fault: it cannot be read.
     """
-    try:
-        image, notes = mammogram.read(Path(film.file.path), size)
-    except Fault as fault:
-        if on_fault == "stop":
-            raise
-        return Study([], [], [f"film left out: {fault.kind}"])
+    image, notes = mammogram.read(Path(film.file.path), size)
     return Study([image[None]], [dict(film.row)], notes)
 
 
@@ -198,7 +192,6 @@ def _card(args: argparse.Namespace, archive: Archive, shares: dict[str, float]) 
         *archive.steps,
         *mammogram.STEPS,
         f"area-averaged to {args.size} pixels",
-        f"a film with a fault: {args.on_fault}",
         f"splits that the archive does not give: by patient, stratified by diagnosis, {shares},"
         f" seed {args.seed}",
     ]

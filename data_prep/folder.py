@@ -11,6 +11,7 @@ import pandas as pd
 
 from data_prep import files, pictures, tables, tiles
 from data_prep.plan import (
+    add_fault,
     add_label,
     add_origin,
     add_output,
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--grey", action="store_true", help="turn colour into grey")
     tiles.add_arguments(parser, "ignore")
+    add_fault(parser, "file")
     add_splits(parser)
     add_origin(parser)
 
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> Report:
     unit = unit_of(plan["patient"], args.unit, where)
     plan, odd = settle(plan, args.fractions, args.seed, where, unit)
     plan["file"] = [str(args.source / name) for name in plan["file"]]
-    grey = args.grey or pictures.read(Path(plan["file"].iloc[0])).ndim == 2
+    grey = args.grey or files.are_grey(plan["file"])
     blanks = tiles.blanks(args)
     how = files.Reading(args.size, args.fit, 1 if grey else 3, args.grey, blanks=blanks)
     return prepare(
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> Report:
         notes=[*notes, *found, *odd],
         workers=args.workers,
         overwrite=args.overwrite,
+        on_fault=args.on_fault,
     )
 
 

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_splits(parser)
     parser.set_defaults(fractions="train=.9,val=.1")
     tiles.add_arguments(parser, "report")
+    plan.add_fault(parser, "file")
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> Report:
         notes=[*notes, *odd],
         workers=args.workers,
         overwrite=args.overwrite,
+        on_fault=args.on_fault,
     )
 
 

@@ -8,10 +8,10 @@ The steps, each of them written to the card:
 3. a square crop around the gland, percentiles of its voxels to black and white;
 4. patients divided 1,611 : 200 : 238 by images, stratified by grade.
 
-What is odd is counted in the report; a study that cannot be read stops the run (``--on-fault
-stop``) or is left out by name (``skip``). Patient and study in the table are the public pseudonyms
-of the labels repository; of images only pixels and their place are kept, of the marksheet only
-grades.
+What is odd is counted in the report; studies that cannot be read stop the run (``--on-fault
+stop``) or are left out (``skip``), all by name. Patient and study in the table are the public
+pseudonyms of the labels repository; of images only pixels and their place are kept, of the
+marksheet only grades.
 
 Source:
     Pachetti & Colantonio, MIDL 2024 (short paper): data and proportions. Saha et al. 2024: PI-CAI.
@@ -28,8 +28,7 @@ from data_prep.crop import HIGH, LOW
 from data_prep.picai_images import find
 from data_prep.picai_labels import GLANDS, LABELS, LESIONS, MASKS, read_mapping, read_marksheet
 from data_prep.picai_study import Case, Settings, read_case
-from data_prep.staging import File
-from data_prep.volumes import Fault
+from data_prep.staging import Fault, File, listed
 from data_prep.writer import Report, by_fraction, prepare, versions
 from hallulib import UserError
 
@@ -51,8 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--masks", choices=list(MASKS), default="human", help="lesion masks (default human)")
     add("--spacing", type=float, default=0.5, help="mm per pixel (default 0.5)")
     add("--seed", type=int, default=0, help="of the split (default 0)")
-    told = "what to do with a study that cannot be read (default stop)"
-    add("--on-fault", choices=["stop", "skip"], default="stop", help=told)
+    plan.add_fault(parser, "study")
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -64,7 +62,7 @@ def run(args: argparse.Namespace) -> Report:
     if not (0.01 <= args.spacing <= 10 and 8 <= args.size <= 1024):
         found = f"size {args.size} and spacing {args.spacing:g}"
         raise UserError(f"{found} are given; 8 to 1024 pixels of 0.01 to 10 mm are needed")
-    settings = Settings(args.masks, args.size, args.spacing, args.on_fault)
+    settings = Settings(args.masks, args.size, args.spacing)
     cases, notes = list_cases(args.images, args.labels, args.on_fault)
     return prepare(
         args.out,
@@ -75,6 +73,7 @@ def run(args: argparse.Namespace) -> Report:
         notes=notes,
         workers=args.workers,
         overwrite=args.overwrite,
+        on_fault=args.on_fault,
     )
 
 
@@ -84,7 +83,7 @@ def list_cases(images: Path, labels: Path, on_fault: str = "stop") -> tuple[list
     Args:
         images: folder of zips, MetaImages or DICOM series.
         labels: clone of the labels repository.
-        on_fault: ``stop`` raises the first fault, ``skip`` counts them.
+        on_fault: ``stop`` tells all faults, ``skip`` counts them.
 
     Raises:
         UserError: there is no image, or a fault with ``stop``.
@@ -96,7 +95,7 @@ def list_cases(images: Path, labels: Path, on_fault: str = "stop") -> tuple[list
         sentence = f"{labels}: the marksheet has no study {key} of {images}; a row is needed"
         found.faults.append(Fault(sentence, unknown))
     if on_fault == "stop" and found.faults:
-        raise found.faults[0]
+        raise UserError(listed(found.faults))
     keys = [key for key in entries if key in found.of]
     if not keys:
         raise UserError(
@@ -118,7 +117,6 @@ def card(name: str, settings: Settings, seed: int) -> dict:
         "masks at the nearest voxel in space; slices counted from feet to head",
         f"crop {width:g} mm around the gland, linear to {settings.spacing:g} mm, edge repeated",
         f"percentiles {LOW:g} to {HIGH:g} of the gland's voxels (else of the crop) to 0 to 255",
-        f"a study with a fault: {settings.on_fault}",
         f"patients divided 1611:200:238 by images, stratified by isup, seed {seed}",
     ]
     return {

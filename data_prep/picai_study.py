@@ -43,30 +43,19 @@ class Settings:
         masks: ``human`` or ``paper``.
         size: pixels per side.
         spacing: mm per pixel.
-        on_fault: ``stop`` or ``skip``.
     """
 
     masks: str = "human"
     size: int = 128
     spacing: float = 0.5
-    on_fault: str = "stop"
 
 
 def read_case(case: Case, settings: Settings) -> Study:
     """Reads one study: its lesion slices if it has significant cancer, else its gland slices.
 
     Raises:
-        Fault: it cannot be read, and ``on_fault`` is ``stop``.
+        Fault: it cannot be read.
     """
-    try:
-        return _read(case, settings)
-    except Fault as fault:
-        if settings.on_fault == "stop":
-            raise
-        return Study([], [], [f"study {case.key} left out: {fault.kind}"])
-
-
-def _read(case: Case, settings: Settings) -> Study:
     image = case.image.read()
     if not np.isfinite(image.pixels).all():
         raise Fault(f"{case.key}: the image has pixels that are not finite", "pixels not finite")

@@ -48,6 +48,15 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
+def add_fault(parser: argparse.ArgumentParser, what: str) -> None:
+    """The option of archives of many files; ``what``: of which some may be damaged."""
+    told = f"what to do with a {what} that cannot be read: stop and name all, or leave them out"
+    choices = ["stop", "skip"]
+    parser.add_argument(
+        "--on-fault", choices=choices, default="stop", help=told + " (default %(default)s)"
+    )
+
+
 def add_origin(parser: argparse.ArgumentParser) -> None:
     """Options of archives that say nothing about themselves."""
     parser.add_argument("--origin", default="not stated", help="where the images come from")

@@ -1,5 +1,6 @@
 """Reads items in worker processes and stages each as one file, so that a killed run can go on."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -22,6 +23,37 @@ from tqdm import tqdm
 
 from hallulib import UserError
 from hallulib.disk import writing
+
+LISTED = 50  # faults that are named; one more, and reading stops
+UNREADABLE = "unreadable file"
+
+
+class Fault(UserError):
+    """What is wrong with one study, in one sentence, and its kind in a few words.
+
+    The kind names no file, so it may be counted in a report.
+    """
+
+    def __init__(self, sentence: str, kind: str):
+        super().__init__(sentence, kind)  # both in args: it is pickled on its way from a worker
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+    @property
+    def kind(self) -> str:
+        """A few words."""
+        return self.args[1]
+
+    @classmethod
+    def of(cls, name: str, error: Exception) -> "Fault":
+        """Whatever a reader of a foreign format throws; ``name``: what it was to read."""
+        if isinstance(error, cls):
+            return error
+        if isinstance(error, UserError):
+            return cls(str(error), UNREADABLE)
+        told = " ".join(str(error).split())[:200]
+        return cls(f"{name}: cannot be read ({type(error).__name__}: {told})", UNREADABLE)
 
 
 class Item(Protocol):
@@ -62,11 +94,13 @@ class Study:
             `prepare`), the label columns of the card ("" = unlabelled) and the coordinates that
             the card lists. Any other field is refused.
         notes: what was odd, by name (``"empty mask"``), once per occurrence; no identifiers.
+        faults: of the files of an item that cannot be read, where others can.
     """
 
     images: Sequence[np.ndarray]
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
 
 def stage(
@@ -75,8 +109,9 @@ def stage(
     card: Mapping,
     folder: Path,
     workers: int | None = None,
+    on_fault: str = "stop",
 ) -> list[Path]:
-    """Reads what is not staged yet into ``folder``.
+    """Reads what is not staged yet into ``folder``, and again what had a fault.
 
     Args:
         items: what to read.
@@ -84,6 +119,8 @@ def stage(
         card: complete apart from counts; part of the name of each staged file.
         folder: exists.
         workers: processes; all cores by default, 1 reads in this process.
+        on_fault: ``stop`` reads all, unless more than `LISTED` have a fault, and tells which;
+            ``skip`` leaves out what has one.
 
     Returns:
         The staged file of each item, in order.
@@ -99,11 +136,40 @@ def stage(
     settings = json.dumps(card, sort_keys=True)
     staged = [folder / f"{_digest(settings, repr(item))}.npz" for item in items]
     todo = [(item, path) for item, path in zip(items, staged, strict=True) if not _whole(path)]
-    job = partial(_stage, read=read, fields=fields(card))
-    workers = min(workers or _cores(), len(todo))
-    for _ in tqdm(_run(job, todo, workers), total=len(todo), unit="item"):
-        pass
+    job = partial(_stage, read=read, fields=fields(card), skip=on_fault == "skip")
+    workers, faults = min(workers or _cores(), len(todo)), []
+    with contextlib.closing(_run(job, todo, workers)) as found:
+        for more in tqdm(found, total=len(todo), unit="item"):
+            faults += more
+            if len(faults) > LISTED and on_fault == "stop":
+                break
+    if faults and on_fault == "stop":
+        raise UserError(listed(faults))
     return staged
+
+
+def listed(faults: Sequence[Fault | str]) -> str:
+    """One sentence of all that has a fault."""
+    hint = "--on-fault skip leaves it out; the next run goes on from what was read"
+    lines = grouped(faults)
+    if len(lines) == 1:
+        return f"{lines[0]} ({hint})"
+    return "\n  ".join([f"{len(faults)} faults ({hint}):", *lines])
+
+
+def grouped(faults: Sequence[Fault | str]) -> list[str]:
+    """A line for each way to be at fault: the names of those that are, as far as `LISTED`.
+
+    Example:
+        >>> grouped(["a.png: empty", "b.png: cut short", "c.png: empty"])
+        ['a.png, c.png: empty', 'b.png: cut short']
+    """
+    names: dict[str, list[str]] = {}
+    for fault in faults[:LISTED]:
+        name, mark, reason = str(fault).partition(": ")
+        names.setdefault(mark + reason, []).append(name)
+    lines = [", ".join(found) + reason for reason, found in names.items()]
+    return lines + ["and others"] * (len(faults) > LISTED)
 
 
 def fields(card: Mapping) -> dict[str, list[str] | None]:
@@ -113,7 +179,7 @@ def fields(card: Mapping) -> dict[str, list[str] | None]:
 
 
 def read_about(path: Path) -> dict:
-    """Rows, notes, shape and fingerprints of a staged file; the images stay on disk."""
+    """Rows, notes, faults, shape and fingerprints of a staged file; images stay on disk."""
     with np.load(path, allow_pickle=False) as staged:
         return json.loads(staged["about"].tobytes())
 
@@ -130,7 +196,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _run(job, todo, workers: int) -> Iterator[None]:
+def _run(job, todo, workers: int) -> Iterator[list[Fault]]:
     if workers < 2:
         with threadpool_limits(1):
             yield from (job(item, path) for item, path in todo)
@@ -163,18 +229,28 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _stage(item, path: Path, read, fields: Mapping) -> None:
+def _stage(item, path: Path, read, fields: Mapping, skip: bool) -> list[Fault]:
+    """Stages what was read without a fault, and with ``skip`` the rest of what has one."""
     try:
         study = read(item)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a reader of a foreign format throws
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"{item.key}: cannot be read ({type(error).__name__}: {told})") from error
-    images = _stack(study, item.key)
-    rows = [_row(row, fields, item.key) for row in study.rows]
-    prints = [hashlib.blake2b(image.data, digest_size=12).hexdigest() for image in images]
-    about = {"rows": rows, "notes": list(study.notes), "shape": images.shape, "prints": prints}
+    except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, Fault):
+            raise  # of more than this item
+        study = Study([], [], faults=[Fault.of(item.key, error)])
+    if not study.faults or skip:
+        _write(path, study, fields, item.key)
+    return study.faults
+
+
+def _write(path: Path, study: Study, fields: Mapping, key: str) -> None:
+    images = _stack(study, key)
+    about = {
+        "rows": [_row(row, fields, key) for row in study.rows],
+        "notes": [*study.notes, *(f"left out: {fault.kind}" for fault in study.faults)],
+        "faults": list(map(str, study.faults)),
+        "shape": images.shape,
+        "prints": [hashlib.blake2b(image.data, digest_size=12).hexdigest() for image in images],
+    }
     text = json.dumps(about)
     hidden = path.with_suffix(f".{os.getpid()}.tmp")
     with writing(path.parent):
@@ -215,8 +291,8 @@ def _row(row: Mapping[str, Any], fields: Mapping, key: str) -> dict[str, str]:
 def _whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as staged:
-            return staged.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+            return staged.testzip() is None and not read_about(path)["faults"]
+    except (OSError, zipfile.BadZipFile, KeyError):  # cut short, or of another version
         return False
 
 

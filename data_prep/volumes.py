@@ -22,29 +22,11 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from hallulib import UserError
+from data_prep.staging import Fault
 
 LARGEST = 2**29  # bytes of voxels; the largest T2W volumes have about 2**26
 BITS = {2: 8, 4: 16, 8: 32, 16: 32, 64: 64, 256: 8, 512: 16, 768: 32, 1024: 64, 1280: 64}  # NIfTI
 BYTES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
-
-
-class Fault(UserError):
-    """What is wrong with one study, in one sentence, and its kind in a few words.
-
-    The kind names no file, so it may be counted in a report.
-    """
-
-    def __init__(self, sentence: str, kind: str):
-        super().__init__(sentence, kind)  # both in args: it is pickled on its way from a worker
-
-    def __str__(self) -> str:
-        return self.args[0]
-
-    @property
-    def kind(self) -> str:
-        """A few words."""
-        return self.args[1]
 
 
 @dataclass(frozen=True)

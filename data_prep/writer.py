@@ -6,11 +6,10 @@ item into a `Study`. The writer does the rest::
     items --read, in worker processes--> <out>.partial/<hash>.npz --in item order--> <out>
 
 A staged file is named by a hash of card and item and renamed when whole; so a run that was killed
-goes on where it stopped and ends with the same bytes. The finished folder is checked, then moved
-to ``out`` by one rename. Memory is bounded by one study per worker.
+or stopped by a fault goes on where it stopped and ends with the same bytes. The finished folder is
+checked, then moved to ``out`` by one rename. Memory is bounded by one study per worker.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -27,14 +26,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_prep.staging import Item, Study, fields, read_about, read_images, stage
+from data_prep.output import NEW, claimed, put
+from data_prep.staging import (
+    Item,
+    Study,
+    fields,
+    grouped,
+    listed,
+    read_about,
+    read_images,
+    stage,
+)
 from hallulib import UserError
 from hallulib.disk import writing
 from hallulib.integrity import count_units
 
 __all__ = ["Item", "Report", "Study", "by_fraction", "prepare", "versions"]
 
-REPLACED = "replaced"
 CONTRADICTED = "image with an exact copy under another label"
 Splits = Callable[[pd.DataFrame], Mapping[str, str]] | Mapping[str, str] | None
 
@@ -51,6 +59,8 @@ class Report:
         splits: split -> class of the first scheme ("" = none) -> images.
         counts: what was odd, by name -> how often.
         warnings: what readers of the card must know.
+        left_out: a sentence for each file or study with a fault; only here, since a path may name
+            a patient.
     """
 
     out: Path
@@ -60,6 +70,7 @@ class Report:
     splits: dict[str, dict[str, int]]
     counts: dict[str, int]
     warnings: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.out}: {self.images} images of {count_units(self.unit, self.patients)}"]
@@ -68,6 +79,7 @@ class Report:
             lines.append(f"{sum(classes.values()):>9}  {split:<11} {told}")
         lines += [f"{n:>9}  {name}" for name, n in self.counts.items()]
         lines += [f"{'warning':>9}  {told}" for told in self.warnings]
+        lines += [f"{'left out':>9}  {told}" for told in grouped(self.left_out)]
         return "\n".join(lines)
 
 
@@ -81,8 +93,9 @@ def prepare(
     notes: Sequence[str] = (),
     workers: int | None = None,
     overwrite: bool = False,
+    on_fault: str = "stop",
 ) -> Report:
-    """Reads every item and writes the image set, or leaves nothing behind.
+    """Reads every item and writes the image set, or nothing but what the next run goes on from.
 
     Args:
         out: the folder to create; ``<out>.partial`` beside it holds the work until then.
@@ -99,37 +112,29 @@ def prepare(
         notes: oddities found before reading, counted with those of the studies.
         workers: processes; all cores by default, 1 reads in this process.
         overwrite: replace ``out`` if it exists.
+        on_fault: ``stop`` tells all that cannot be read, ``skip`` leaves it out; see `stage`.
 
     Raises:
-        UserError: anything wrong with items, labels, splits or the output folder; staged work is
-            removed. A run that was killed or interrupted keeps it.
+        UserError: anything wrong with items, labels, splits or the output folder. What was staged
+            is kept, unless the disk cannot be written.
     """
     out = Path(out)
     if not items:
         raise UserError(f"{out}: nothing to prepare; at least one image is needed")
-    staging = out.with_name(out.name + ".partial")
-    with writing(out):
-        _put_back(out, staging)
-    _check_free(out, staging, overwrite)
-    made = [folder for folder in (staging, *staging.parents) if not folder.exists()]
     card = _complete(card)
     try:
-        with writing(out):
-            staging.mkdir(parents=True, exist_ok=True)
-        staged = stage(items, read, card, staging, workers)
-        return _assemble(out, staging, items, staged, card, splits, notes)
-    except UserError:
-        with contextlib.suppress(OSError):
-            _put_back(out, staging)
-            shutil.rmtree(staging, ignore_errors=True)
-            for folder in made[1:]:  # parents made here, as long as they are empty
-                folder.rmdir()
-        raise
+        with claimed(out, overwrite) as work:
+            staged = stage(items, read, card, work, workers, on_fault)
+            report = _assemble(out, work / NEW, items, staged, card, splits, notes)
     except ChildProcessError as error:
         raise UserError(
             f"{out}: {error}, most likely for lack of memory; run it again with fewer --workers"
             " to go on"
         ) from error
+    if work.exists():
+        told = f"{work} stays: it holds files of others"
+        report = replace(report, warnings=[*report.warnings, told])
+    return report
 
 
 def by_fraction(scheme: str, fractions: Mapping[str, float], seed: int) -> Splits:
@@ -155,25 +160,6 @@ def _divide(table: pd.DataFrame, scheme: str, fractions: Mapping[str, float], se
     return split_patients(list(todo["patient"]), list(todo[scheme]), fractions, seed)
 
 
-def _check_free(out: Path, staging: Path, overwrite: bool) -> None:
-    """Nothing but an image set is ever replaced, nothing but staged work removed."""
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; name another output or pass --overwrite")
-    own = {"images.npy", "table.csv", "card.json"}
-    if out.exists() and not (out.is_dir() and {f.name for f in out.iterdir()} == own):
-        raise UserError(f"{out} is not an image set, so it is not replaced; name another output")
-    if staging.exists():
-        strange = [f for f in staging.glob("*") if f.suffix not in (".npz", ".tmp")]
-        if any(f.name not in ("set", REPLACED) for f in strange):
-            raise UserError(f"{staging} holds files of others; name another output or move it")
-
-
-def _put_back(out: Path, staging: Path) -> None:
-    """The set that was to be replaced, if the run ended before another took its place."""
-    if (staging / REPLACED).exists() and not out.exists():
-        os.replace(staging / REPLACED, out)
-
-
 def _complete(card: dict) -> dict:
     processing = card["processing"]
     found = {"python": platform.python_version()} | versions("hallulib", "numpy")
@@ -182,11 +168,12 @@ def _complete(card: dict) -> dict:
     return card | {"processing": processing | {"versions": told}}
 
 
-def _assemble(out: Path, staging: Path, items, staged, card, splits, notes) -> Report:
+def _assemble(out: Path, new: Path, items, staged, card, splits, notes) -> Report:
     from hallulib import data
 
     abouts = [read_about(path) for path in staged]
-    shape = _common_shape(items, abouts)
+    left_out = [fault for about in abouts for fault in about["faults"]]
+    shape = _common_shape(items, abouts, left_out)
     rows = [row for about in abouts for row in about["rows"]]
     table = pd.DataFrame(rows, columns=list(fields(card)), dtype=str)
     _decide_splits(table, splits, out.name)
@@ -196,28 +183,26 @@ def _assemble(out: Path, staging: Path, items, staged, card, splits, notes) -> R
     counts = {"images": len(table), "patients": table["patient"].nunique()}
     told = {"splits": _tally(table, card), "counts": dict(sorted(odd.items()))}
     warnings = [*card.get("warnings", ()), *_warnings(told["splits"], odd)]
-    report = Report(out, **counts, **told, unit=card["unit"], warnings=warnings)
+    about = {"unit": card["unit"], "warnings": warnings, "left_out": left_out}
+    report = Report(out, **counts, **told, **about)
     card |= {"counts": counts | {"splits": report.splits}, "report": report.counts}
     card |= {"warnings": warnings}
     data.check_table(table, card, out.name)
     with writing(out):
-        new = _write(staging / "set", staged, (len(table), *shape), table, card)
+        _write(new, staged, (len(table), *shape), table, card)
         data.open(new)
-        if out.exists():
-            shutil.rmtree(staging / REPLACED, ignore_errors=True)  # of a run killed as it ended
-            os.replace(out, staging / REPLACED)
-        os.replace(new, out)
-    shutil.rmtree(staging, ignore_errors=True)
+        put(new, out)
     return report
 
 
-def _common_shape(items, abouts) -> tuple[int, ...]:
+def _common_shape(items, abouts, left_out: Sequence[str]) -> tuple[int, ...]:
     shapes = {}
     for item, about in zip(items, abouts, strict=True):
         if about["shape"][0]:
             shapes.setdefault(tuple(about["shape"][1:]), item.key)
     if not shapes:
-        raise UserError(f"{items[0].key}: no image in it or in any other; at least one is needed")
+        told = f"{items[0].key}: no image in it or in any other; at least one is needed"
+        raise UserError(listed(left_out) if left_out else told)
     if len(shapes) > 1:
         (one, first), (two, other) = list(shapes.items())[:2]
         raise UserError(
@@ -283,7 +268,7 @@ def _warnings(splits: Mapping[str, Mapping], odd: Mapping[str, int]) -> list[str
     return warnings
 
 
-def _write(new: Path, staged: Sequence[Path], shape, table: pd.DataFrame, card: dict) -> Path:
+def _write(new: Path, staged: Sequence[Path], shape, table: pd.DataFrame, card: dict) -> None:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     sums = {
@@ -294,7 +279,6 @@ def _write(new: Path, staged: Sequence[Path], shape, table: pd.DataFrame, card: 
     }
     text = json.dumps(card | {"sha256": sums}, indent=1, ensure_ascii=False)
     _write_text(new / "card.json", text + "\n")
-    return new
 
 
 def _write_images(path: Path, staged: Sequence[Path], shape: tuple[int, ...]) -> str:

@@ -18,6 +18,10 @@ from hallulib import UserError
 PARTIAL = ".partial"
 
 
+class CannotWrite(UserError):
+    """A full disk, no permission, or a file in the way."""
+
+
 @contextlib.contextmanager
 def writing(where: Path) -> Iterator[None]:
     """Turn a failure to write into one sentence.
@@ -26,12 +30,12 @@ def writing(where: Path) -> Iterator[None]:
         where: what is written, for the sentence.
 
     Raises:
-        UserError: full disk, no permission, a file in the way.
+        CannotWrite: it was not written.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise CannotWrite(
             f"{where}: cannot write ({_reason(error)});"
             " a writable folder with enough space is needed"
         ) from error

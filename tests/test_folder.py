@@ -374,7 +374,7 @@ def test_a_bad_file_is_named_and_nothing_is_left(classes, capsys, kind, told, op
 
 def test_a_decompression_bomb_is_refused(classes, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    assert "0.png: more than 200 pixels" in refused(capsys, classes)
+    assert "9.png: more than 200 pixels" in refused(capsys, classes)  # the last of all
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import toy_archive
 from killing import in_session
-from toy_archive import CARD, SPLITS, Patient, make, read
+from toy_archive import CARD, SLOW, SPLITS, Patient, make, read
 
 from data_prep import plan, staging, writer
 from data_prep.__main__ import main, parser
@@ -86,12 +87,12 @@ def test_a_set_without_val_or_test_says_so(tmp_path, missing):
 
 
 def start(out: Path, workers: int) -> subprocess.Popen:
+    """As a shell starts it in the background: it ignores Ctrl-C."""
     command = [sys.executable, toy_archive.__file__, str(out), str(workers)]
     path = os.pathsep.join(sys.path)
     environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, start_new_session=True, env=environment
-    )
+    deaf = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
+    return subprocess.Popen(deaf, stderr=subprocess.PIPE, start_new_session=True, env=environment)
 
 
 def wait_for(condition, seconds: float = 200) -> None:
@@ -103,8 +104,7 @@ def wait_for(condition, seconds: float = 200) -> None:
 
 def test_workers_die_with_a_killed_run_and_another_ends_with_the_same_bytes(tmp_path):
     (tmp_path / "a").mkdir()
-    items = [Patient(n, sleep=0.02) for n in range(40)]
-    make(tmp_path / "whole", items)
+    make(tmp_path / "whole", SLOW)
     out, rng = tmp_path / "a" / "set", np.random.default_rng(0)
     staged = out.with_name("set.partial")
     count = rng.integers(1, 36)
@@ -117,8 +117,29 @@ def test_workers_die_with_a_killed_run_and_another_ends_with_the_same_bytes(tmp_
     assert not out.exists()
     before = {f.name: f.stat().st_mtime_ns for f in staged.glob("*.npz")}
     next(staged.glob("*.npz")).write_bytes(b"half")  # as after a power failure
-    make(out, items)
+    make(out, SLOW)
     assert len(before) > 1
+    assert contents(out) == contents(tmp_path / "whole")
+    assert os.listdir(tmp_path / "a") == ["set"]
+
+
+@pytest.mark.parametrize("reach", [os.kill, os.killpg])  # it alone, or its workers too
+def test_what_runs_in_the_background_ends_in_order_when_it_is_told_to(tmp_path, reach):
+    (tmp_path / "a").mkdir()
+    make(tmp_path / "whole", SLOW)
+    out = tmp_path / "a" / "set"
+    staged = out.with_name("set.partial")
+    run = start(out, workers=2)
+    wait_for(lambda: len(list(staged.glob("*.npz"))) >= 3)
+    run.send_signal(signal.SIGINT)
+    reach(run.pid, signal.SIGTERM)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert told.decode().splitlines()[-1] == "interrupted; run the same command again to go on"
+    wait_for(lambda: not in_session(run.pid), 20)
+    assert {file.suffix for file in staged.iterdir()} == {".npz"}
+    assert not out.exists()
+    make(out, SLOW)
     assert contents(out) == contents(tmp_path / "whole")
     assert os.listdir(tmp_path / "a") == ["set"]
 
@@ -169,12 +190,14 @@ FAULTS = {
 @pytest.mark.parametrize(
     ("fault", "workers"), [*((fault, 1) for fault in FAULTS), ("crash", 2), ("label", 2)]
 )
-def test_a_bad_study_is_one_sentence_and_leaves_nothing(tmp_path, fault, workers):
+def test_a_bad_study_is_one_sentence_and_leaves_only_what_was_read_whole(tmp_path, fault, workers):
     item, told = FAULTS[fault]
     with pytest.raises(UserError, match=told) as error:
         make(tmp_path / "new" / "set", [item, Patient(2), Patient(3)], workers=workers)
     assert "\n" not in str(error.value)
-    assert os.listdir(tmp_path) == []
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(path.parent.name == "set.partial" and path.suffix == ".npz" for path in kept)
+    assert bool(kept) == bool(os.listdir(tmp_path))  # no folder without a file
 
 
 def test_a_patient_in_two_splits_is_refused(tmp_path):
@@ -186,7 +209,7 @@ def test_a_patient_in_two_splits_is_refused(tmp_path):
 
     with pytest.raises(UserError, match="set/table.csv: patient p002 is in train and test"):
         prepare(tmp_path / "set", [Patient(2)], leaking, CARD, workers=1)
-    assert os.listdir(tmp_path) == []
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_killed_worker_is_told_and_the_rest_is_kept(tmp_path):
@@ -203,7 +226,7 @@ def test_a_killed_worker_is_told_and_the_rest_is_kept(tmp_path):
 def test_an_empty_archive_is_told(tmp_path, items, told):
     with pytest.raises(UserError, match=told):
         make(tmp_path / "set", items)
-    assert os.listdir(tmp_path) == []
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_set_that_is_being_replaced_is_not_lost_when_the_run_is_killed(tmp_path):

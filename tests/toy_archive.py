@@ -5,12 +5,14 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import writer
 from data_prep.writer import Study, prepare
+from hallulib import commands
 
 CARD = {
     "name": "toy",
@@ -69,6 +71,13 @@ def make(out: Path, items=None, card=CARD, splits=SPLITS, **settings) -> writer.
     return prepare(out, items, read, card, splits=splits, **{"workers": 1} | settings)
 
 
+SLOW = [Patient(n, sleep=0.04) for n in range(40)]
+
+
+def slowly(out: str, workers: str) -> int:
+    make(Path(out), SLOW, workers=int(workers))
+    return 0
+
+
 if __name__ == "__main__":
-    slow = [Patient(n, sleep=0.02) for n in range(40)]
-    make(Path(sys.argv[1]), slow, workers=int(sys.argv[2]))
+    sys.exit(commands.run(partial(slowly, *sys.argv[1:])))
