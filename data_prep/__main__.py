@@ -3,8 +3,9 @@
 import argparse
 import importlib
 import sys
+from functools import partial
 
-from hallulib import UserError
+from hallulib import UserError, commands
 
 ARCHIVES = {
     "folder": "images in one folder per class, images and a CSV, or tiles without labels",
@@ -43,20 +44,19 @@ def parser(archive: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one archive; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    """Runs one archive; returns the exit status, see `hallulib.commands.run`."""
     given = sys.argv[1:] if arguments is None else arguments
     args = parser(given[0] if given else None).parse_args(given)
+    return commands.run(partial(_make, args))
+
+
+def _make(args: argparse.Namespace) -> int:
     try:
         report = importlib.import_module(f"data_prep.{args.archive}").run(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"{error.filename}: {error.strerror}; a readable file is needed", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        raise UserError(
+            f"{error.filename}: {error.strerror}; a readable file is needed"
+        ) from error
     print(report)
     return 0
 
