@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
@@ -46,8 +47,18 @@ def fingerprint(chapter: Path, chosen: dict) -> str:
 
 def _files(folder: Path) -> set[Path]:
     """All files in a folder, those of folders that are links too."""
-    walk = os.walk(folder, followlinks=True)
-    return {Path(place) / name for place, _, names in walk for name in names}
+    found = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if _leads_back(place):
+            folders.clear()
+        else:
+            found |= {Path(place) / name for name in names}
+    return found
+
+
+def _leads_back(place: str) -> bool:
+    """Whether a folder is, by a link, one of those that it lies in."""
+    return os.path.realpath(place) in map(os.path.realpath, Path(place).absolute().parents)
 
 
 def execute(chapter: Path, out: Path, chosen: dict, title: str | None = None) -> None:
@@ -86,7 +97,12 @@ def is_current(chapter: Path, out: Path, chosen: dict) -> bool:
 def collect(source: Path, target: Path) -> None:
     """Copy the pages, the references and the pictures beside the executed chapters."""
     folders = "_ext", "params", "grids", "results", "__pycache__"
-    skip = shutil.ignore_patterns("*.ipynb", "*.py", *folders, ".*")
+    unwanted = shutil.ignore_patterns("*.ipynb", "*.py", *folders, ".*")
+
+    def skip(place: str, names: list[str]) -> Collection[str]:
+        back = _leads_back(place) or Path(place).resolve() == target.resolve()
+        return names if back else unwanted(place, names)
+
     with disk.writing(target):
         shutil.copytree(source, target, ignore=skip, dirs_exist_ok=True)
         kept = {path.name for path in chapters(source)}

@@ -34,7 +34,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hallulib import UserError, artifacts, disk, notebooks
+from hallulib import UserError, artifacts, disk, notebooks, plain_yaml
 
 PARTS = ("chapter", "common", "grid", "cells")
 
@@ -55,7 +55,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def _plan(file):
     """The notebook of a grid, and the parameters of its cells by key."""
-    given = notebooks.read_yaml(file)
+    given = plain_yaml.read(file)
     try:
         for part in given:
             if part not in PARTS:
