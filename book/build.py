@@ -19,7 +19,7 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from hallulib import UserError, disk, notebooks
+from hallulib import UserError, commands, disk, notebooks
 from hallulib.notebooks import chapters, read_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +151,7 @@ def build(source: Path, target: Path, chosen: dict[str, dict]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 after one sentence about what the user can mend."""
+    """The command line; returns 0, 1 if a chapter failed, or as `hallulib.commands.run`."""
     parser = argparse.ArgumentParser(description="Execute the chapters and publish the book.")
     parser.add_argument("--params", type=Path, metavar="FILE", help="YAML: NAME: value")
     parser.add_argument(
@@ -160,20 +160,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, default=ROOT / "book", help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, default=BUILD, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    return commands.run(lambda: _bring_up(**vars(options)))
+
+
+def _bring_up(params: Path | None, pairs: list, source: Path, target: Path) -> int:
     start = time.monotonic()
     try:
-        chosen = read_parameters(options.params, options.pairs, options.source)
-        build(options.source, options.target, chosen)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        build(source, target, read_parameters(params, pairs, source))
     except papermill.PapermillExecutionError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped; finished chapters are kept, the next run goes on", file=sys.stderr)
-        return 130
-    page = options.target / "html" / "index.html"
+    page = target / "html" / "index.html"
     print(f"the book is {page} ({time.monotonic() - start:.0f} s); make serve shows it")
     return 0
 

@@ -5,14 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 
 import nbformat
 import pytest
 import toy_runs
 from distributed import Client
-from killing import in_session
+from killing import alive, in_session, start, wait_until
 
 from conftest import ROOT
 from hallulib import UserError, grid, notebooks
@@ -259,41 +258,23 @@ def test_whatever_stops_a_cell_is_told_in_one_sentence(tiny, address, code, sent
     assert grid.load(tiny.cells) == [cell]
 
 
-def start(tiny):
-    command = [sys.executable, "-m", "hallulib.grid", str(tiny.file), "--out", str(tiny.cells)]
-    # a group of its own: Ctrl-C in a terminal reaches all processes of the group
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
-
-
-def wait_until(reached, seconds=240):
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def alive(pid):
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
     kernels = tiny.home / "kernels"
     tiny.ask("grid: {STEPS: [1, 2]}")
     wait = f"open({str(kernels)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(3600)"
     tiny.write(f"if STEPS == 2:\n    {wait}")
-    with start(tiny) as process:
+    command = [sys.executable, "-m", "hallulib.grid", str(tiny.file), "--out", str(tiny.cells)]
+    with start(command, background=stop == signal.SIGTERM, cwd=ROOT) as process:
         try:
             wait_until(lambda: kernels.exists() and list(tiny.cells.glob("*.json")))
-            os.killpg(process.pid, stop) if stop == signal.SIGINT else process.kill()
+            # Ctrl-C in a terminal reaches all processes of the group
+            os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
             told = process.stderr.read().decode()
         finally:
             process.kill()
-    assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(stop, -stop)
     assert stop == signal.SIGKILL or "Traceback" not in told  # of workers whose head is gone
     wait_until(lambda: not any(map(alive, kernels.read_text().split())), 20)
     wait_until(lambda: not in_session(process.pid), 20)  # its workers neither
