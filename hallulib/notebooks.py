@@ -137,6 +137,8 @@ def declared(chapter: Path) -> dict[str, parameters.Rule]:
 def _plain(expression):
     if isinstance(expression, ast.Name):
         return {"str": str, "bool": bool}.get(expression.id)
+    if ast.unparse(expression) == "parameters.SEEDS":
+        return parameters.SEEDS
     try:
         return ast.literal_eval(expression)
     except ValueError:

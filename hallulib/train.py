@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hallulib import UserError, checkpoint, commands, data, parallel, runs, unet
+from hallulib import UserError, checkpoint, commands, data, parallel, parameters, runs, unet
 from hallulib.data import ImageSet
 from hallulib.score import ScoreModel, denoising_loss, stratified_times
 from hallulib.shapes import Images, Labels
@@ -297,6 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(dataset: str, size: int | None, scheme: str | None, **settings: int) -> int:
+    rules = dict(steps=(1, None), batch_size=(1, None), width=(8, None), seed=parameters.SEEDS)
+    parameters.check(settings, **rules)
     images = data.open(dataset, size)
     if scheme == "auto":
         scheme = (images.schemes or (None,))[0]

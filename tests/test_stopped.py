@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import ROOT
 HANGS = r"""\
 import subprocess
 def test_that_hangs():
-    sleep = subprocess.Popen(["sleep", "3600"])
+    sleep = subprocess.Popen(["sleep", "100"])
     open("begun", "w").write(f"{sleep.pid}\n")
     sleep.wait()
 def test_after_it():
@@ -96,3 +97,22 @@ def test_sigterm_ends_tests_of_the_background_with_their_fixtures(tmp_path):
         process.terminate()
         assert "KeyboardInterrupt" in process.communicate()[0].decode()
     wait_until(lambda: not alive(int(begun.read_text())), 20)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["book", "book PARAMS=x", "test", "chapters", "grid GRID=x", "doctor", "doctor PARAMS=x"],
+)
+def test_sigterm_to_make_ends_what_it_started(words, tmp_path):
+    program = tmp_path / ".venv" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho $$ > begun\nexec sleep 100\n")
+    program.chmod(0o755)
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / ".ready").touch()
+    begun = tmp_path / "begun"
+    with start(["make", *words.split()], background=True, cwd=tmp_path) as process:
+        wait_until(lambda: begun.exists() and begun.read_text())
+        process.terminate()
+    wait_until(lambda: not in_session(process.pid), 20)
