@@ -7,7 +7,7 @@ READY := .venv/.ready
 .DEFAULT_GOAL := help
 .PHONY: help env book serve test chapters grid doctor weights lint lock clean
 
-# exec below: else a SIGTERM to make ends the shell between, and what the shell runs goes on without it
+# exec: else SIGTERM ends the shell that make has started, and not what that shell runs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile

@@ -128,10 +128,14 @@ def publish(pages: Path, html: Path) -> None:
     if done.returncode:
         print(done.stdout[-4000:] + done.stderr[-4000:], file=sys.stderr)
         raise UserError(f"the book in {pages} was not published: see the warnings above")
+    replaced = site / "replaced"
     with disk.writing(html):
-        shutil.rmtree(html, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         html.parent.mkdir(parents=True, exist_ok=True)
+        if html.exists():  # moved, then removed: a request to end may come at any time
+            os.replace(html, replaced)
         os.replace(site / "_build" / "html", html)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def build(source: Path, target: Path, chosen: dict[str, dict]) -> None:

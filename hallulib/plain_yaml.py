@@ -56,8 +56,9 @@ class _Loader(yaml.SafeLoader):
 
 
 for _tag, _form in _FORMS.items():
-    form = re.compile(rf"(?:{_form})\Z")
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", form, None)
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_form})\Z"), first=None
+    )
 
 
 def read(file: Path) -> dict:

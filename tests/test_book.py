@@ -2,6 +2,8 @@ import ast
 import itertools
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import build
 import nbformat
@@ -312,6 +314,32 @@ def test_a_warning_keeps_the_published_book_as_it_was(book, capsys):
         assert run(book) == 2
         assert "missing" in capsys.readouterr().err
     assert "Nothing." in (book.parent / "out" / "html" / "intro.html").read_text()
+
+
+def test_a_book_that_is_replaced_is_never_there_in_part(tmp_path, monkeypatch):
+    html, new = tmp_path / "html", tmp_path / "site" / "_build" / "html"
+
+    def sphinx(*_, **__):
+        new.mkdir(parents=True)
+        (new / "index.html").write_text("new")
+        return subprocess.CompletedProcess([], 0)
+
+    def stopped(folder, **_):
+        for file in Path(folder).glob("index.html"):
+            file.unlink()
+            raise KeyboardInterrupt
+
+    html.mkdir()
+    (html / "index.html").write_text("old")
+    monkeypatch.setattr(build.subprocess, "run", sphinx)
+    with monkeypatch.context() as patch:
+        patch.setattr(build.shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build.publish(tmp_path / "book", html)
+    assert not html.exists() or (html / "index.html").exists()
+    build.publish(tmp_path / "book", html)
+    assert (html / "index.html").read_text() == "new"
+    assert not (tmp_path / "site" / "replaced").exists()
 
 
 def test_a_place_that_cannot_be_written_is_told_in_one_sentence(book, capsys):

@@ -87,6 +87,11 @@ def test_every_test_has_a_limit(request):
     assert request.config.getini("timeout_method") == "signal"
 
 
+def test_what_executes_chapters_may_take_longer(request, executed):
+    limit = request.node.get_closest_marker("timeout").args[0]
+    assert float(request.config.getini("timeout")) < limit
+
+
 def test_sigterm_ends_tests_of_the_background_with_their_fixtures(tmp_path):
     command, begun = hanging(tmp_path, "test_hanging.py"), tmp_path / "begun"
     path = os.environ | {"PYTHONPATH": str(ROOT)}
