@@ -7,36 +7,38 @@ READY := .venv/.ready
 .DEFAULT_GOAL := help
 .PHONY: help env book serve test chapters grid doctor weights lint lock clean
 
+# exec: else SIGTERM ends the shell that make has started, and not what that shell runs
+
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 env: $(READY)  ## the virtual environment in .venv, from requirements.lock
 
 book: $(READY)  ## execute the chapters and publish _build/html (PARAMS=book/params/gpu.yaml)
-	@$(BIN)/python book/build.py $(if $(PARAMS),--params "$(PARAMS)")
+	@exec $(BIN)/python book/build.py $(if $(PARAMS),--params "$(PARAMS)")
 
 serve: $(READY) | _build/html/index.html  ## show the book on 127.0.0.1 (PORT=8000)
 	@echo "http://127.0.0.1:$(PORT)/ shows the book; Ctrl-C stops"
-	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+	@exec $(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
 _build/html/index.html:
 	@$(MAKE) --no-print-directory book
 
 test: $(READY)  ## all tests: library, chapters at test size, the published pages in a browser
-	@$(BIN)/python -m pytest
+	@exec $(BIN)/python -m pytest
 
 chapters: $(READY)  ## only the chapters at test size
-	@$(BIN)/python -m pytest -m chapter
+	@exec $(BIN)/python -m pytest -m chapter
 
 grid: $(READY)  ## run a chapter with each cell of a grid (GRID=book/grids/NAME.yaml)
-	@$(BIN)/python -m hallulib.grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS)) \
+	@exec $(BIN)/python -m hallulib.grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS)) \
 		$(if $(ADDRESS),--address "$(ADDRESS)")
 
 doctor: $(READY)  ## what is installed, what is wrong with it, what chapters cost (PARAMS=...)
-	@$(BIN)/python -m hallulib.doctor $(if $(PARAMS),--params "$(PARAMS)")
+	@exec $(BIN)/python -m hallulib.doctor $(if $(PARAMS),--params "$(PARAMS)")
 
 weights: $(READY)  ## train the weights that ship with the library anew (two hours or more)
-	@$(BIN)/python -c "from hallulib import artifacts, data, oneshot, train; \
+	@exec $(BIN)/python -c "from hallulib import artifacts, data, oneshot, train; \
 		images = data.open('phantom', 32); \
 		run = train.pretrained(images, scheme='isup', steps=4000, width=24, from_scratch=True)[1]; \
 		print(artifacts.ship(run, 'score-phantom')); \

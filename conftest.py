@@ -1,15 +1,18 @@
 """Fixtures of all tests: chapters executed once at test size, the published book, a browser."""
 
 import ast
+import contextlib
 import functools
 import http.server
 import re
 import shutil
+import signal
 import threading
 from pathlib import Path
 
 import numpy as np
 import papermill
+import psutil
 import pytest
 import torch
 
@@ -18,6 +21,26 @@ CHAPTERS = sorted(path.stem for path in (ROOT / "book").glob("[0-9][0-9]_*.ipynb
 # no first-run traffic to the makers of the browser: an outside request must be the page's own
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync", "--disable-default-apps"]
+
+
+LIMIT_OF_CHAPTERS = 3600  # seconds: the first test that needs them executes them all
+
+
+def pytest_configure():
+    # in the background Ctrl-C is ignored: SIGTERM ends the tests as it does, with their fixtures
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_unconfigure():
+    for process in psutil.Process().children(recursive=True):  # of tests that were cut short
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "executed" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(LIMIT_OF_CHAPTERS))
 
 
 @pytest.fixture(scope="session", autouse=True)

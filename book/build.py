@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
 import papermill
 
-from hallulib import UserError, disk, notebooks
+from hallulib import UserError, commands, disk, notebooks
 from hallulib.notebooks import chapters, read_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,8 +47,18 @@ def fingerprint(chapter: Path, chosen: dict) -> str:
 
 def _files(folder: Path) -> set[Path]:
     """All files in a folder, those of folders that are links too."""
-    walk = os.walk(folder, followlinks=True)
-    return {Path(place) / name for place, _, names in walk for name in names}
+    found = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if _leads_back(place):
+            folders.clear()
+        else:
+            found |= {Path(place) / name for name in names}
+    return found
+
+
+def _leads_back(place: str) -> bool:
+    """Whether a folder is, by a link, one of those that it lies in."""
+    return os.path.realpath(place) in map(os.path.realpath, Path(place).absolute().parents)
 
 
 def execute(chapter: Path, out: Path, chosen: dict, title: str | None = None) -> None:
@@ -86,7 +97,12 @@ def is_current(chapter: Path, out: Path, chosen: dict) -> bool:
 def collect(source: Path, target: Path) -> None:
     """Copy the pages, the references and the pictures beside the executed chapters."""
     folders = "_ext", "params", "grids", "results", "__pycache__"
-    skip = shutil.ignore_patterns("*.ipynb", "*.py", *folders, ".*")
+    unwanted = shutil.ignore_patterns("*.ipynb", "*.py", *folders, ".*")
+
+    def skip(place: str, names: list[str]) -> Collection[str]:
+        back = _leads_back(place) or Path(place).resolve() == target.resolve()
+        return names if back else unwanted(place, names)
+
     with disk.writing(target):
         shutil.copytree(source, target, ignore=skip, dirs_exist_ok=True)
         kept = {path.name for path in chapters(source)}
@@ -112,10 +128,14 @@ def publish(pages: Path, html: Path) -> None:
     if done.returncode:
         print(done.stdout[-4000:] + done.stderr[-4000:], file=sys.stderr)
         raise UserError(f"the book in {pages} was not published: see the warnings above")
+    replaced = site / "replaced"
     with disk.writing(html):
-        shutil.rmtree(html, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         html.parent.mkdir(parents=True, exist_ok=True)
+        if html.exists():  # moved, then removed: a request to end may come at any time
+            os.replace(html, replaced)
         os.replace(site / "_build" / "html", html)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def build(source: Path, target: Path, chosen: dict[str, dict]) -> None:
@@ -135,7 +155,7 @@ def build(source: Path, target: Path, chosen: dict[str, dict]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 after one sentence about what the user can mend."""
+    """The command line; returns 0, 1 if a chapter failed, or as `hallulib.commands.run`."""
     parser = argparse.ArgumentParser(description="Execute the chapters and publish the book.")
     parser.add_argument("--params", type=Path, metavar="FILE", help="YAML: NAME: value")
     parser.add_argument(
@@ -144,20 +164,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, default=ROOT / "book", help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, default=BUILD, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    return commands.run(lambda: _bring_up(**vars(options)))
+
+
+def _bring_up(params: Path | None, pairs: list, source: Path, target: Path) -> int:
     start = time.monotonic()
     try:
-        chosen = read_parameters(options.params, options.pairs, options.source)
-        build(options.source, options.target, chosen)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        build(source, target, read_parameters(params, pairs, source))
     except papermill.PapermillExecutionError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped; finished chapters are kept, the next run goes on", file=sys.stderr)
-        return 130
-    page = options.target / "html" / "index.html"
+    page = target / "html" / "index.html"
     print(f"the book is {page} ({time.monotonic() - start:.0f} s); make serve shows it")
     return 0
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hallulib import UserError
+from hallulib import UserError, memory
 from hallulib.area import area_average
 from hallulib.integrity import (
     SPLITS,
@@ -123,7 +123,12 @@ class ImageSet:
 
         Args:
             rows: positions to read, in this order; all by default.
+
+        Raises:
+            UserError: they do not fit into the memory.
         """
+        n = len(self) if rows is None else len(np.arange(len(self))[rows])
+        memory.check(n, self.channels, self.size, self.name, each=5)  # a copy, and as float32
         taken = self.images if rows is None else self.images[rows]
         # a copy: torch must not write through to the file
         return torch.from_numpy(np.array(taken)).to(torch.float32).div_(127.5).sub_(1)
@@ -146,7 +151,8 @@ class ImageSet:
             rows: keep these positions (their order is ignored).
 
         Raises:
-            UserError: a split or scheme is unknown, or nothing is left.
+            UserError: a split or scheme is unknown, nothing is left, or scattered rows do not fit
+                into the memory.
         """
         keep = np.ones(len(self), bool)
         if split is not None:
@@ -172,6 +178,8 @@ class ImageSet:
     def _take(self, rows: np.ndarray) -> "ImageSet":
         first, last = int(rows[0]), int(rows[-1])
         neighbours = last - first + 1 == len(rows)
+        if not neighbours:
+            memory.check(len(rows), self.channels, self.size, self.name)
         images = self.images[first : last + 1] if neighbours else self.images[rows]
         table = self.table.iloc[rows].reset_index(drop=True)
         return replace(self, images=images, table=table)
@@ -201,7 +209,8 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
         The set, its images memory-mapped unless they had to be made smaller.
 
     Raises:
-        UserError: the set is missing, damaged or inconsistent, or ``size`` cannot be reached.
+        UserError: the set is missing, damaged or inconsistent, ``size`` cannot be reached, or
+            images that are drawn or made smaller do not fit into the memory.
     """
     if size is not None and size < 1:
         raise UserError(f"size is {size}; at least 1 pixel is needed")
@@ -306,6 +315,7 @@ def _reduced(image_set: ImageSet, size: int) -> ImageSet:
             f"{image_set.path or image_set.name}: images are {old} pixels wide and size is {size};"
             " enlarging invents detail, so prepare the set at that size instead"
         )
+    memory.check(len(image_set), image_set.channels, size, image_set.name)
     card, processing = dict(image_set.card), image_set.card["processing"]
     if card["spacing_mm"]:
         card["spacing_mm"] = [s * old / size for s in card["spacing_mm"]]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from hallulib import UserError, artifacts, notebooks, workload
+from hallulib import UserError, artifacts, commands, notebooks, workload
 
 LOCK = notebooks.ROOT / "requirements.lock"
 GB = 1e9
@@ -150,24 +150,24 @@ def duration(seconds: float | int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0, 1 if something is wrong, or 2 after a sentence about the input."""
+    """The command line; 0, 1 if something is wrong, or as :func:`hallulib.commands.run`."""
     parser = argparse.ArgumentParser(
         prog="python -m hallulib.doctor", description="Check the installation, estimate costs."
     )
     parser.add_argument("--params", type=Path, help="YAML of parameters, see make book")
     options = parser.parse_args(arguments)
+    return commands.run(lambda: _report(**vars(options)))
+
+
+def _report(params: Path | None) -> int:
     for name, value in findings().items():
         print(f"{name:10} {value}")
     wrong = list(faults())
     print(f"\n{len(wrong)} faults found" if wrong else "\nno fault found", *wrong, sep="\n  ")
     told = "estimated from a few steps on this machine; figures and statistics come on top"
     print(f"\n{'cost of the networks':24} {'until kept':>10} {'each time':>10}   ({told})")
-    try:
-        for chapter, once, always in costs(options.params):
-            print(f"{chapter:24} {duration(once):>10} {duration(always):>10}", flush=True)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    for chapter, once, always in costs(params):
+        print(f"{chapter:24} {duration(once):>10} {duration(always):>10}", flush=True)
     return int(bool(wrong))
 
 

@@ -34,7 +34,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hallulib import UserError, artifacts, disk, notebooks
+from hallulib import UserError, artifacts, commands, disk, notebooks, plain_yaml
 
 PARTS = ("chapter", "common", "grid", "cells")
 
@@ -55,7 +55,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def _plan(file):
     """The notebook of a grid, and the parameters of its cells by key."""
-    given = notebooks.read_yaml(file)
+    given = plain_yaml.read(file)
     try:
         for part in given:
             if part not in PARTS:
@@ -286,7 +286,7 @@ def _row(cell):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, 1 if a cell failed, or 2 after a sentence about the input."""
+    """The command line; returns 0, 1 if a cell failed, or as :func:`hallulib.commands.run`."""
     parser = argparse.ArgumentParser(
         prog="python -m hallulib.grid", description="Run a chapter with each cell of a grid."
     )
@@ -295,14 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--address", help="of a dask scheduler to join, tcp://HOST:PORT")
     parser.add_argument("--workers", type=int, default=2, help="processes here; default: 2")
     options = parser.parse_args(arguments)
-    try:
-        return _finish(**vars(options))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; finished cells are kept, the next run goes on", file=sys.stderr)
-        return 130
+    return commands.run(lambda: _finish(**vars(options)))
 
 
 def _finish(file, out, address, workers):

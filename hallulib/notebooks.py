@@ -7,67 +7,19 @@ notebook, and so refuses a wrong value before anything runs.
 import ast
 import itertools
 import json
-import re
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from hallulib import UserError, parameters
+from hallulib import UserError, parameters, plain_yaml
 
 ROOT = parameters.BOOK.parent
-DEEPEST = 20  # lists in lists of a parameter file
 TIMEOUT = 12 * 3600  # seconds for one code cell: a training run on real data is one of them
+MOST_CELLS = 10_000  # of a grid: each is a run of a chapter, minutes at least
 STARTS = 3  # of a kernel that finds its port taken
-
-
-def read_yaml(file: Path) -> dict:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the parameters in {file}: {error}") from error
-    given = parse_yaml(text, str(file))
-    if not isinstance(given, dict):
-        raise UserError(f"{file} must hold lines NAME: value, found {type(given).__name__}")
-    return given
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The plain value of a text in YAML without aliases.
-
-    Args:
-        text: YAML.
-        where: what it is called in messages.
-
-    Raises:
-        UserError: it is something else.
-    """
-    import yaml
-
-    try:
-        depth = 0
-        for event in yaml.parse(text):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            # sixty lines of aliases of aliases stand for more values than any memory holds
-            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
-                raise ValueError(f"an alias, *NAME, or lists {DEEPEST} deep; plain values needed")
-        return yaml.safe_load(text)
-    except Exception as error:  # PyYAML throws nearly anything at a value that is no date, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read the parameters in {where}: {reason}") from error
-
-
-def number(value: Any) -> Any:
-    """A value as YAML 1.2 reads it: YAML 1.1 takes 1e-3 for text because it has no point."""
-    exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if exponent else value
 
 
 def defaults(chapter: Path) -> dict[str, str]:
@@ -97,7 +49,7 @@ def fill(own: Mapping[str, Any], chosen: Mapping) -> dict[str, Any]:
     """All parameters of a chapter: what was chosen, and for the rest its own values.
 
     Raises:
-        UserError: a name is unknown, or a value is none of those that JSON can hold.
+        UserError: a name is unknown.
 
     Example:
         >>> fill({"STEPS": 5, "RATE": 0.1}, {"RATE": 1})
@@ -107,11 +59,6 @@ def fill(own: Mapping[str, Any], chosen: Mapping) -> dict[str, Any]:
     for name, value in chosen.items():
         if name not in own:
             raise UserError(parameters.unknown(str(name), list(own)))
-        value = number(value)
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            raise UserError(f"parameter {name} = {value!r} must be a plain value") from None
         # 1 and 1.0 are one learning rate
         whole = isinstance(own[name], float) and type(value) is int
         filled[name] = float(value) if whole else value
@@ -127,7 +74,7 @@ def choices(common: Any = None, grid: Any = None, cells: Any = None) -> list[dic
         cells: ``[{NAME: value}]``, which win over ``common``.
 
     Raises:
-        UserError: one of them has another form, or there is no cell.
+        UserError: one of them has another form, or there is no cell, or more than `MOST_CELLS`.
 
     Example:
         >>> choices(grid={"A": [1, 2]}, cells=[{"B": 3}])
@@ -142,10 +89,13 @@ def choices(common: Any = None, grid: Any = None, cells: Any = None) -> list[dic
             raise UserError(f"{name} in grid must be a list of values, found {values!r}")
         if name in common:
             raise UserError(f"{name} is set in common and in grid; keep one of them")
+    n_cells = len(singles) + (math.prod(map(len, axes.values())) if axes else 0)
+    if not n_cells:
+        raise UserError("there is neither grid nor cells: nothing to run")
+    if n_cells > MOST_CELLS:
+        raise UserError(f"{n_cells:,} cells; values for at most {MOST_CELLS:,} are needed")
     products = itertools.product(*axes.values()) if axes else ()
     found = [dict(zip(axes, values, strict=True)) for values in products] + singles
-    if not found:
-        raise UserError("there is neither grid nor cells: nothing to run")
     return [common | chosen for chosen in found]
 
 
@@ -187,6 +137,8 @@ def declared(chapter: Path) -> dict[str, parameters.Rule]:
 def _plain(expression):
     if isinstance(expression, ast.Name):
         return {"str": str, "bool": bool}.get(expression.id)
+    if ast.unparse(expression) == "parameters.SEEDS":
+        return parameters.SEEDS
     try:
         return ast.literal_eval(expression)
     except ValueError:
@@ -210,8 +162,8 @@ def read_parameters(file: Path | None, pairs: list, source: Path) -> dict[str, d
     Raises:
         UserError: if a name is a parameter of no chapter, or a value is impossible.
     """
-    given = read_yaml(file) if file else {}
-    given |= {name: parse_yaml(text, f"-p {name}") for name, text in pairs}
+    given = plain_yaml.read(file) if file else {}
+    given |= {name: plain_yaml.parse(text, f"-p {name}") for name, text in pairs}
     known = {chapter.stem: list(defaults(chapter)) for chapter in chapters(source)}
     chosen = {chapter: {} for chapter in known}
     for name, value in sorted(given.items(), key=lambda item: isinstance(item[1], dict)):
@@ -225,7 +177,7 @@ def read_parameters(file: Path | None, pairs: list, source: Path) -> dict[str, d
                 names = dict.fromkeys(n for chapter in targets for n in known[chapter])
                 raise UserError(parameters.unknown(str(entry), list(names)))
             for chapter in takers:
-                chosen[chapter][entry] = number(setting)
+                chosen[chapter][entry] = setting
     for chapter in chapters(source):
         rules = declared(chapter)
         check_before(chapter.stem, rules, chosen[chapter.stem])

@@ -16,6 +16,7 @@ from typing import Any
 from hallulib import UserError
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
+SEEDS = (0, 2**32 - 1)  # all that torch, NumPy and scikit-learn take
 Rule = type | tuple | set | frozenset | list
 
 # Only plain values can be parameters: a class such as VPSDE has a capital name too.

@@ -44,7 +44,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
 
-from hallulib import UserError, ceiling
+from hallulib import UserError, ceiling, memory
 from hallulib.anatomy import FIELD_OF_VIEW, SLICE_SPACING, WAVES, WINDOW, half_axes, render
 from hallulib.brush import n_waves
 
@@ -147,7 +147,8 @@ def prostate(
         ``grade2``, slice, true lesion parameters, lesion centre; empty where benign); the card.
 
     Raises:
-        UserError: if the size is below 16, or the seed or a count is negative.
+        UserError: if the size is below 16, the seed or a count is negative, or the images do not
+            fit into the memory.
 
     Example:
         >>> images, table, card = prostate(32, n_unlabelled=20, n_train=6, n_val=0, n_test=4)
@@ -160,6 +161,7 @@ def prostate(
             f"The phantom was asked for size {size}, seed {seed} and counts {counts}; it needs a "
             "size of at least 16 and nothing negative."
         )
+    memory.check(sum(counts.values()), 1, size, "phantom")
     patients = [p for split in SPLITS for p in _patients(seed, split, counts[split])]
     ends = np.cumsum([0] + [len(p["z"]) for p in patients])
     images = np.empty((ends[-1], 1, size, size), np.uint8)

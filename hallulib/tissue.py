@@ -43,7 +43,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from hallulib import UserError, ceiling
+from hallulib import UserError, ceiling, memory
 from hallulib.glands import FIELD_OF_VIEW
 from hallulib.histology import SMALLEST, render
 
@@ -170,7 +170,8 @@ def histology(
         empty where unlabelled); the card.
 
     Raises:
-        UserError: if the size is below 16, or the seed or a count is negative.
+        UserError: if the size is below 16, the seed or a count is negative, or the images do not
+            fit into the memory.
 
     Example:
         >>> images, table, card = histology(32, n_unlabelled=24, n_train=6, n_val=0, n_test=0)
@@ -183,6 +184,7 @@ def histology(
             f"The histology set was asked for size {size}, seed {seed} and counts {counts}; it "
             "needs a size of at least 16 and nothing negative."
         )
+    memory.check(sum(counts.values()), 3, size, "histology")
     slides = [s for split, n in counts.items() for s in _slides(seed, split, n)]
     ends = np.cumsum([0] + [len(s["seeds"]) for s in slides])
     images = np.empty((ends[-1], 3, size, size), np.uint8)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hallulib import UserError, checkpoint, data, parallel, runs, unet
+from hallulib import UserError, checkpoint, commands, data, parallel, parameters, runs, unet
 from hallulib.data import ImageSet
 from hallulib.score import ScoreModel, denoising_loss, stratified_times
 from hallulib.shapes import Images, Labels
@@ -280,7 +280,7 @@ def training_images(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, 2 after a sentence about the input, 130 after Ctrl-C."""
+    """The command line; returns 0, or as :func:`hallulib.commands.run`."""
     parser = argparse.ArgumentParser(
         prog="python -m hallulib.train",
         description="Train the score model of an image set where chapters with these settings "
@@ -292,18 +292,17 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in dict(steps=4000, batch_size=32, width=32, seed=0).items():
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, default=value, help=f"default: {value}")
-    told = vars(parser.parse_args(arguments))
-    try:
-        images = data.open(told.pop("dataset"), told.pop("size"))
-        if told["scheme"] == "auto":
-            told["scheme"] = (images.schemes or (None,))[0]
-        _, folder = pretrained(images, **told)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on at the last checkpoint", file=sys.stderr)
-        return 130
+    options = parser.parse_args(arguments)
+    return commands.run(lambda: _train(**vars(options)))
+
+
+def _train(dataset: str, size: int | None, scheme: str | None, **settings: int) -> int:
+    rules = dict(steps=(1, None), batch_size=(1, None), width=(8, None), seed=parameters.SEEDS)
+    parameters.check(settings, **rules)
+    images = data.open(dataset, size)
+    if scheme == "auto":
+        scheme = (images.schemes or (None,))[0]
+    _, folder = pretrained(images, scheme=scheme, **settings)
     if parallel.is_main():
         print(f"the score model is in {folder}")
     return 0

@@ -231,7 +231,7 @@ YAML = {
     "aliases of aliases": (instead(LAUGHS), REFUSED),
     "itself": (instead("STEPS: &a [*a]"), REFUSED),
     "deep": (instead("STEPS: " + "[" * 20_000), REFUSED),
-    "no date": (instead("STEPS: 2024-99-99"), REFUSED),
+    "no date": (instead("STEPS: 2024-99-99"), WORKS),
     "no number": (instead("STEPS: !!int words"), REFUSED),
     "no time": (instead("STEPS: !!timestamp words"), REFUSED),
     "no truth": (instead("STEPS: !!bool words"), REFUSED),

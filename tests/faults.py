@@ -23,7 +23,7 @@ from data_prep.dicom import read_header, read_series
 from data_prep.picai_labels import MARKSHEET, read_marksheet
 from data_prep.tables import read_table
 from data_prep.volumes import read_file
-from hallulib import UserError, artifacts, autoencoder, checkpoint, data, notebooks, unet
+from hallulib import UserError, artifacts, autoencoder, checkpoint, data, plain_yaml, unet
 
 CASE = "große Ж\u202e 1"  # the folder of every fault: names may hold spaces and any letter
 SETTINGS = {"steps": 3}
@@ -210,7 +210,7 @@ FORMATS = {
     "zip": Format(zipped, read_zip, alone=False),
     "marksheet": Format(marksheet, lambda path: read_marksheet(path.parents[1]), cut=False),
     "table": Format(meta, lambda path: read_table(path, ["wsi", "coord"]), cut=False),
-    "yaml": Format(yaml, notebooks.read_yaml, cut=False),
+    "yaml": Format(yaml, plain_yaml.read, cut=False),
     "weights": Format(model(f"unet/{unet.WEIGHTS}"), read_model),
     "config": Format(model("unet/config.json"), read_model),
     "classes": Format(model(unet.CLASSES), read_model),

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -31,6 +32,7 @@ class Server:
             stdout=subprocess.PIPE,
             env=environment | {"CUDA_VISIBLE_DEVICES": ""},
             text=True,
+            start_new_session=True,  # a group of its own, with the life that it is at
         )
 
     def live(self, work: str, folder: Path, **how) -> dict:
@@ -55,8 +57,33 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        self.process.stdin.close()
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def start(command: list[str], *, background: bool, **options) -> subprocess.Popen:
+    """A command as a terminal starts it or, deaf to Ctrl-C, as ``&`` in a script does.
+
+    It leads a session of its own, and Python hears of Ctrl-C only if it did at its start.
+    """
+    how = signal.SIG_IGN if background else signal.SIG_DFL
+    options |= dict(start_new_session=True, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, preexec_fn=lambda: signal.signal(signal.SIGINT, how), **options
+    )
+
+
+def wait_until(reached: Callable[[], object], seconds: float = 200) -> None:
+    """Wait for something; an assertion fails if it does not come."""
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs, or has ended and nobody knows of it yet."""
+    return Path(f"/proc/{process}").exists()
 
 
 def in_session(leader: int) -> bool:

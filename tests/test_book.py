@@ -2,6 +2,8 @@ import ast
 import itertools
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import build
 import nbformat
@@ -276,6 +278,32 @@ def test_the_outcome_depends_on_cells_parameters_library_and_data(book, tmp_path
     assert card != build.fingerprint(chapter, {"DATASET": str(tmp_path)})
 
 
+LINKS = {  # link in the folder -> where it leads, from the folder
+    "itself": ("loop", "."),
+    "the folder around": ("deep/loop", ".."),
+    "its neighbour and back": ("deep/to_other", "../other"),
+    "the parent": ("up", ".."),
+    "the copy": ("copy", "../out/book"),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("links", [*([name] for name in LINKS), list(LINKS)], ids=str)
+def test_links_that_lead_back_are_not_followed(book, links):
+    for place in ("deep", "other"):
+        (book / place).mkdir()
+        (book / place / "page.md").write_text(place)
+    (book / "other" / "back").symlink_to("../deep")
+    for name in links:
+        (book / LINKS[name][0]).symlink_to(LINKS[name][1])
+    assert build.fingerprint(book / "01_one.ipynb", {"FOLDER": str(book)})
+    target, copies = book.parent / "out" / "book", []
+    for _ in range(2):
+        build.collect(book, target)
+        copies.append({str(file.relative_to(target)) for file in target.rglob("*")})
+    assert copies[0] == copies[1] >= {"deep/page.md", "other/page.md", "other/back/page.md"}
+
+
 def test_a_warning_keeps_the_published_book_as_it_was(book, capsys):
     for chapter in build.chapters(book):
         chapter.unlink()
@@ -286,6 +314,32 @@ def test_a_warning_keeps_the_published_book_as_it_was(book, capsys):
         assert run(book) == 2
         assert "missing" in capsys.readouterr().err
     assert "Nothing." in (book.parent / "out" / "html" / "intro.html").read_text()
+
+
+def test_a_book_that_is_replaced_is_never_there_in_part(tmp_path, monkeypatch):
+    html, new = tmp_path / "html", tmp_path / "site" / "_build" / "html"
+
+    def sphinx(*_, **__):
+        new.mkdir(parents=True)
+        (new / "index.html").write_text("new")
+        return subprocess.CompletedProcess([], 0)
+
+    def stopped(folder, **_):
+        for file in Path(folder).glob("index.html"):
+            file.unlink()
+            raise KeyboardInterrupt
+
+    html.mkdir()
+    (html / "index.html").write_text("old")
+    monkeypatch.setattr(build.subprocess, "run", sphinx)
+    with monkeypatch.context() as patch:
+        patch.setattr(build.shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build.publish(tmp_path / "book", html)
+    assert not html.exists() or (html / "index.html").exists()
+    build.publish(tmp_path / "book", html)
+    assert (html / "index.html").read_text() == "new"
+    assert not (tmp_path / "site" / "replaced").exists()
 
 
 def test_a_place_that_cannot_be_written_is_told_in_one_sentence(book, capsys):

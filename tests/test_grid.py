@@ -5,17 +5,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 
 import nbformat
 import pytest
 import toy_runs
 from distributed import Client
-from killing import in_session
+from killing import alive, in_session, start, wait_until
 
 from conftest import ROOT
-from hallulib import UserError, grid
+from hallulib import UserError, grid, notebooks
 
 HEAD = """STEPS = 5  # steps (test: 2)
 RATE = 0.1  # per step (test: 0.1)
@@ -30,6 +29,11 @@ row = {"value": STEPS * RATE, "low": 0.0, "high": None, "n": 3}
 glue("measured", json.dumps({"product": row}), display=False)
 glue("series", json.dumps({"mine": [1.5, STEPS]}), display=False)
 glue("claim", STEPS, display=False)"""
+
+
+def cube(side):
+    """A grid of side^3 cells."""
+    return "grid: {" + ", ".join(f"{n}: {list(range(side))}" for n in "ABC") + "}"
 
 
 class Tiny:
@@ -50,7 +54,8 @@ class Tiny:
         nbformat.write(notebook, self.chapter)
 
     def ask(self, text):
-        self.file.write_text(f"chapter: {self.chapter}\n{text}\n")
+        chapter = "" if text.startswith("chapter:") else f"chapter: {self.chapter}\n"
+        self.file.write_text(f"{chapter}{text}\n")
         return self.file
 
     def run(self, *options):
@@ -117,7 +122,8 @@ def test_the_grids_of_the_book_fit_its_chapters(file):
         ("grid: {STEPS: [1, -1]}", "01_tiny: parameter STEPS = -1 must be a whole number from 0"),
         ("common: {SCHEME: isp}\ncells: [{}]", "SCHEME = 'isp' must be one of 'grade2', 'isup'"),
         ("grid: {RATE: [.nan]}", "parameter RATE = nan must be a finite number from 0.0 to 1.0"),
-        ("cells: [{SCHEME: 2020-02-02}]", "must be a plain value"),
+        ("cells: [{SCHEME: 2020-02-02}]", "SCHEME = '2020-02-02' must be one of"),
+        ("grid: {STEPS: [1]}\ngrid: {STEPS: [2]}", "grid is set again in line 3"),
         ("grid: {STEPS: 3}", "STEPS in grid must be a list of values, found 3"),
         ("grid: {STEPS: []}", "STEPS in grid must be a list of values, found []"),
         ("grid: [STEPS]", "grid must hold NAME: value, found ['STEPS']"),
@@ -126,6 +132,7 @@ def test_the_grids_of_the_book_fit_its_chapters(file):
         ("cells: [STEPS]", "each of cells must hold NAME: value, found 'STEPS'"),
         ("common: {STEPS: 1}\ngrid: {STEPS: [2]}", "STEPS is set in common and in grid"),
         ("common: {STEPS: 1}", "there is neither grid nor cells: nothing to run"),
+        (cube(500), "125,000,000 cells; values for at most 10,000 are needed"),
         ("gird: {STEPS: [1]}", "'gird' is no part of a grid; those are chapter, common, grid"),
         ("chapter: 77_none\ncells: [{}]", "there is no chapter 77_none"),
         ("chapter: [1]\ncells: [{}]", "it must name its chapter, such as chapter: 06_hallucin"),
@@ -143,6 +150,14 @@ def test_a_wrong_grid_is_refused_in_one_sentence_before_anything_runs(
     assert str(tiny.file) in printed
     assert "\n" not in printed
     assert not tiny.cells.exists()
+
+
+def test_the_cells_of_a_grid_are_counted_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(notebooks, "MOST_CELLS", 9)
+    assert len(notebooks.choices(grid={"A": [1, 2], "B": [1, 2, 3]}, cells=[{}] * 3)) == 9
+    monkeypatch.setattr(notebooks.itertools, "product", None)
+    with pytest.raises(UserError, match="10 cells; values for at most 9 are needed"):
+        notebooks.choices(grid={"A": [1, 2], "B": [1, 2, 3]}, cells=[{}] * 4)
 
 
 def test_a_default_that_only_running_tells_is_refused(tiny):
@@ -243,41 +258,23 @@ def test_whatever_stops_a_cell_is_told_in_one_sentence(tiny, address, code, sent
     assert grid.load(tiny.cells) == [cell]
 
 
-def start(tiny):
-    command = [sys.executable, "-m", "hallulib.grid", str(tiny.file), "--out", str(tiny.cells)]
-    # a group of its own: Ctrl-C in a terminal reaches all processes of the group
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
-
-
-def wait_until(reached, seconds=240):
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def alive(pid):
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
     kernels = tiny.home / "kernels"
     tiny.ask("grid: {STEPS: [1, 2]}")
     wait = f"open({str(kernels)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(3600)"
     tiny.write(f"if STEPS == 2:\n    {wait}")
-    with start(tiny) as process:
+    command = [sys.executable, "-m", "hallulib.grid", str(tiny.file), "--out", str(tiny.cells)]
+    with start(command, background=stop == signal.SIGTERM, cwd=ROOT) as process:
         try:
             wait_until(lambda: kernels.exists() and list(tiny.cells.glob("*.json")))
-            os.killpg(process.pid, stop) if stop == signal.SIGINT else process.kill()
+            # Ctrl-C in a terminal reaches all processes of the group
+            os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
             told = process.stderr.read().decode()
         finally:
             process.kill()
-    assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(stop, -stop)
     assert stop == signal.SIGKILL or "Traceback" not in told  # of workers whose head is gone
     wait_until(lambda: not any(map(alive, kernels.read_text().split())), 20)
     wait_until(lambda: not in_session(process.pid), 20)  # its workers neither

@@ -1,14 +1,19 @@
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import build
 import nbformat
 import papermill
 import pytest
 
-from hallulib import UserError, notebooks
+from conftest import ROOT, size_for_tests
+from hallulib import UserError, notebooks, train
 from hallulib.parameters import check
+
+BOOK = ROOT / "book"
 
 
 def refused(value, rule):
@@ -170,3 +175,70 @@ def test_a_kernel_that_finds_its_port_taken_is_started_again(tmp_path, monkeypat
     else:
         with pytest.raises(RuntimeError, match="Kernel died"):
             notebooks.execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {})
+
+
+ODD = ["2", None, True, 2.5, math.nan, math.inf, -1, 2**32, 10**30, [], "", " "]
+EACH = [
+    (notebook, name)
+    for notebook in [*notebooks.chapters(BOOK), *sorted((BOOK / "grids").glob("*.ipynb"))]
+    for name in notebooks.defaults(notebook)
+]
+each_parameter = pytest.mark.parametrize(
+    ("notebook", "name"), EACH, ids=[f"{notebook.stem}-{name}" for notebook, name in EACH]
+)
+
+
+def suits(value, name, own):
+    """Whether a value is of the kind of the chapter's own, and no seed that a library refuses."""
+    if name == "SEED":
+        return type(value) is int and 0 <= value < 2**32
+    if isinstance(own, str):
+        return isinstance(value, str) and value.strip() != ""
+    if isinstance(own, float):
+        return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) is type(own) and (isinstance(own, bool) or value >= 0)
+
+
+def told(rules, name, value):
+    """The sentence that refuses a value before a chapter runs, or nothing."""
+    try:
+        notebooks.check_before("here", rules, {name: value})
+    except UserError as error:
+        return str(error)
+
+
+@each_parameter
+def test_a_value_of_another_kind_is_refused_by_name_before_a_chapter_runs(notebook, name):
+    rules, own = notebooks.declared(notebook), notebooks.own_values(notebook)[name]
+    for value in ODD:
+        sentence = told(rules, name, value)
+        assert sentence or suits(value, name, own), value
+        assert not sentence or sentence.startswith(f"here: parameter {name} = {value!r} must be ")
+        assert "\n" not in (sentence or "")
+
+
+@each_parameter
+def test_the_values_of_its_kind_that_people_give_are_taken(notebook, name):
+    rules, own = notebooks.declared(notebook), notebooks.own_values(notebook)[name]
+    seeds = [0, 1, 2**31, 2**32 - 1] if name == "SEED" else []
+    likely = [*seeds, own, size_for_tests(notebook).get(name, own)]
+    for value in likely + [not own] * isinstance(own, bool) + ["x"] * isinstance(own, str):
+        notebooks.check_before("here", rules, {name: value})
+
+
+@pytest.mark.parametrize("value", [-1, 2**32, "yes", "1:04", "1e-3", "010", "2.5", "~", "true"])
+def test_no_book_is_begun_with_a_seed_that_is_none(value, tmp_path, capsys):
+    assert build.main(["-p", "SEED", str(value), "--target", str(tmp_path / "out")]) == 2
+    sentence = r"01_images: parameter SEED = .* must be a whole number from 0 to 4294967295\n"
+    assert re.fullmatch(sentence, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("seed", -1), ("seed", 2**32), ("steps", 0), ("batch-size", 0), ("width", 0), ("width", -8)],
+)
+def test_a_training_of_the_command_line_is_refused_likewise(option, value, capsys):
+    assert train.main(["phantom", f"--{option}", str(value)]) == 2
+    sentence = f"parameter {option.replace('-', '_')} = {value} must be a whole number .*\n"
+    assert re.fullmatch(sentence, capsys.readouterr().err)

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[1]
 CODE = sorted(p for d in ("hallulib", "data_prep", "book") for p in (ROOT / d).rglob("*.py"))
 NOTEBOOKS = sorted(p for d in ("book", "book/grids") for p in (ROOT / d).glob("*.ipynb"))
 # Of these, a module imports only what stands before it.
-ORDER = """__init__ shapes phantom tissue data sde score unet sample classmodel flow likelihood
-    levels bound calibration metrics gaussian parallel artifacts runs train autoencoder encoding
-    steering selection few_labels augment estimators parameters figures notebooks grid""".split()
+ORDER = """__init__ shapes parameters memory phantom tissue data sde score unet sample classmodel
+    flow likelihood levels bound calibration metrics gaussian parallel artifacts runs train
+    autoencoder encoding steering selection few_labels augment estimators figures notebooks
+    grid""".split()
 TOP = set(
     """.ci .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE
     Makefile README.md _config.yml book conftest.py data_prep environment.yml hallulib
