@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,18 @@ OWN_PATIENT = (
     "image without patient: counted as its own, so leaks between splits cannot be excluded"
 )
 RESERVED = ("file", "patient", "split", "item")
+SPLIT_NAMES = {
+    "unlabelled": ("unlabelled", "unlabeled"),
+    "train": ("train", "training", "trainset", "trainingset"),
+    "val": ("val", "valid", "validation", "valset", "validset", "validationset"),
+    "test": ("test", "testing", "testset", "testingset"),
+}
+
+
+def split_name(text: str) -> str:
+    """The split that a folder or a cell means, in any case, or "": ``Testing`` is ``test``."""
+    word = re.sub(r"[\s_-]", "", text).lower()
+    return next((split for split, names in SPLIT_NAMES.items() if word in names), "")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
