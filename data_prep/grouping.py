@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from data_prep.plan import split_name
 from hallulib import UserError
 
 NOBODY = "none"  # the column that is asked for where images are independent
@@ -94,7 +95,7 @@ def check(plan: pd.DataFrame, told: str, where: Path) -> list[str]:
     """Whether what was found can be patients.
 
     Args:
-        plan: ``patient``, ``label`` and ``split`` of each image, "" where there is none.
+        plan: ``patient`` and ``label`` of each image, "" where there is none.
         told: the option that found the patients.
         where: the folder or table, for messages.
 
@@ -107,30 +108,32 @@ def check(plan: pd.DataFrame, told: str, where: Path) -> list[str]:
     known = plan[plan["patient"] != ""]
     if known["patient"].is_unique:
         return [EVERY.format(told)] if len(known) > 1 else []
-    fault = ""
-    if known["patient"].nunique() == 1:
+    patients = known["patient"].unique()
+    rows = known.loc[known["label"] != "", ["patient", "label"]]
+    pairs = rows.drop_duplicates()
+    per_class = pairs["patient"].is_unique and pairs["label"].is_unique
+    if len(patients) == 1:
         fault = f"in all {len(known)} images"
-    for column, name in (("label", "class"), ("split", "split")):
-        rows = known[known[column] != ""]
-        pairs = rows[["patient", column]].drop_duplicates()
-        one_to_one = pairs["patient"].is_unique and pairs[column].is_unique
-        if one_to_one and 1 < len(pairs) < len(rows):
-            patient, value = pairs.iloc[0]
-            fault = fault or f"per {name} ({patient!r} in {name} {value!r})"
-    if fault:
-        raise UserError(
-            f"{where}: {told} finds one patient {fault}; what differs between patients is needed"
-        )
-    return []
+    elif all(map(split_name, patients)):
+        fault = f"per split, such as {patients[0]!r}"
+    elif per_class and 1 < len(pairs) < len(rows):
+        patient, label = pairs.iloc[0]
+        fault = f"per class, such as {patient!r} for {label!r}"
+    else:
+        return []
+    raise UserError(
+        f"{where}: {told} finds one patient {fault}; what differs between patients is needed"
+    )
 
 
 def check_counter(plan: pd.DataFrame, told: str, where: Path) -> None:
     """Whether what was found in paths is the number of the file, counted anew in each class.
 
-    Then no class has a number twice, several classes have the same ones, and few are left out.
+    Then folders are classes, no folder has a number twice, several have the same ones, and few are
+    left out.
 
     Args:
-        plan: see `check`.
+        plan: ``file``, and see `check`.
         told: see `check`.
         where: see `check`.
 
@@ -141,15 +144,16 @@ def check_counter(plan: pd.DataFrame, told: str, where: Path) -> None:
     parts = [COUNTER.fullmatch(patient) for patient in labelled["patient"]]
     if not all(parts) or len({(part[1], part[3]) for part in parts}) != 1:
         return
-    once = not labelled.duplicated(["patient", "label"]).any()
-    shared = labelled["patient"].duplicated().any()
-    dense = max(int(part[2]) for part in parts) < 2 * labelled["label"].value_counts().max()
-    if once and shared and dense:
-        patient = labelled.loc[labelled["patient"].duplicated(), "patient"].iloc[0]
+    again = labelled["patient"].duplicated()
+    folders = labelled.groupby(labelled["file"].map(lambda name: str(Path(name).parent)))
+    once = (folders["patient"].nunique() == folders.size()).all()
+    classes = (folders["label"].nunique() == 1).all()
+    dense = max(int(part[2]) for part in parts) < 2 * folders.size().max()
+    if again.any() and once and classes and dense:
         raise UserError(
-            f"{where}: {told} finds numbers that begin anew in each class, such as {patient!r}:"
-            " they count files, not patients; a pattern that finds patients is needed, or --csv"
-            " with a column patient"
+            f"{where}: {told} finds numbers that begin anew in each class, such as"
+            f" {labelled['patient'][again].iloc[0]!r}: they count files, not patients; a pattern"
+            " that finds patients is needed, or --csv with a column patient"
         )
 
 

@@ -128,7 +128,7 @@ def test_of_several_columns_the_one_nearest_to_a_patient_is_proposed(lesions, ca
     ("owner", "told"),
     [
         (lambda i: "BUSI", "--patient study finds one patient in all 40 images;"),
-        (lambda i: "xy"[i // 4 % 2], "finds one patient per class ('x' in class 'a');"),
+        (lambda i: "xy"[i // 4 % 2], "finds one patient per class, such as 'x' for 'a';"),
     ],
 )
 def test_a_column_that_cannot_be_the_patient_is_refused(lesions, capsys, owner, told):
@@ -164,7 +164,7 @@ NUMBERS = lambda label, k: str(k + 1)
 PADDED = lambda label, k: f"img_{k:03}"
 PAIRED = lambda label, k: f"{4711 + 97 * k}"
 PATTERNS = {
-    "the class": (THREE_EACH, r"\d+", "finds one patient per class ('0' in class '0')"),
+    "the class": (THREE_EACH, r"\d+", "finds one patient per class, such as '0' for '0'"),
     "the folder": (NUMBERS, r"^[^/]+", "finds one patient per class"),
     "one word": (THREE_EACH, "pat", "finds one patient in all 24 images"),
     "a word of some": (lambda c, k: "xy"[k > 5] + str(k), "x|y", ""),
@@ -198,12 +198,20 @@ def test_a_pattern_that_finds_no_patients_is_refused_before_anything_is_written(
         assert not data.open(tmp_path / "set").card["warnings"]
 
 
+def test_patients_with_one_image_of_each_class_in_one_folder_are_patients(lesions):
+    for i, file in enumerate(sorted(lesions.iterdir())):
+        file.rename(lesions / f"P{i // 2}_{i % 2}.png")
+    rows = [f"P{i // 2}_{i % 2}.png,{i % 2}" for i in range(40)]
+    assert prepare(lesions, table(lesions, "file,label", *rows), r"--patient-pattern=P\d+") == 0
+    assert data.open(lesions.parent / "set").table["patient"].nunique() == 20
+
+
 def test_a_pattern_that_finds_the_split_is_refused(tmp_path, capsys):
     for split in ("train", "test"):
         for i in range(4):
             save(tmp_path / "in" / split / "ab"[i % 2] / f"{split}_{i}.png")
     told = refused(capsys, tmp_path / "in", "--patient-pattern=^[a-z]+")
-    assert "one patient per split ('test' in split 'test')" in told
+    assert "finds one patient per split, such as 'test'" in told
 
 
 def test_a_pattern_with_a_patient_for_every_image_is_told_on_the_card(tmp_path, capsys):
@@ -215,8 +223,13 @@ def test_a_pattern_with_a_patient_for_every_image_is_told_on_the_card(tmp_path, 
 
 
 def plan(found: dict[str, list[str]]) -> pd.DataFrame:
-    rows = [(patient, label, "") for label, patients in found.items() for patient in patients]
-    return pd.DataFrame(rows, columns=["patient", "label", "split"])
+    """The plan of class folders: class -> the patient found in each path."""
+    rows = [
+        (f"{label}/{place}.png", patient, label)
+        for label, patients in found.items()
+        for place, patient in enumerate(patients)
+    ]
+    return pd.DataFrame(rows, columns=["file", "patient", "label"])
 
 
 @given(
