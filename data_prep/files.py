@@ -89,8 +89,15 @@ def left_out(file: Path, place: str = "") -> str:
 
 
 def identity(file: Path) -> tuple[int, int]:
-    """What tells files apart, however their paths are spelt and whatever links lead to them."""
-    found = file.stat()
+    """What tells files apart, however their paths are spelt and whatever links lead to them.
+
+    Raises:
+        UserError: there is none, as where a link leads nowhere.
+    """
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; a file that can be read is needed") from error
     return found.st_dev, found.st_ino
 
 

@@ -135,7 +135,13 @@ def _classes(text: str) -> list[str]:
     return values
 
 
-def _card(args, values: list[str], grey: bool, blanks: tiles.Blanks, warnings: list[str]) -> dict:
+def _card(
+    args: argparse.Namespace,
+    values: list[str],
+    grey: bool,
+    blanks: tiles.Blanks,
+    warnings: list[str],
+) -> dict:
     steps = [
         "images deeper than 8 bits: 0.5th to 99.5th percentile of each image to 0..255",
         "pad: median of the border" if args.fit == "pad" else "crop: centre",

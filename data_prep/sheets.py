@@ -19,7 +19,7 @@ def listed(
 
     Args:
         file: the CSV; see `data_prep.tables.read_sheet`.
-        root: the folder that its paths begin at, parted by ``/`` or by ``\\``.
+        root: the folder that its paths begin at, parted by ``/`` or by ``\``.
         label: name of the column of labels.
         patient: name of the column of patients, `grouping.NOBODY` where images are independent;
             None: ``patient`` if there is one, else `grouping.ask` asks.
@@ -43,7 +43,8 @@ def listed(
             )
     for folder, _, _ in os.walk(root):
         found = files.images(Path(folder))[0]
-        notes += [UNLISTED] * sum(files.identity(image) not in lines for image in found)
+        there = [files.identity(image) for image in found if image.exists()]
+        notes += [UNLISTED] * (len(found) - sum(image in lines for image in there))
     return table, notes
 
 

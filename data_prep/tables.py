@@ -17,7 +17,7 @@ def read(file: Path, separator: str = ",") -> pd.DataFrame:
     """A CSV as stripped texts, under its own names, of which some may be alike.
 
     Args:
-        file: the CSV, in UTF-8.
+        file: the CSV, in UTF-8, or in UTF-16 if its first bytes say so.
         separator: between columns.
 
     Returns:
@@ -30,11 +30,17 @@ def read(file: Path, separator: str = ",") -> pd.DataFrame:
 
 
 def read_sheet(file: Path, name: str) -> pd.DataFrame:
-    """As `read`, of what a spreadsheet exports: commas, semicolons or tabs, UTF-8 or UTF-16.
+    """As `read`, of what a spreadsheet exports: with commas, semicolons or tabs.
 
     Args:
         file: the CSV. Code pages of one byte per letter all look alike, so none is guessed.
         name: of a column, which shows what is between columns.
+
+    Returns:
+        See `read`.
+
+    Raises:
+        UserError: see `read`.
     """
     text = _text(file)
     header = next((line for line in text.splitlines() if line.strip()), "")
@@ -44,7 +50,7 @@ def read_sheet(file: Path, name: str) -> pd.DataFrame:
 
 
 def _text(file: Path) -> str:
-    """What a file holds, whether its first bytes say UTF-16 or not."""
+    """What a file holds; UTF-16 begins with a mark."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; the archive's table is needed there")
     content = file.read_bytes()

@@ -198,10 +198,15 @@ def test_a_pattern_that_finds_no_patients_is_refused_before_anything_is_written(
         assert not data.open(tmp_path / "set").card["warnings"]
 
 
-def test_patients_with_one_image_of_each_class_in_one_folder_are_patients(lesions):
-    for i, file in enumerate(sorted(lesions.iterdir())):
-        file.rename(lesions / f"P{i // 2}_{i % 2}.png")
-    rows = [f"P{i // 2}_{i % 2}.png,{i % 2}" for i in range(40)]
+@pytest.mark.parametrize("name", ["P{0}_{1}.png", "series {1}/P{0}.png"])
+def test_patients_with_one_image_of_each_class_are_patients_if_folders_are_not_classes(
+    lesions, name
+):
+    names = [name.format(i // 2, i % 2) for i in range(40)]
+    for new, file in zip(names, sorted(lesions.iterdir()), strict=True):
+        (lesions / new).parent.mkdir(exist_ok=True)
+        file.rename(lesions / new)
+    rows = [f"{new},{(i + i // 4) % 2}" for i, new in enumerate(names)]
     assert prepare(lesions, table(lesions, "file,label", *rows), r"--patient-pattern=P\d+") == 0
     assert data.open(lesions.parent / "set").table["patient"].nunique() == 20
 

@@ -131,6 +131,7 @@ def test_one_file_listed_twice_is_refused_however_it_is_spelt(pictures, capsys, 
 
 def test_a_file_that_is_listed_under_another_path_is_not_told_as_left_out(pictures):
     os.link(pictures / "a" / "00.png", pictures / "also.png")
+    (pictures / "gone.png").symlink_to(pictures / "nowhere.png")
     rows = [["file", "label"], *(["./" + name, label] for name, label, _ in ROWS[:8])]
     assert prepare(pictures, written(pictures.parent / "table.csv", rows)) == 0
-    assert data.open(pictures.parent / "set").card["report"]["image not in the CSV left out"] == 4
+    assert data.open(pictures.parent / "set").card["report"]["image not in the CSV left out"] == 5
