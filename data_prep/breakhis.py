@@ -135,7 +135,7 @@ def list_images(root: Path) -> tuple[pd.DataFrame, list[str]]:
             for place in files.folders(slide):
                 images, others = files.images(place)
                 rows += [_row(file, subtype) for file in images]
-                notes += [files.NO_IMAGE] * others
+                notes += [files.left_out(file) for file in others]
         if len(rows) == before:
             raise UserError(f"{folder}: no image; folders SLIDE/40X and so on are needed in it")
     return pd.DataFrame(rows, columns=COLUMNS, dtype=str), notes

@@ -13,7 +13,11 @@ from data_prep.tiles import Blanks
 from hallulib import UserError
 
 BLOCK = 64  # files read by one worker at a time
-NO_IMAGE = "file that is not an image left out"
+HIDDEN = "image in a hidden folder left out"
+UNREAD = set(
+    ".webp .gif .heic .heif .avif .jp2 .j2k .jxl .ppm .pgm .pbm .tga .psd .svg .pdf .dcm .dicom"
+    " .nii .gz .mha .mhd .nrrd .svs .ndpi .mrxs .npz .mat .h5 .mp4 .avi .zip .tar .rar .7z".split()
+)  # images, or files of images, in formats that are not read
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,53 @@ class Reading:
 
 
 def folders(root: Path) -> list[Path]:
-    """The folders right in a folder, sorted; hidden ones and those of macOS do not count."""
-    return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
+    """The folders right in a folder, sorted; hidden ones and that of macOS do not count."""
+    found = (f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    return sorted(f for f in found if f.name != "__MACOSX")
 
 
-def images(folder: Path) -> tuple[list[Path], int]:
-    """The image files right in a folder, sorted, and how many other files."""
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")]
-    found = [f for f in files if f.suffix.lower() in pictures.SUFFIXES]
-    return found, len(files) - len(found)
+def images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The image files right in a folder, sorted, and the other files; hidden ones do not count.
+
+    A link that leads nowhere counts as the file that it was, so that nobody overlooks the loss.
+    """
+    seen = [f for f in sorted(folder.iterdir()) if not f.name.startswith(".")]
+    seen = [f for f in seen if f.is_file() or (f.is_symlink() and not f.is_dir())]
+    parts: tuple[list[Path], list[Path]] = [], []
+    for file in seen:
+        parts[file.suffix.lower() not in pictures.SUFFIXES].append(file)
+    return parts
+
+
+def hidden(folder: Path) -> list[str]:
+    """A note for each image right in a hidden folder, where editors keep their copies."""
+    dark = [f for f in folder.iterdir() if f.name.startswith(".") and f.is_dir()]
+    return [HIDDEN for inner in dark for _ in images(inner)[0]]
+
+
+def left_out(file: Path, place: str = "") -> str:
+    """The note on a file that is not read; only known suffixes, since others may name a patient.
+
+    Args:
+        file: its path.
+        place: where it is, if that may be told.
+    """
+    suffix = file.suffix.lower()
+    kind = f"{suffix} file" if suffix in UNREAD else "file that is not an image"
+    return f"{kind}{place} left out"
+
+
+def identity(file: Path) -> tuple[int, int]:
+    """What tells files apart, however their paths are spelt and whatever links lead to them.
+
+    Raises:
+        UserError: there is none, as where a link leads nowhere.
+    """
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; a file that can be read is needed") from error
+    return found.st_dev, found.st_ino
 
 
 def blocks(plan: pd.DataFrame, columns: Mapping[str, str]) -> Iterator[Block]:

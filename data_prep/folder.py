@@ -1,15 +1,13 @@
 """A folder of images: one folder per class, a CSV with a label for each file, or no label."""
 
 import argparse
-import os
 import re
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from data_prep import files, pictures, tables, tiles
+from data_prep import files, grouping, layouts, sheets, tiles
 from data_prep.plan import (
     add_fault,
     add_label,
@@ -17,7 +15,6 @@ from data_prep.plan import (
     add_output,
     add_splits,
     add_unit,
-    is_below,
     read_labels,
     settle,
     unit_of,
@@ -27,18 +24,22 @@ from hallulib import UserError
 
 HELP = """
 Without --csv, the folders in IN are the classes; a folder "unlabelled" holds images without label.
-If IN holds train, val or test, these are the splits and the classes are inside them.
+If IN holds train, val or test (or Training, valid ...), these are the splits and the classes are
+inside them.
 With --csv, the table has the columns file (below IN) and label, and if it can patient and split,
-in small letters or capitals; an empty label means unlabelled.
+in small letters or capitals; an empty label means unlabelled. Spreadsheets write such tables, with
+commas, semicolons or tabs, in UTF-8 or UTF-16.
 With --unlabelled, all images in IN, at any depth, are without label: sets to learn tissue from.
 
+--patient names the column that tells patients apart, or "none" if images are independent.
 --patient-pattern finds the patient in the path of each file below IN, with its first group, or
 else as a whole; in barcodes of TCGA these are the first 12 characters. Only pixels, label and
 split are taken along: patients get new names, and the column item (line of the CSV, or place in
 the sorted list of files) leads back.
 
   python -m data_prep folder scans/ sets/scans --origin "our hospital" --licence "internal"
-  python -m data_prep folder scans/ sets/scans --csv table.csv --label grade --classes low,high
+  python -m data_prep folder scans/ sets/scans --csv table.csv --label grade --classes low,high \\
+      --patient lesion_id
   python -m data_prep folder TCGA-BRCA/ sets/tcga --unlabelled --blank drop \\
       --patient-pattern "TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}" --origin "TCGA-BRCA"
   python -m data_prep folder VGH/ sets/vgh --unlabelled --blank drop --origin "VGH"
@@ -54,8 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--csv", type=Path, help=told)
     labels.add_argument("--unlabelled", action="store_true", help="all images, at any depth")
+    told = "column of the CSV that tells patients apart, or none (default patient)"
+    patients = parser.add_mutually_exclusive_group()
+    patients.add_argument("--patient", metavar="COLUMN", help=told)
     told = "regular expression that finds the patient in a path"
-    parser.add_argument("--patient-pattern", type=_pattern, metavar="REGEX", help=told)
+    patients.add_argument("--patient-pattern", type=_pattern, metavar="REGEX", help=told)
     add_unit(parser)
     add_label(parser, "name of the label, and of its column")
     parser.add_argument(
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> Report:
     """
     if not args.source.is_dir():
         raise UserError(f"{args.source}: no such folder; a folder with images is needed")
-    plan, notes = _listed(args)
+    plan, notes, warnings = _listed(args)
     where = str(args.csv or args.source)
     plan["label"], values, found = read_labels(plan["label"], args.classes, where, args.missing)
     unit = unit_of(plan["patient"], args.unit, where)
@@ -89,7 +93,7 @@ def run(args: argparse.Namespace) -> Report:
         args.out,
         list(files.blocks(plan, {args.label: "label"})),
         partial(files.read_block, how=how),
-        _card(args, values, grey, blanks) | {"unit": unit},
+        _card(args, values, grey, blanks, warnings) | {"unit": unit},
         notes=[*notes, *found, *odd],
         workers=args.workers,
         overwrite=args.overwrite,
@@ -97,19 +101,27 @@ def run(args: argparse.Namespace) -> Report:
     )
 
 
-def _listed(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
-    """The plan: columns file (below the folder), patient, label, split; index = item."""
+def _listed(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """The plan: columns file (below the folder), patient, label, split; notes and warnings."""
+    warnings = []
     if args.csv:
-        plan, notes = _from_csv(args)
-    elif args.unlabelled:
-        plan, notes = _from_tree(args.source)
+        plan, notes = sheets.listed(args.csv, args.source, args.label, args.patient)
+        if args.patient not in (None, grouping.NOBODY):
+            warnings = grouping.check(plan, f"--patient {args.patient}", args.csv)
+    elif args.patient:
+        raise UserError(f"--patient {args.patient}: names a column of --csv, which is needed too")
     else:
-        plan, notes = _from_folders(args.source)
+        plan, notes = (layouts.tree if args.unlabelled else layouts.classes)(args.source)
     if args.patient_pattern:
         nobody = plan["patient"] == ""
-        found = _patients(plan.loc[nobody, "file"], args.patient_pattern, args.source)
+        found = grouping.find(plan.loc[nobody, "file"], args.patient_pattern, args.source)
         plan.loc[nobody, "patient"] = found
-    return plan, notes
+        warnings = grouping.check(plan[nobody], "--patient-pattern", args.source)
+        grouping.check_counter(plan[nobody], "--patient-pattern", args.source)
+    if not args.csv:
+        plan, links = layouts.once(plan, args.source)
+        notes += links
+    return plan, notes, warnings
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -119,131 +131,13 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 
-def _patients(names: Sequence[str], pattern: re.Pattern[str], root: Path) -> list[str]:
-    """What the pattern finds in each path; all or none, since a patient overlooked is a leak."""
-    matches = [pattern.search(Path(name).as_posix()) for name in names]
-    found = [(match[1 if pattern.groups else 0] or "") if match else "" for match in matches]
-    missed = [name for name, patient in zip(names, found, strict=True) if not patient]
-    if missed:
-        raise UserError(
-            f"{root / missed[0]}: {pattern.pattern!r} finds no patient in the path of this and of"
-            f" {len(missed) - 1} other images; one that fits every image is needed"
-        )
-    return found
-
-
-def _from_tree(root: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The plan of images without label, at any depth."""
-    found, left = [], 0
-    for folder in _tree(root):
-        images, others = files.images(folder)
-        found += [str(file.relative_to(root)) for file in images]
-        left += others
-    rows = [(name, "", "", "") for name in sorted(found)]
-    return _plan(rows, root), [files.NO_IMAGE] * left
-
-
-def _tree(root: Path) -> Iterator[Path]:
-    """The folder and those below it, each once, wherever links lead."""
-    todo, seen = [root], set()
-    while todo:
-        folder = todo.pop()
-        if folder.resolve() not in seen:
-            seen.add(folder.resolve())
-            yield folder
-            todo += files.folders(folder)
-
-
-def _from_folders(root: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The plan of class folders: columns file, patient, label, split; index = place."""
-    rows, notes = [], []
-    for split, folder in _class_folders(root):
-        deeper = files.folders(folder)
-        if deeper:
-            raise UserError(
-                f"{deeper[0]}: a folder in a class folder; images must lie directly in class"
-                " folders (splits are named train, val, test)"
-            )
-        images, left = files.images(folder)
-        label = "" if folder.name == "unlabelled" else folder.name
-        rows += [(str(file.relative_to(root)), "", label, split) for file in images]
-        notes += [files.NO_IMAGE] * left
-    return _plan(rows, root), notes
-
-
-def _class_folders(root: Path) -> list[tuple[str, Path]]:
-    """(split, folder) of each class; the split is "" where the folders do not tell."""
-    tops = files.folders(root)
-    splits = [folder for folder in tops if folder.name in ("train", "val", "test")]
-    for folder in (root, *splits):
-        loose, _ = files.images(folder)
-        if loose:
-            raise UserError(
-                f"{loose[0]}: an image outside a class folder; put it in a folder named by its"
-                " class (or unlabelled), or give --csv"
-            )
-    others = [folder for folder in tops if folder not in splits]
-    strange = [folder for folder in others if splits and folder.name != "unlabelled"]
-    if strange:
-        raise UserError(f"{strange[0]}: a class beside train, val or test; classes go inside them")
-    inside = [(split.name, folder) for split in splits for folder in files.folders(split)]
-    return inside + [("", folder) for folder in others]
-
-
-def _from_csv(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
-    """The plan of a table; index = line of the file."""
-    table, notes = _table(args.csv, args.label)
-    for line, name in table["file"].items():
-        _check_path(name, line, args)
-    twice = table.index[table["file"].duplicated()]
-    if len(twice):
-        name = table["file"][twice[0]]
-        raise UserError(f"{args.csv}: line {twice[0]} lists {name} again; once is needed")
-    listed = {args.source / name for name in table["file"]}
-    for folder, _, _ in os.walk(args.source):
-        found = files.images(Path(folder))[0]
-        notes += ["image not in the CSV left out"] * sum(file not in listed for file in found)
-    return _plan(table, args.csv), notes
-
-
-def _table(file: Path, label: str) -> tuple[pd.DataFrame, list[str]]:
-    """Columns file, label, patient and split of a CSV, index = line; what is left out of it."""
-    table = tables.read(file)
-    known = {tables.key(name) for name in ("file", label, "patient", "split")}
-    notes = [f"column {n!r} of the CSV left out" for n in table if tables.key(n) not in known]
-    table = table[(table != "").any(axis=1)]
-    if tables.key(label) not in map(tables.key, table):
-        raise UserError(
-            f"{file}: no column {label!r} among {list(table)}; --label names the label column"
-        )
-    table = tables.choose(table, file, ["file", label], ["patient", "split"])
-    return table.rename(columns={label: "label"}), notes
-
-
-def _check_path(name: str, line: int, args: argparse.Namespace) -> None:
-    where = f"{args.csv}: line {line}"
-    if not is_below(name):
-        raise UserError(
-            f"{where} has file {name!r}; a path below {args.source}, without .., is needed"
-        )
-    if Path(name).suffix.lower() not in pictures.SUFFIXES:
-        known = ", ".join(sorted(pictures.SUFFIXES))
-        raise UserError(f"{where} has file {name!r}; one of {known} is needed")
-    if not (args.source / name).is_file():
-        raise UserError(f"{where} has file {name!r}, which is not in {args.source}; it is needed")
-
-
-def _plan(rows, where: Path) -> pd.DataFrame:
-    plan = pd.DataFrame(rows, columns=["file", "patient", "label", "split"], dtype=str)
-    if not len(plan):
-        known = ", ".join(sorted(pictures.SUFFIXES))
-        raise UserError(f"{where}: no image found; files of {known} in class folders are needed")
-    if isinstance(rows, list):
-        plan.index += 1
-    return plan
-
-
-def _card(args: argparse.Namespace, values: list[str], grey: bool, blanks: tiles.Blanks) -> dict:
+def _card(
+    args: argparse.Namespace,
+    values: list[str],
+    grey: bool,
+    blanks: tiles.Blanks,
+    warnings: list[str],
+) -> dict:
     steps = [
         "images deeper than 8 bits or signed: 0.5th to 99.5th percentile of each to 0..255",
         "transparent pixels on black",
@@ -262,5 +156,5 @@ def _card(args: argparse.Namespace, values: list[str], grey: bool, blanks: tiles
         "processing": {"steps": steps, "versions": versions("pillow")},
         "labels": {args.label: {"values": values, "meaning": meaning}} if values else {},
         "coordinates": ["item"],
-        "warnings": args.warning,
+        "warnings": [*args.warning, *warnings],
     }

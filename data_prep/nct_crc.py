@@ -121,5 +121,5 @@ def list_tiles(root: Path, split: str) -> tuple[pd.DataFrame, list[str]]:
             told = strange[0] if strange else f"{root / tissue}: no image"
             raise UserError(f"{told}: tiles named {tissue}-XXXXXXXX.tif are needed there")
         rows += [(str(file), "", tissue, split) for file in images]
-        notes += [files.NO_IMAGE] * others
+        notes += [files.left_out(file) for file in others]
     return pd.DataFrame(rows, columns=["file", "patient", "label", "split"], dtype=str), notes

@@ -11,7 +11,7 @@ from data_prep import crop, decoding
 from hallulib import UserError
 from hallulib.integrity import map_array
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".npy"}
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # whatever the name: others run programs, as PostScript
 
 

@@ -20,20 +20,20 @@ OWN_PATIENT = (
 )
 RESERVED = ("file", "patient", "split", "item")
 SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-    "unlabelled": "unlabelled",
-    "unlabeled": "unlabelled",
+    "unlabelled": ("unlabelled", "unlabeled"),
+    "train": ("train", "training", "trainset", "trainingset"),
+    "val": ("val", "valid", "validation", "dev", "valset", "validset", "validationset"),
+    "test": ("test", "testing", "testset", "testingset"),
 }
 MISSING = ("nan", "na", "n/a", "<na>", "#n/a", "nat", "null", "?")  # nothing else is meant by them
 UNCLEAR = ("none", "unknown", "-", "--")  # no finding, not known, or HER2 negative
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,4})?", re.IGNORECASE)
+
+
+def split_name(text: str) -> str:
+    """The split that a folder or a cell means, in any case, or "": ``Testing`` is ``test``."""
+    word = re.sub(r"[\s_-]", "", text).lower()
+    return next((split for split, names in SPLIT_NAMES.items() if word in names), "")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -175,11 +175,6 @@ def spacing(text: str) -> list[float]:
     if len(values) not in (1, 2) or not all(math.isfinite(v) and v > 0 for v in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not one or two lengths in mm above 0")
     return [values[0], values[-1]]
-
-
-def split_name(text: str) -> str:
-    """The split that a published name means; "" if none is known by it."""
-    return SPLIT_NAMES.get(text.strip().lower(), "")
 
 
 def unit_of(patients: pd.Series, told: str | None, where: str) -> str:

@@ -1,6 +1,8 @@
 """Tables that come with archives: CSV files as texts."""
 
+import codecs
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,12 +10,14 @@ import pandas as pd
 
 from hallulib import UserError
 
+SEPARATORS = ",;\t"
+
 
 def read(file: Path, separator: str = ",") -> pd.DataFrame:
     """A CSV as stripped texts, under its own names, of which some may be alike.
 
     Args:
-        file: the CSV.
+        file: the CSV, in UTF-8, or in UTF-16 if its first bytes say so.
         separator: between columns.
 
     Returns:
@@ -22,12 +26,50 @@ def read(file: Path, separator: str = ",") -> pd.DataFrame:
     Raises:
         UserError: it cannot be read, or a record is longer than the names.
     """
+    return _rows(file, _text(file), separator)
+
+
+def read_sheet(file: Path, name: str) -> pd.DataFrame:
+    """As `read`, of what a spreadsheet exports: with commas, semicolons or tabs.
+
+    Args:
+        file: the CSV. Code pages of one byte per letter all look alike, so none is guessed.
+        name: of a column, which shows what is between columns.
+
+    Returns:
+        See `read`.
+
+    Raises:
+        UserError: see `read`.
+    """
+    text = _text(file)
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    cells = {s: next(csv.reader([header], delimiter=s), []) for s in SEPARATORS}
+    parts = [s for s in SEPARATORS if key(name) in map(key, cells[s])]
+    return _rows(file, text, (parts or [","])[0])
+
+
+def _text(file: Path) -> str:
+    """What a file holds; UTF-16 begins with a mark."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; the archive's table is needed there")
+    content = file.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            found = list(_records(csv.reader(stream, delimiter=separator, strict=True)))
-    except (OSError, ValueError, csv.Error) as error:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{file}: not a readable CSV (line {line} is not {'UTF-16' if wide else 'UTF-8'});"
+            " Unicode is needed, in a spreadsheet: save as CSV UTF-8"
+        ) from error
+
+
+def _rows(file: Path, text: str, separator: str) -> pd.DataFrame:
+    try:
+        lines = io.StringIO(text, newline="")
+        found = list(_records(csv.reader(lines, delimiter=separator, strict=True)))
+    except (ValueError, csv.Error) as error:
         told = type(error).__name__  # its text may quote the table
     else:
         (_, names), *records = found or [(1, [])]

@@ -112,6 +112,16 @@ def beside(name: str | bytes, content: bytes):
     ).write_bytes(content)
 
 
+def class_of(content):
+    """Another class, whose files or folder ``content(folder, whole class)`` makes."""
+    return lambda path: content(path.parent.with_name("z"), path.parent)
+
+
+def another_format(folder: Path, _) -> None:
+    folder.mkdir()
+    (folder / "0.webp").write_bytes(drawn("WEBP"))
+
+
 def loops(path: Path) -> None:
     for name in ("one", "two", "three"):
         (path.parent / name).symlink_to(path.parent, target_is_directory=True)
@@ -131,6 +141,11 @@ PICTURE = {
         REFUSED,
     ),
     "a folder that holds itself": (loops, REFUSED),
+    "a class of another format": (class_of(another_format), REFUSED),
+    "a class without image": (class_of(lambda folder, _: folder.mkdir()), REFUSED),
+    "a class of links to another": (class_of(Path.symlink_to), REFUSED),
+    "a further link": (lambda path: path.with_name("9.png").symlink_to(path), WORKS),
+    "a link to nowhere": (lambda path: path.with_name("9.png").symlink_to("nowhere"), REFUSED),
     "a name that is no Unicode": (beside(b"\xff.txt", b""), WORKS),
     "a picture whose name is no Unicode": (
         lambda path: path.rename(path.parent / os.fsdecode(b"\xff.png")),
@@ -163,7 +178,16 @@ CSV = {
     "a quote without end": (line('"a/0.png,0,p'), REFUSED),
     "no column of files": (text(b"file,", b"name,"), REFUSED),
     "no column of labels": (text(b"label", b"grade"), REFUSED),
-    "Latin letters": (instead("file,label\nä.png,1\n".encode("latin-1")), REFUSED),
+    "Latin letters": (instead("file,label\na/0.png,ä\n".encode("latin-1")), REFUSED),
+    "wide letters": (lambda p: p.write_text(p.read_text(), "utf-16"), WORKS),
+    "semicolons": (lambda p: p.write_text(p.read_text().replace(",", ";")), WORKS),
+    "tabs": (lambda p: p.write_text(p.read_text().replace(",", "\t")), WORKS),
+    "paths of Windows": (lambda p: p.write_text(p.read_text().replace("/", "\\")), WORKS),
+    "a file under another path": (line("./a/0.png,0,p0"), REFUSED),
+    "patients under another name": (
+        instead("file,label,PatientID\na/0.png,0,p\na/2.png,0,p\n"),
+        REFUSED,
+    ),
     "a mark at the start": (lambda path: path.write_text("\ufeff" + path.read_text()), WORKS),
     "spaces": (lambda path: path.write_text(path.read_text().replace(",", " , ")), EITHER),
     "other ends of lines": (

@@ -415,7 +415,7 @@ def test_images_in_unexpected_places_are_not_guessed(classes, capsys):
     loose = save(classes / "loose.png")
     assert "loose.png: an image outside a class folder" in refused(capsys, classes)
     loose.unlink()
-    deep = save(classes / "Training" / "sick" / "0.png")
+    deep = save(classes / "centre 1" / "sick" / "0.png")
     assert "sick: a folder in a class folder" in refused(capsys, classes)
     shutil.rmtree(deep.parents[1])
     save(classes / "train" / "sick" / "0.png")
