@@ -21,6 +21,10 @@ from hallulib.settings import check_known, check_least
 Draw = np.random.Generator
 
 
+class TooFew(UserError):
+    """A split that has too few patients or images for the episodes asked of it."""
+
+
 class Episode(NamedTuple):
     """Positions in the image set that make one task.
 
@@ -82,10 +86,10 @@ class Episodes:
         left_out: the classes that have too few patients or images.
 
     Raises:
-        UserError: unknown scheme or split, numbers out of range, or fewer classes with enough
-            patients than ``n_way``. Enough means enough for every draw: whichever patients
-            are support or spare (for other classes too, where patients have several classes),
-            the others hold all queries.
+        UserError: unknown scheme or split, or numbers out of range.
+        TooFew: fewer classes with enough patients than ``n_way``. Enough means enough for every
+            draw: whichever patients are support or spare (for other classes too, where patients
+            have several classes), the others hold all queries.
 
     Example:
         >>> from hallulib.data import ImageSet
@@ -125,7 +129,7 @@ class Episodes:
         found = self._grouped(images, scheme, split)
         faults = self._faults(found, "unknown" if share_patients else images.unit)
         if len(found) - len(faults) < self.n_way:
-            raise UserError(
+            raise TooFew(
                 f"{images.name}: {len(found) - len(faults)} of the {len(found)} classes of scheme"
                 f" {scheme} can serve in split {split} and n_way is {self.n_way}:"
                 f" {next(iter(faults.values()))}"

@@ -5,6 +5,7 @@ method, all methods on the same episodes. It is kept as a run: found again by it
 where it was stopped, its weights and its table checked by checksum.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -18,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hallulib import artifacts, disk, meta, parallel, prototypes, runs, train, unet
+from hallulib import UserError, artifacts, disk, meta, parallel, prototypes, runs, train, unet
 from hallulib.adaptation import relabelled
 from hallulib.comparison import share_of_oracle, table
 from hallulib.data import ImageSet
-from hallulib.episodes import Episodes
+from hallulib.episodes import Episodes, TooFew
 from hallulib.hallucinate import Hallucinator, Pool
+from hallulib.integrity import UNITS
 from hallulib.learner import Fit
 from hallulib.meta import Method
 from hallulib.prototypes import PrototypeClassifier
@@ -34,6 +36,7 @@ __all__ = [
     "GENERATORS",
     "Result",
     "Trial",
+    "check_served",
     "episodes",
     "run",
     "share_of_oracle",
@@ -57,8 +60,7 @@ def run(images: ImageSet, trial: Trial, *, from_scratch: bool = False) -> Result
     Raises:
         UserError: the image set does not have what the episodes need, or a setting is impossible.
     """
-    for split in SPLITS_OF:  # what is missing is told before hours of training
-        episodes(images, trial, split)
+    check_served(images, trial)  # what is missing is told before hours of training
     folder = artifacts.load_or_train(
         f"one-shot-{images.name}",
         lambda folder, **_: _do(images, trial, folder),
@@ -71,6 +73,37 @@ def run(images: ImageSet, trial: Trial, *, from_scratch: bool = False) -> Result
     source, classifiers = start(images, trial, pretrained=bool(trial.pool))
     _load(folder, source, classifiers)
     return Result(trial, folder, _read(folder / TABLE), source, classifiers)
+
+
+def check_served(images: ImageSet, trial: Trial) -> None:
+    """Refuses a trial whose episodes some split cannot serve, and says what it could serve.
+
+    Raises:
+        UserError: the image set does not have what the episodes need.
+    """
+    fault = _too_few(images, trial)
+    if fault is None:
+        return
+    spares = [trial.n_spare] if trial.generator == "oracle" else range(trial.n_spare, -1, -1)
+    tasks = itertools.product(range(trial.n_query, 0, -1), spares)
+    less = (replace(trial, n_query=n_query, n_spare=n_spare) for n_query, n_spare in tasks)
+    most = next((task for task in less if _too_few(images, task) is None), None)
+    way = f"one query for each class is too many too: more {UNITS[images.unit][1]} of that class,"
+    way += " or a larger share of them for that split, are needed"
+    if most is not None:
+        way = f"n_query={most.n_query} n_spare={most.n_spare} is the most that all splits can"
+        way += " serve, and the parameter VARY of a chapter sets it"
+    raise UserError(f"{fault}; {way}")
+
+
+def _too_few(images: ImageSet, trial: Trial) -> TooFew | None:
+    """What is wrong with the first split that cannot serve the episodes of a trial."""
+    try:
+        for split in SPLITS_OF:
+            episodes(images, trial, split)
+    except TooFew as fault:
+        return fault
+    return None
 
 
 def _do(images: ImageSet, trial: Trial, folder: Path) -> None:
