@@ -101,7 +101,7 @@ def read_nifti(file: IO[bytes]) -> Parts:
     if n < 3 or any(more != 1 for more in shape[3:n]):
         raise NotGrey(f"dimensions {shape[:n]}")
     if slope != 0 and (slope, shift) != (1, 0):  # NaN is none of them
-        raise NotGrey(f"a scale of {slope:g} and {shift:g}")
+        raise NotGrey("voxels that are to be scaled")
     size = _size(shape[:3], NIFTI.get(kind))
     if bits != 8 * np.dtype(NIFTI[kind]).itemsize:
         raise ValueError("other bits than its type")
@@ -199,13 +199,15 @@ def _nifti_place(field: Callable[[int, str], tuple], shape: Sequence[int]) -> tu
         raise NotGrey(f"lengths of unit {units & 7}")
     q_known, s_known, *turned = field(252, "2h3f")
     spacing, forms = np.reshape(spacing, (3, 1)), []
+    if not ((spacing > 0) & (spacing < VAST)).all():  # NaN is not either
+        raise ValueError("no spacing")
     if s_known > 0:
         forms.append(np.reshape(field(280, "12f"), (3, 4)).T)
     if q_known > 0:
         directions = _rotation(np.array(turned)) * [1, 1, -1 if turn < 0 else 1]
         forms.append(np.vstack([directions.T * spacing, field(268, "3f")]))
-    if not (forms and (spacing > 0).all() and (np.abs(forms) < VAST).all()):
-        raise ValueError("no place in space or no spacing")
+    if not (forms and (np.abs(forms) < VAST).all()):
+        raise ValueError("no place in space")
     off = (forms[0] - forms[-1]) @ np.linalg.pinv(forms[-1][:3])
     if ([*shape, 1] @ np.abs(off) > 0.5).any():
         raise ValueError("qform and sform that differ by half a voxel")
