@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product, repeat
 from pathlib import Path
 from typing import IO
 
@@ -69,9 +70,11 @@ def check(path: Path, array: str, n: int, shape: tuple[int, ...] | None = None) 
         shape: of each image, if the archive has one.
 
     Raises:
-        UserError: other numbers, another shape, or no array of images.
+        UserError: other numbers, another shape, damage, or no array of images.
     """
     found = opened(str(path), array)
+    if isinstance(found, Stream):  # HDF5 compares checksums chunk by chunk, .npy has none
+        found.check()
     if found.shape[0] != n:
         raise UserError(
             f"{found.where} has {found.shape[0]} images for {n} labels; one each needed"
@@ -164,6 +167,16 @@ class Stream:
         self.position, self.file = 0, self.open()
         self.shape, self.fortran, self.dtype = header(self.file)
 
+    def check(self) -> None:
+        """Reads to the end, where the zip's checksum is; the images to keep may end before it."""
+        self._start()
+        left = math.prod(self.shape)
+        while left:
+            left -= len(self._bytes(min(LARGEST, left)))
+        if self.file.read(1):
+            raise UserError(f"{self.where} goes on after its images; fetch the file again")
+        self._start()
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Images start..stop; going back costs a new pass."""
         if start < self.position:
@@ -245,16 +258,33 @@ def dataset(path: str, name: str):
 
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+        found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        if not isinstance(found, h5py.Dataset):
+            held = ", ".join(map(str, file)) or "nothing"
+            raise UserError(f"{path}: no array {name!r}; it holds {held}")
+        if found.external or found.is_virtual:  # a dataset may name any file of the machine
+            told = f"array {name} lies in another file"
+            raise UserError(f"{path}: {told}; it is needed in this one")
+        _check_chunks(found)
+    except FAULTS as error:
+        told = " ".join(str(error).split())
         raise UserError(
-            f"{path}: not a whole HDF5 file ({error}); fetch or unpack it again"
+            f"{path}: not a whole HDF5 file ({told}); fetch or unpack it again"
         ) from error
-    found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-    if not isinstance(found, h5py.Dataset):
-        raise UserError(f"{path}: no array {name!r}; it holds {', '.join(file) or 'nothing'}")
-    if found.external or found.is_virtual:  # a dataset may name any file of the machine
-        raise UserError(f"{path}: array {name} lies in another file; it is needed in this one")
     return found
+
+
+def _check_chunks(found) -> None:
+    """Refuses an index that lacks chunks, which would be read as zeros, or leaves one packed.
+
+    Raises:
+        ValueError: another index than that of a whole array.
+    """
+    if found.chunks:
+        held, grid = set(), map(range, repeat(0), found.shape, found.chunks)
+        found.id.chunk_iter(lambda chunk: held.add((chunk.filter_mask, *chunk.chunk_offset)))
+        if held != set(product([0], *grid)):
+            raise ValueError("chunks are missing")
 
 
 @lru_cache(maxsize=1)
@@ -270,6 +300,8 @@ class _Mapped:
         self.path = path
         array = self._map()
         self.shape, self.dtype = array.shape, array.dtype
+        if array.offset + array.nbytes != Path(path).stat().st_size:
+            raise UserError(f"{path}: goes on after its array {self.shape}; fetch it again")
 
     def _map(self) -> np.ndarray:
         try:
