@@ -275,16 +275,21 @@ def dataset(path: str, name: str):
 
 
 def _check_chunks(found) -> None:
-    """Refuses an index that lacks chunks, which would be read as zeros, or leaves one packed.
+    """Refuses an index that lacks chunks, which are read as zeros, or takes packed ones for plain.
 
     Raises:
-        ValueError: another index than that of a whole array.
+        ValueError: the index is not that of a whole array.
     """
-    if found.chunks:
-        held, grid = set(), map(range, repeat(0), found.shape, found.chunks)
-        found.id.chunk_iter(lambda chunk: held.add((chunk.filter_mask, *chunk.chunk_offset)))
-        if held != set(product([0], *grid)):
-            raise ValueError("chunks are missing")
+    if not found.chunks:
+        return
+    chunks = []
+    found.id.chunk_iter(chunks.append)
+    places = {(chunk.filter_mask, *chunk.chunk_offset) for chunk in chunks}
+    grid = product([0], *map(range, repeat(0), found.shape, found.chunks))
+    size = math.prod(found.chunks) * found.dtype.itemsize
+    plain = found.id.get_create_plist().get_nfilters() == 0
+    if places != set(grid) or (plain and any(chunk.size != size for chunk in chunks)):
+        raise ValueError("its chunks are not those of a whole array")
 
 
 @lru_cache(maxsize=1)
