@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import product, repeat
+from itertools import product
 from pathlib import Path
 from typing import IO
 
@@ -228,7 +228,7 @@ class Sliced:
             UserError: damaged, or values that are not 0 to 255.
         """
         try:
-            part = np.asarray(self.array[start:stop])
+            part = entries(self.array, start, stop)
         except FAULTS as error:
             raise UserError(f"{self.where} is damaged ({error}); fetch the file again") from error
         if part.dtype == np.uint8:
@@ -265,7 +265,11 @@ def dataset(path: str, name: str):
         if found.external or found.is_virtual:  # a dataset may name any file of the machine
             told = f"array {name} lies in another file"
             raise UserError(f"{path}: {told}; it is needed in this one")
-        _check_chunks(found)
+        plain = found.chunks and found.id.get_create_plist().get_nfilters() == 0
+        if plain and found.id.get_storage_size() % (
+            math.prod(found.chunks) * found.dtype.itemsize
+        ):
+            raise ValueError("packed chunks without a word how")
     except FAULTS as error:
         told = " ".join(str(error).split())
         raise UserError(
@@ -274,22 +278,19 @@ def dataset(path: str, name: str):
     return found
 
 
-def _check_chunks(found) -> None:
-    """Refuses an index that lacks chunks, which are read as zeros, or takes packed ones for plain.
+def entries(found, start: int, stop: int) -> np.ndarray:
+    """Entries of an array or dataset; a chunk that HDF5 does not find would be read as zeros.
 
     Raises:
-        ValueError: the index is not that of a whole array.
+        OSError: a chunk is not found or its filters would be skipped.
     """
-    if not found.chunks:
-        return
-    chunks = []
-    found.id.chunk_iter(chunks.append)
-    places = {(chunk.filter_mask, *chunk.chunk_offset) for chunk in chunks}
-    grid = product([0], *map(range, repeat(0), found.shape, found.chunks))
-    size = math.prod(found.chunks) * found.dtype.itemsize
-    plain = found.id.get_create_plist().get_nfilters() == 0
-    if places != set(grid) or (plain and any(chunk.size != size for chunk in chunks)):
-        raise ValueError("its chunks are not those of a whole array")
+    if chunks := getattr(found, "chunks", None):
+        first = [start // chunks[0] * chunks[0]] + [0] * (len(chunks) - 1)
+        for place in product(*map(range, first, (stop, *found.shape[1:]), chunks)):
+            skipped, _ = found.id.read_direct_chunk(place)
+            if skipped:
+                raise OSError(f"the chunk at {place} is not unpacked")
+    return np.asarray(found[start:stop])
 
 
 @lru_cache(maxsize=1)
