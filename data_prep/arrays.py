@@ -173,7 +173,7 @@ class Stream:
         left = math.prod(self.shape)
         while left:
             left -= len(self._bytes(min(LARGEST, left)))
-        if self.file.read(1):
+        if self._upto(1):
             raise UserError(f"{self.where} goes on after its images; fetch the file again")
         self._start()
 
@@ -191,13 +191,16 @@ class Stream:
         return taken.reshape(stop - start, *self.shape[1:])
 
     def _bytes(self, n: int) -> bytes:
-        try:
-            taken = self.file.read(n)
-        except FAULTS as error:
-            raise UserError(f"{self.where} is damaged ({error}); fetch the file again") from error
+        taken = self._upto(n)
         if len(taken) < n:
             raise UserError(f"{self.where} ends too early; fetch the file again")
         return taken
+
+    def _upto(self, n: int) -> bytes:
+        try:
+            return self.file.read(n)
+        except FAULTS as error:
+            raise UserError(f"{self.where} is damaged ({error}); fetch the file again") from error
 
 
 class Sliced:
