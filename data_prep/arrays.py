@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import IO
 
@@ -69,9 +70,11 @@ def check(path: Path, array: str, n: int, shape: tuple[int, ...] | None = None) 
         shape: of each image, if the archive has one.
 
     Raises:
-        UserError: other numbers, another shape, or no array of images.
+        UserError: other numbers, another shape, damage, or no array of images.
     """
     found = opened(str(path), array)
+    if isinstance(found, Stream):  # HDF5 compares checksums chunk by chunk, .npy has none
+        found.check()
     if found.shape[0] != n:
         raise UserError(
             f"{found.where} has {found.shape[0]} images for {n} labels; one each needed"
@@ -164,6 +167,16 @@ class Stream:
         self.position, self.file = 0, self.open()
         self.shape, self.fortran, self.dtype = header(self.file)
 
+    def check(self) -> None:
+        """Reads to the end, where the zip's checksum is; the images to keep may end before it."""
+        self._start()
+        left = math.prod(self.shape)
+        while left:
+            left -= len(self._bytes(min(LARGEST, left)))
+        if self._upto(1):
+            raise UserError(f"{self.where} goes on after its images; fetch the file again")
+        self._start()
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Images start..stop; going back costs a new pass."""
         if start < self.position:
@@ -178,13 +191,16 @@ class Stream:
         return taken.reshape(stop - start, *self.shape[1:])
 
     def _bytes(self, n: int) -> bytes:
-        try:
-            taken = self.file.read(n)
-        except FAULTS as error:
-            raise UserError(f"{self.where} is damaged ({error}); fetch the file again") from error
+        taken = self._upto(n)
         if len(taken) < n:
             raise UserError(f"{self.where} ends too early; fetch the file again")
         return taken
+
+    def _upto(self, n: int) -> bytes:
+        try:
+            return self.file.read(n)
+        except FAULTS as error:
+            raise UserError(f"{self.where} is damaged ({error}); fetch the file again") from error
 
 
 class Sliced:
@@ -215,7 +231,7 @@ class Sliced:
             UserError: damaged, or values that are not 0 to 255.
         """
         try:
-            part = np.asarray(self.array[start:stop])
+            part = entries(self.array, start, stop)
         except FAULTS as error:
             raise UserError(f"{self.where} is damaged ({error}); fetch the file again") from error
         if part.dtype == np.uint8:
@@ -245,16 +261,39 @@ def dataset(path: str, name: str):
 
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+        found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        if not isinstance(found, h5py.Dataset):
+            held = ", ".join(map(str, file)) or "nothing"
+            raise UserError(f"{path}: no array {name!r}; it holds {held}")
+        if found.external or found.is_virtual:  # a dataset may name any file of the machine
+            told = f"array {name} lies in another file"
+            raise UserError(f"{path}: {told}; it is needed in this one")
+        plain = found.chunks and found.id.get_create_plist().get_nfilters() == 0
+        if plain and found.id.get_storage_size() % (
+            math.prod(found.chunks) * found.dtype.itemsize
+        ):
+            raise ValueError("packed chunks without a word how")
+    except FAULTS as error:
+        told = " ".join(str(error).split())
         raise UserError(
-            f"{path}: not a whole HDF5 file ({error}); fetch or unpack it again"
+            f"{path}: not a whole HDF5 file ({told}); fetch or unpack it again"
         ) from error
-    found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-    if not isinstance(found, h5py.Dataset):
-        raise UserError(f"{path}: no array {name!r}; it holds {', '.join(file) or 'nothing'}")
-    if found.external or found.is_virtual:  # a dataset may name any file of the machine
-        raise UserError(f"{path}: array {name} lies in another file; it is needed in this one")
     return found
+
+
+def entries(found, start: int, stop: int) -> np.ndarray:
+    """Entries of an array or dataset; a chunk that HDF5 does not find would be read as zeros.
+
+    Raises:
+        OSError: a chunk is not found or its filters would be skipped.
+    """
+    if chunks := getattr(found, "chunks", None):
+        first = [start // chunks[0] * chunks[0]] + [0] * (len(chunks) - 1)
+        for place in product(*map(range, first, (stop, *found.shape[1:]), chunks)):
+            skipped, _ = found.id.read_direct_chunk(place)
+            if skipped:
+                raise OSError(f"the chunk at {place} is not unpacked")
+    return np.asarray(found[start:stop])
 
 
 @lru_cache(maxsize=1)
@@ -270,6 +309,8 @@ class _Mapped:
         self.path = path
         array = self._map()
         self.shape, self.dtype = array.shape, array.dtype
+        if array.offset + array.nbytes != Path(path).stat().st_size:
+            raise UserError(f"{path}: goes on after its array {self.shape}; fetch it again")
 
     def _map(self) -> np.ndarray:
         try:

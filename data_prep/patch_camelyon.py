@@ -99,7 +99,7 @@ def _labels(file: Path) -> list[str]:
         told = f"{found.dtype} {found.shape}"
         raise UserError(f"{file}: array y is {told}; one whole number per image is needed")
     try:
-        values = np.asarray(found).ravel()
+        values = arrays.entries(found, 0, found.shape[0]).ravel()
     except OSError as error:
         raise UserError(f"{file}: array y is damaged ({error}); fetch it again") from error
     strange = values[~np.isin(values, (0, 1))]

@@ -125,7 +125,7 @@ def card(name: str, settings: Settings, seed: int) -> dict:
         " github.com/DIAGNijmegen/picai_labels (Bosma et al. 2022, Pooch et al. 2025)",
         "licence": "labels CC BY-NC 4.0; images under the terms of the archive they come from",
         "spacing_mm": [settings.spacing, settings.spacing],
-        "processing": {"steps": steps, "versions": versions("pydicom", "scipy", "SimpleITK")},
+        "processing": {"steps": steps, "versions": versions("pydicom", "scipy")},
         "labels": {name: {"values": list(told), "meaning": told} for name, told in LABELS.items()},
         "unit": "patient",
         "coordinates": ["study", "slice", "mask"],

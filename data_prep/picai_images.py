@@ -5,12 +5,9 @@ study that its name (``PATIENT_STUDY_t2w.mha``) or, for DICOM, a folder above it
 ``PATIENT_STUDY``, or ``ProstateX-NNNN`` by the mapping of the labels repository.
 """
 
-import errno
 import lzma
 import re
-import shutil
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +18,8 @@ import numpy as np
 
 from data_prep.dicom import read_header, read_series
 from data_prep.staging import File
-from data_prep.volumes import LARGEST, Fault, Volume, read_file
+from data_prep.volumes import Fault, Volume, read, read_file
+from data_prep.voxels import LARGEST
 
 T2W = re.compile(r"(\d+_\d+)_t2w\.mha")
 STUDY = re.compile(r"\d+_\d+")
@@ -47,7 +45,7 @@ class Source:
     member: str = ""
 
     def read(self) -> Volume:
-        """The image; a member of a zip passes through a temporary folder under a name of ours.
+        """The image; a member of a zip is read where it is, and written nowhere.
 
         Raises:
             Fault: it cannot be read.
@@ -58,19 +56,16 @@ class Source:
         if self.kind == "mha":
             return read_file(paths[0])
         told = f"{self.member} in {paths[0]}"
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, "image.mha")
-            try:
-                with zipfile.ZipFile(paths[0]) as archive, archive.open(self.member) as member:
-                    if archive.getinfo(self.member).file_size > 2 * LARGEST:
-                        raise ValueError("impossible size")
-                    with copy.open("wb") as file:
-                        shutil.copyfileobj(member, file)
-            except BAD_ZIP as error:
-                if getattr(error, "errno", None) == errno.ENOSPC:  # for the copy
-                    raise
-                raise _bad_zip(told, error) from error
-            return read_file(copy, told)
+        try:
+            with zipfile.ZipFile(paths[0]) as archive, archive.open(self.member) as member:
+                if archive.getinfo(self.member).file_size > 8 * LARGEST:
+                    raise ValueError("impossible size")
+                while member.read(2**20):  # to its end, where its checksum is compared
+                    pass
+                member.seek(0)
+                return read(member, ".mha", told)
+        except BAD_ZIP as error:
+            raise _bad_zip(told, error) from error
 
 
 @dataclass
@@ -139,13 +134,15 @@ def _named(name: str, source: Source, notes: list[str]) -> Iterator[tuple[str, t
 def _in_zip(path: Path, notes: list[str]) -> Iterator[tuple[str, tuple, Source]]:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".mha")]
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
     except BAD_ZIP as error:
         raise _bad_zip(str(path), error) from error
     file = File.of(path)
-    for info in members:
-        source = Source("zip", (file,), info.filename)
-        yield from _named(info.filename.rpartition("/")[2], source, notes)
+    for name in names:
+        if name.endswith(".mha"):
+            yield from _named(name.rpartition("/")[2], Source("zip", (file,), name), notes)
+        else:
+            notes.append("file in a zip that is no MetaImage: left out")
 
 
 def _is_dicom(path: Path) -> bool:

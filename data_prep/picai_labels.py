@@ -85,21 +85,22 @@ def read_marksheet(labels: Path) -> dict[str, Entry]:
     file = labels / MARKSHEET
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
-            rows = list(csv.DictReader(text, restval=""))
+            table = csv.DictReader(text, restval="")
+            lines = [(table.line_num, row) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"{file}: cannot be read ({type(error).__name__}); a clone of"
             " github.com/DIAGNijmegen/picai_labels is needed"
         ) from error
     needed = ["patient_id", "study_id", "lesion_GS", "lesion_ISUP", "case_ISUP", "case_csPCa"]
-    missing = [name for name in needed if not rows or name not in rows[0]]
+    missing = [name for name in needed if not lines or name not in lines[0][1]]
     if missing:
         raise UserError(
             f"{file}: no column or no row of {missing[0]}; {', '.join(needed)} are needed"
         )
-    positive = {row["patient_id"] for row in rows if row["case_csPCa"] == "YES"}
+    positive = {row["patient_id"] for _, row in lines if row["case_csPCa"] == "YES"}
     entries = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in lines:
         entry = _entry(row, row["patient_id"] not in positive, f"{file}: line {number}")
         if entry.key in entries:
             raise UserError(f"{file}: line {number} repeats study {entry.key}; one row is needed")

@@ -20,6 +20,8 @@ from data_prep.picai_labels import (
 from data_prep.staging import File, Study
 from data_prep.volumes import Fault, Volume, on_grid, read_file
 
+ROOM = 2**27  # pixels of all crops of a study, half resampled; each takes 8 bytes three times
+
 
 @dataclass(frozen=True)
 class Case:
@@ -59,6 +61,7 @@ def read_case(case: Case, settings: Settings) -> Study:
     image = case.image.read()
     if not np.isfinite(image.pixels).all():
         raise Fault(f"{case.key}: the image has pixels that are not finite", "pixels not finite")
+    _check_room(case, image, settings.size)
     masks = {source: read_file(Path(file.path)) for source, file in case.masks}
     notes = list(rule_counts(case.entry, len(image.pixels), masks))
     gland, source = _gland(case, image, masks, notes)
@@ -72,6 +75,17 @@ def read_case(case: Case, settings: Settings) -> Study:
         notes += ["slice whose crop reaches beyond the image: edge repeated"] * len(rows)
     grey = _grey(case, image, gland, window) if rows else None
     return Study([grey[row["slice"]][None] for row in rows], rows, notes)
+
+
+def _check_room(case: Case, image: Volume, size: int) -> None:
+    """Refuses many slices or wide ones: cut to ``size``, few voxels would become many."""
+    n, _, columns = image.pixels.shape
+    if n * size * max(size, columns) > ROOM:
+        raise Fault(
+            f"{case.key}: {n} slices of {columns} columns cut to {size} pixels do not fit in"
+            f" memory; at most {ROOM / size:g} slices times columns or pixels are needed",
+            "too many slices",
+        )
 
 
 def _grey(case: Case, image: Volume, gland: np.ndarray | None, window: Window) -> np.ndarray:
@@ -90,10 +104,13 @@ def _gland(case: Case, image: Volume, masks: dict[str, Volume], notes: list[str]
     for source in GLANDS:
         if source not in masks:
             notes.append(f"study without {source} gland mask")
-        elif not masks[source].pixels.any():
-            notes.append(f"study with empty {source} gland mask")
-        else:
-            return _fitted(case, image, masks, source, notes), source
+            continue
+        check_values(masks[source].pixels, source, case.key)
+        if masks[source].pixels.any():
+            gland = _fitted(case, image, masks, source, notes)
+            if gland.any():
+                return gland, source
+        notes.append(f"study with empty {source} gland mask")
     notes.append("study without gland: cropped around the middle of the image")
     return None, ""
 
@@ -120,7 +137,7 @@ def _lesion_rows(
         return []
     mask = _fitted(case, image, masks, source, notes)
     grades, odd = slice_grades(mask, source, case.entry)
-    notes += odd
+    notes += odd if grades else ["lesion smaller than the voxels of the image: left out"]
     rows = []
     for k, isup in grades.items():
         seen = window.shows(np.array(np.nonzero(mask[k])))

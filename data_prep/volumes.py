@@ -10,23 +10,19 @@ so nothing depends on how files are named, numbered or stored.
 """
 
 import gzip
-import math
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-import SimpleITK as sitk
 from scipy import ndimage
 
 from data_prep.staging import Fault
+from data_prep.voxels import NotGrey, read_mha, read_nifti
 
-LARGEST = 2**29  # bytes of voxels; the largest T2W volumes have about 2**26
-BITS = {2: 8, 4: 16, 8: 32, 16: 32, 64: 64, 256: 8, 512: 16, 768: 32, 1024: 64, 1280: 64}  # NIfTI
-BYTES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
+FINEST, COARSEST = 0.01, 100.0  # mm between voxels; MRI has 0.2 to 10
 
 
 @dataclass(frozen=True)
@@ -49,44 +45,68 @@ class Volume:
         return np.linalg.norm(self.steps, axis=1)
 
 
-def read_file(path: Path, told: str | None = None) -> Volume:
+def read_file(path: Path) -> Volume:
     """Reads a MetaImage (.mha) or NIfTI (.nii, .nii.gz) file of one axial volume.
 
     Args:
         path: the file; its name tells the format.
-        told: how messages call it; its path by default.
+
+    Raises:
+        Fault: see `read`.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(64).startswith(b"version https://git-lfs"):
+                told = f"{path}: is a Git LFS pointer; get the file itself"
+                raise Fault(told, "Git LFS pointer")
+            file.seek(0)
+            return read(file, path.suffix, str(path))
+    except OSError as error:
+        raise _damaged(str(path), type(error).__name__) from error
+
+
+def read(file: IO[bytes], suffix: str, told: str) -> Volume:
+    """Reads one axial volume of an open file, to its end.
+
+    Args:
+        file: at its start.
+        suffix: ``.mha``, ``.nii`` or ``.gz``.
+        told: how messages call it.
 
     Raises:
         Fault: truncated, damaged, not one grey volume, or not axial.
     """
-    told = told or str(path)
-    _check_whole(path, told)
     try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise Fault(
-            f"{told}: cannot be read as an image; it is damaged", "damaged file"
-        ) from error
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        found = (
-            f"{image.GetDimension()} dimensions, {image.GetNumberOfComponentsPerPixel()} channels"
-        )
-        raise Fault(f"{told}: has {found}; a grey volume is needed", "not a grey volume")
-    steps = (np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()).T[::-1]
-    volume = Volume(sitk.GetArrayFromImage(image), np.array(image.GetOrigin()), steps)
-    return turned(volume, told)
+        if suffix == ".mha":
+            parts = read_mha(file)
+        else:
+            parts = read_nifti(gzip.open(file) if suffix == ".gz" else file)
+    except NotGrey as error:
+        sentence = f"{told}: has {error}; one grey volume, stored as it is, is needed"
+        raise Fault(sentence, "not a grey volume") from error
+    except ValueError as error:
+        raise _damaged(told, str(error)) from error
+    except (OSError, EOFError, struct.error, zlib.error) as error:
+        raise _damaged(told, type(error).__name__) from error
+    return turned(Volume(*parts), told)
 
 
 def turned(volume: Volume, told: str) -> Volume:
     """The same voxels with slices to the head, rows to the back and columns to the left.
 
     Raises:
-        Fault: the slices are not axial.
+        Fault: the slices are not axial, or their spacing is none of MRI.
     """
     pixels, origin, steps = volume.pixels, volume.origin.astype(float), volume.steps.astype(float)
     good = np.isfinite(steps).all() and np.isfinite(origin).all()
     if not good or list(np.abs(steps).argmax(axis=1)) != [2, 1, 0]:
         raise Fault(f"{told}: is not an axial volume; axial slices are needed", "not axial")
+    if volume.spacing.min() < FINEST or volume.spacing.max() > COARSEST:
+        raise Fault(
+            f"{told}: its grid ({_grid(volume)}) is none of MRI; voxels of {FINEST:g} to"
+            f" {COARSEST:g} mm are needed",
+            "impossible spacing",
+        )
     for axis in range(3):
         if steps[axis, 2 - axis] < 0:
             origin = origin + (pixels.shape[axis] - 1) * steps[axis]
@@ -129,82 +149,11 @@ def on_grid(mask: Volume, image: Volume, told: str) -> np.ndarray:
     )
 
 
-def _check_whole(path: Path, told: str) -> None:
-    """Refuses a truncated file; ITK reads a truncated NIfTI file as zeros without a word."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-            file.seek(0)
-            if start.startswith(b"version https://git-lfs"):
-                raise Fault(
-                    f"{told}: is a Git LFS pointer; get the file itself", "Git LFS pointer"
-                )
-            if path.suffix == ".mha":
-                whole = _is_whole_mha(file)
-            else:
-                whole = _is_whole_nifti(gzip.open(file) if path.suffix == ".gz" else file)
-    except (OSError, EOFError, ValueError, KeyError, struct.error, zlib.error) as error:
-        raise Fault(
-            f"{told}: is truncated or damaged ({type(error).__name__}); the whole file is needed",
-            "truncated or damaged file",
-        ) from error
-    if not whole:
-        raise Fault(f"{told}: is truncated; the whole file is needed", "truncated or damaged file")
-
-
-def _is_whole_nifti(file: IO[bytes]) -> bool:
-    header = file.read(348)
-    order = "<" if header[:4] == struct.pack("<i", 348) else ">"
-    (length,) = struct.unpack_from(order + "i", header)
-    n, *shape = struct.unpack_from(order + "8h", header, 40)
-    kind, bits = struct.unpack_from(order + "2h", header, 70)
-    (start,) = struct.unpack_from(order + "f", header, 108)
-    # any other mark leaves the voxels to another file
-    if (
-        length != 348
-        or not 1 <= n <= 7
-        or header[344:348] != b"n+1\0"
-        or not 348 <= start <= LARGEST
-    ):
-        raise ValueError("not NIfTI-1")
-    if BITS.get(kind) != bits:
-        raise ValueError("no grey values")
-    needed = start + _size(shape[:n], bits // 8)
-    found = len(header)
-    while found < needed and (block := file.read(2**20)):  # a small file may unpack to terabytes
-        found += len(block)
-    return found >= needed
-
-
-def _is_whole_mha(file: IO[bytes]) -> bool:
-    header = {}
-    while "ElementDataFile" not in header:
-        key, mark, value = file.readline(4096).decode("latin-1").partition("=")
-        key = key.strip()
-        # ITK would take a colon for the mark, and the first of two equal keys
-        if not mark or ":" in key or key in header:
-            raise ValueError("not MetaImage")
-        header[key] = value.strip()
-    if header["ElementDataFile"] != "LOCAL":  # a header may name any file of the machine
-        raise ValueError("data elsewhere")
-    shape = [int(n) for n in header["DimSize"].split()]
-    if len(shape) != int(header["NDims"]):
-        raise ValueError("other dimensions")
-    channels = int(header.get("ElementNumberOfChannels", 1))
-    kind = header["ElementType"].removeprefix("MET_")
-    size = _size([*shape, channels], BYTES[kind if kind in BYTES else kind.removeprefix("U")])
-    if header.get("CompressedData", "").lower() == "true":
-        size = int(header.get("CompressedDataSize", 0))
-    start = file.tell()
-    return file.seek(0, 2) - start >= size
-
-
-def _size(shape: Sequence[int], each: int) -> int:
-    """Bytes that a header declares; ITK takes hold of them before it reads any."""
-    size = math.prod(shape) * each
-    if min(shape) < 1 or size > LARGEST:
-        raise ValueError("impossible size")
-    return size
+def _damaged(told: str, why: str) -> Fault:
+    return Fault(
+        f"{told}: is truncated or damaged ({why}); the whole file is needed",
+        "truncated or damaged file",
+    )
 
 
 def _grid(volume: Volume) -> str:

@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 import pydicom
-from faults import EITHER, REFUSED, WORKS
+from faults import EITHER, REFUSED
 
 
 def text(old: bytes, new: bytes):
@@ -143,6 +143,31 @@ MHA = {
     "no spacing": (text(b"ElementSpacing = 1 1 3", b"ElementSpacing = 0 0 0"), REFUSED),
     "spacing of NaN": (text(b"ElementSpacing = 1 1 3", b"ElementSpacing = nan 1 3"), REFUSED),
     "no direction": (text(b"TransformMatrix = 1", b"TransformMatrix = 0"), REFUSED),
+    "spacing finer than any": (
+        text(b"ElementSpacing = 1 1 3", b"ElementSpacing = 1e-6 1 3"),
+        REFUSED,
+    ),
+    "negative spacing": (text(b"ElementSpacing = 1 1 3", b"ElementSpacing = 1 1 -3"), REFUSED),
+    "no field of spacing": (text(b"ElementSpacing", b"ElementSize"), REFUSED),
+    "place of infinity": (text(b"Offset = -20", b"Offset = inf"), REFUSED),
+    "two places": (text(b"Offset =", b"Position = 1 2 3\nOffset ="), REFUSED),
+    "no field of direction": (text(b"TransformMatrix", b"TransformMatriy"), REFUSED),
+    "a longer direction": (text(b"TransformMatrix = 1", b"TransformMatrix = 2"), REFUSED),
+    "a skewed direction": (text(b"TransformMatrix = 1 0", b"TransformMatrix = 1 0.01"), REFUSED),
+    "a header before the voxels": (text(b"NDims", b"HeaderSize = 6\nNDims"), REFUSED),
+    "a header of any size": (text(b"NDims", b"HeaderSize = -1\nNDims"), REFUSED),
+    "inches": (text(b"NDims", b"DistanceUnits = in\nNDims"), REFUSED),
+    "grey levels turned round": (
+        text(b"NDims", b"ElementToIntensityFunctionSlope = -1\nNDims"),
+        REFUSED,
+    ),
+    "voxels in words": (text(b"BinaryData = True", b"BinaryData = False"), REFUSED),
+    "an order of bytes that is none": (text(b"OrderMSB = False", b"OrderMSB = Fals"), REFUSED),
+    "two orders of bytes": (text(b"NDims", b"ElementByteOrderMSB = True\nNDims"), REFUSED),
+    "packed, it says": (text(b"CompressedData = False", b"CompressedData = True"), REFUSED),
+    "fewer slices": (text(b"DimSize = 8 9 4", b"DimSize = 8 9 3"), REFUSED),
+    "fewer bits": (text(b"MET_USHORT", b"MET_UCHAR"), REFUSED),
+    "a pattern of files": (text(b"= LOCAL", b"= x%03d.raw 1 4 1"), REFUSED),
     "no end of the header": (instead(b"A = b\n" * 10**5), REFUSED),
     "one line": (instead(b"A" * 10**6), REFUSED),
 }
@@ -164,6 +189,31 @@ def unpacks_without_end(path: Path) -> None:
     path.write_bytes(zeros(31, gzip.decompress(path.read_bytes())))
 
 
+def mha_without_end(path: Path) -> None:
+    head, mark, packed = path.read_bytes().partition(b"LOCAL\n")
+    head = b"\n".join(line for line in head.split(b"\n") if b"DataSize" not in line)
+    path.write_bytes(head + mark + zeros(15, zlib.decompress(packed)))
+
+
+def flipped_voxels(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4
+    path.write_bytes(content)
+
+
+PACKED = {
+    **{
+        name: MHA[name] for name in ("a terabyte", "a negative size", "fewer slices", "fewer bits")
+    },
+    "not packed, it says": (text(b"CompressedData = True", b"CompressedData = False"), REFUSED),
+    "another packed size": (text(b"DataSize = ", b"DataSize = 1"), REFUSED),
+    "a flipped bit of its voxels": (flipped_voxels, REFUSED),
+    "no checksum": (lambda path: path.write_bytes(path.read_bytes()[:-4]), REFUSED),
+    "another volume behind": (lambda path: path.write_bytes(path.read_bytes() * 2), REFUSED),
+    "unpacks to a gigabyte": (mha_without_end, REFUSED),
+}
+
+
 NIFTI = {
     "a terabyte": (nifti(40, "<8h", 3, 32767, 32767, 1000, 1, 1, 1, 1), REFUSED),
     "a terabyte of no bits": (nifti(40, "<8h22xh", 3, *[32767] * 3, *[1] * 4, 0), REFUSED),
@@ -177,16 +227,30 @@ NIFTI = {
     "no start": (nifti(108, "<f", float("nan")), REFUSED),
     "a start without end": (nifti(108, "<f", float("inf")), REFUSED),
     "a start before the file": (nifti(108, "<f", -1e9), REFUSED),
-    "no spacing": (nifti(76, "<8f", *[0.0] * 8), EITHER),
-    "place of NaN": (nifti(256, "<6f", *[float("nan")] * 6), EITHER),
+    "no spacing": (nifti(76, "<8f", *[0.0] * 8), REFUSED),
+    "negative spacing": (nifti(84, "<f", -1), REFUSED),
+    "spacing of infinity": (nifti(84, "<f", float("inf")), REFUSED),
+    "place of NaN": (nifti(256, "<6f", *[float("nan")] * 6), REFUSED),
+    "no place": (nifti(252, "<2h", 0, 0), REFUSED),
+    "two places": (nifti(268, "<f", 5.0), REFUSED),
+    "two directions": (nifti(76, "<f", -1.0), REFUSED),
+    "a place by a skewed matrix alone": (nifti(252, "<2h24x2f", 0, 1, 1.0, 0.1), REFUSED),
+    "a quaternion longer than one": (nifti(256, "<f", 1.5), REFUSED),
+    "a slope of NaN": (nifti(112, "<f", float("nan")), REFUSED),
+    "a slope of infinity": (nifti(112, "<f", float("inf")), REFUSED),
+    "grey levels turned round": (nifti(112, "<f", -1.0), REFUSED),
+    "a unit of no length": (nifti(123, "<B", 7), REFUSED),
+    "fewer slices": (nifti(46, "<h", 3), REFUSED),
+    "a start between bytes": (nifti(108, "<f", 352.5), REFUSED),
+    "a later start": (nifti(108, "<f", 354.0), REFUSED),
 }
 
 DAMAGE = {
     "film": FILM,
     "series": SLICE,
     "mha": MHA,
-    "mha, packed": {name: MHA[name] for name in ("a terabyte", "a negative size")},
+    "mha, packed": PACKED,
     "nii": NIFTI,
     "nii.gz": {name: NIFTI[name] for name in ("a terabyte", "a terabyte of no bits")}
-    | {"unpacks to a gigabyte": (unpacks_without_end, WORKS)},
+    | {"unpacks to a gigabyte": (unpacks_without_end, REFUSED)},
 }

@@ -12,7 +12,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from pydicom.datadict import DicomDictionary, keyword_dict
-from synthetic_mri import truncate, write, write_dicom
+from synthetic_mri import DIRECTION, ORIGIN, truncate, write, write_dicom
 
 from data_prep import picai
 from data_prep.__main__ import main
@@ -375,6 +375,25 @@ def damaged_member(images, labels):
     (images / "fold.zip").write_bytes(whole)
 
 
+def flipped_image(images, labels):
+    file = images / "10003" / "10003_1000003_t2w.mha"
+    whole = bytearray(file.read_bytes())
+    whole[-500] ^= 1
+    with zipfile.ZipFile(images / "fold.zip", "w") as archive:
+        archive.writestr(file.name, whole)  # the zip is whole, the image in it is not
+    file.unlink()
+
+
+def gland_of_other_values(images, labels):
+    for name in GLANDS.values():
+        write(labels / name / "10003_1000003.nii.gz", np.full(SHAPE, -1, np.int8))
+
+
+def thousands_of_slices(images, labels):
+    pixels = np.zeros((600_000, 1, 1), np.uint8)  # each would be cut to 16 x 16 numbers
+    write(images / "10003" / "10003_1000003_t2w.mha", pixels)
+
+
 def words_for_numbers(images, labels):
     change = lambda k, found: found.add_new("PixelSpacing", "LO", "JANSEN")
     shutil.rmtree(images / "10003")
@@ -383,6 +402,9 @@ def words_for_numbers(images, labels):
 
 FAULTS = {
     damaged_member: "unreadable zip",
+    flipped_image: "truncated or damaged file",
+    gland_of_other_values: "mask with unknown values",
+    thousands_of_slices: "too many slices",
     words_for_numbers: "unreadable DICOM file",
     nan: "pixels not finite",
     truncated_image: "truncated or damaged file",
@@ -423,6 +445,43 @@ def test_a_fault_stops_with_one_sentence_or_is_left_out_by_name(two, tmp_path, c
     assert run(*two, tmp_path / "set", "--on-fault", "skip") == 0
     counts = data.open(tmp_path / "set").card["report"]
     assert counts[f"left out: {FAULTS[spoil]}"] == 1
+
+
+@pytest.mark.parametrize("what", ["gland", "lesion"])
+def test_a_mask_that_falls_between_the_voxels_of_the_image_counts_as_empty(two, tmp_path, what):
+    key, mask = "10003_1000003", np.zeros((SHAPE[0], 120, 120), np.uint8)
+    mask[4, 60, 60] = 1 if what == "gland" else 3  # between two voxels of the coarser image
+    folders = GLANDS.values() if what == "gland" else [LESIONS["expert"]]
+    corner = tuple(np.array(ORIGIN) - DIRECTION @ np.array([1 / 3, 1 / 3, 0]))
+    for folder in folders:
+        write(two[1] / folder / f"{key}.nii.gz", mask, spacing=(1 / 3, 1 / 3, 3), origin=corner)
+    assert run(*two, tmp_path / "set") == 0
+    counts = report(data.open(tmp_path / "set"))
+    empty = "study with empty {} gland mask"
+    lost = "lesion smaller than the voxels of the image: left out"
+    notes = [lost] if what == "lesion" else [empty.format(name) for name in GLANDS]
+    assert [counts.get(note) for note in notes] == [1] * len(notes)
+
+
+def test_what_is_no_metaimage_in_a_zip_is_counted(archive, tmp_path):
+    with zipfile.ZipFile(tmp_path / "fold.zip", "w") as outer:
+        outer.write(write(tmp_path / "10003_1000003_t2w.mha", image_of("10003_1000003")))
+        outer.writestr("inner.zip", (archive[0] / "picai_public_images_fold0.zip").read_bytes())
+        outer.writestr("10003/", "")
+    _, notes = list_cases(tmp_path, archive[1])
+    assert notes.count("file in a zip that is no MetaImage: left out") == 1
+
+
+def test_a_line_of_the_marksheet_is_told_as_an_editor_counts_it(tmp_path):
+    rows = {
+        "10000_1000000": ("", "", 0, "expert", {}),
+        "10001_1000001": ("4+4", "2", 2, "expert", {}),
+    }
+    file = make_labels(tmp_path / "l", rows) / MARKSHEET
+    names, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([names, "", lines[0].replace("RUMC", '"two\nlines"'), "", lines[1]]))
+    with pytest.raises(UserError, match="line 6 has lesion"):
+        read_marksheet(tmp_path / "l")
 
 
 def test_an_empty_folder_is_refused(tmp_path, archive, capfd):
