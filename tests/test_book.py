@@ -96,22 +96,63 @@ def test_the_named_parameter_sets_fit_the_chapters(file):
     assert any(build.read_parameters(file, [], BOOK).values())
 
 
-def test_too_few_patients_stop_the_chapter_on_own_images_with_advice(tmp_path, monkeypatch):
+def chapter_on_own_images(tmp_path, monkeypatch, **parameters):
+    """Runs chapter 10 in this process; what it knows, and the sentence that it stopped with."""
     monkeypatch.setenv("HALLULIB_RUNS", str(tmp_path / "runs"))
-    for name, patient in itertools.product(("sick", "well"), range(4)):
-        file = tmp_path / "few" / name / f"{name}{patient}_0.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((16, 16), 9 * patient, np.uint8)).save(file)
     first, *others = [cell.source for cell in cells("10_your_data", "code")]
     exec(first, space := {})
-    space |= size_for_tests(BOOK / "10_your_data.ipynb") | {"FOLDER": str(tmp_path / "few")}
+    space |= size_for_tests(BOOK / "10_your_data.ipynb") | {"FOLDER": str(tmp_path / "own")}
     with pytest.raises(UserError) as stop:
-        exec("\n".join(others), space)
-    assert "result" not in space  # nothing was trained
-    told = str(stop.value)
-    assert "few: 0 of the 2 classes of scheme label can serve in split train" in told
-    assert "add patients, or ask for less by the parameter VARY" in told
-    assert "\n" not in told
+        exec("\n".join(others), space | parameters)
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+def pictures_of(tmp_path, patients, images, colour=False):
+    """Two classes; every patient has as many pictures."""
+    for name, patient, n in itertools.product(("sick", "well"), range(patients), range(images)):
+        file = tmp_path / "own" / name / f"{name}{patient}_{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shape = (16, 16, 3) if colour else (16, 16)
+        Image.fromarray(np.full(shape, 9 * patient + n, np.uint8)).save(file)
+
+
+@pytest.mark.parametrize(
+    ("patients", "images", "advice"),
+    [
+        (4, 1, "one query for each class is too many too: more patients of that class, or a"),
+        (20, 1, "n_query=1 n_spare=0 is the most that all splits can serve, and the parameter VA"),
+        (20, 3, "n_query=3 n_spare=0 is the most that all splits can serve, and the parameter VA"),
+    ],
+)
+def test_too_few_patients_stop_the_chapter_on_own_images_with_what_can_be_asked(
+    tmp_path, monkeypatch, patients, images, advice
+):
+    pictures_of(tmp_path, patients, images)
+    told = chapter_on_own_images(tmp_path, monkeypatch)
+    assert "own: 0 of the 2 classes of scheme label can serve in split" in told
+    assert advice in told
+    assert not list((tmp_path / "runs").glob("score-*"))  # nothing was trained
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--fractions train=.5,val=.3", "is not like train=.7,val=.1,test=.2, sum 1"),
+        ("--patient-pattern '[a-z'", "is no regular expression"),
+        ("--such", "unrecognized arguments: --such"),
+        (
+            r"--patient-pattern=(\w+\d+)_\d --classes=sick,ill",
+            "has label 'well'; known: sick, ill",
+        ),
+        (r"--patient-pattern=\d$ --grey", "finds no patient in the path of"),
+    ],
+)
+def test_options_of_the_command_reach_it_and_what_is_wrong_is_one_sentence(
+    tmp_path, monkeypatch, options, expected
+):
+    pictures_of(tmp_path, 2, 2, colour=True)
+    assert expected in chapter_on_own_images(tmp_path, monkeypatch, OPTIONS=options)
 
 
 def test_the_page_of_the_papers_names_modules_that_exist():

@@ -1,15 +1,19 @@
 """The whole experiment: settings, runs that find themselves again, and honest tables."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from toy_task import IMAGES, same
 
 from hallulib import UserError, oneshot, train
+from hallulib.data import ImageSet
 from hallulib.hallucinate import Pool, Recipe
 from hallulib.learner import Fit
 from hallulib.meta import Method, evaluate
@@ -25,6 +29,41 @@ CONTROLS = ["baseline", "permuted labels", "oracle +1", "memory +1", "flips +1",
 @pytest.fixture(scope="module")
 def result():
     return oneshot.run(IMAGES, TRIAL)
+
+
+@given(
+    st.lists(st.integers(1, 6), min_size=0, max_size=12),
+    st.lists(st.integers(1, 6), min_size=3, max_size=12),
+    st.integers(1, 6),
+    st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_a_split_cannot_serve_is_told_with_the_most_that_it_can(x, y, n_query, n_spare):
+    rows = [
+        (f"{split}{name}{i}", split, name)
+        for split in ("train", "val", "test")
+        for name, sizes in (("x", x), ("y", y))
+        for i, n in enumerate(sizes)
+        for _ in range(n)
+    ]
+    table = pd.DataFrame(rows, columns=["patient", "split", "g"])
+    card = {"name": "toy", "labels": {"g": {"values": ["x", "y"]}}}
+    images = ImageSet(np.zeros((len(rows), 1, 4, 4), np.uint8), table, card)
+    serves = lambda **task: oneshot._too_few(images, replace(trial, **task)) is None
+    trial = Trial("g", "g", n_way=2, n_query=n_query, n_spare=n_spare)
+    if serves():
+        oneshot.check_served(images, trial)
+        return
+    with pytest.raises(UserError) as stop:
+        oneshot.check_served(images, trial)
+    found = re.search(r"n_query=(\d+) n_spare=(\d+) is the most", str(stop.value))
+    if found is None:
+        assert not serves(n_query=1, n_spare=0)
+        assert "one query for each class is too many too: more patients" in str(stop.value)
+        return
+    most = dict(n_query=int(found[1]), n_spare=int(found[2]))
+    assert serves(**most)
+    assert most["n_query"] == n_query or not serves(n_query=most["n_query"] + 1, n_spare=0)
 
 
 # ---- settings
