@@ -18,6 +18,7 @@ HEADER_TAGS = (  # all that is read of a DICOM file to choose a series; none of 
     "SeriesInstanceUID",
     "SeriesDescription",
     "SeriesNumber",
+    "NumberOfFrames",
     "ImageOrientationPatient",
     "PixelSpacing",
 )

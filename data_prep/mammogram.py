@@ -1,4 +1,4 @@
-r"""One mammogram in a DICOM file to one square: the breast alone, its chest wall to the left.
+r"""One mammogram to one square: the breast alone, its chest wall to the left.
 
     pixels as displayed --coarse copy--> breast --box, flip, contrast--> uint8 (size, size)
 
@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from data_prep import grey
-from data_prep.crop import HIGH, LOW, ends, to_bytes
+from data_prep import grey, pictures
+from data_prep.crop import HIGH, LOW, to_bytes
 from data_prep.dicom import read_tags, silent
 from data_prep.volumes import Fault
+from hallulib import UserError
 from hallulib.area import area_average
 
 COARSE = 512  # longer side, at most, of the copy in which the breast is looked for
@@ -38,15 +39,15 @@ def read(file: Path, size: int) -> tuple[np.ndarray, list[str]]:
     """The breast of one file.
 
     Args:
-        file: DICOM, one grey image.
+        file: DICOM, one grey image; or a positive copy of it as a picture.
         size: side of the square, in pixels.
 
     Returns:
         uint8 (size, size), and notes of what was odd.
 
     Raises:
-        Fault: it is not a whole DICOM file of one grey image with a breast larger than ``size``,
-            or its compression cannot be decoded.
+        Fault: it is not a whole file of one grey image with a breast larger than ``size``, or
+            cannot be displayed as it asks.
     """
     pixels, notes = displayed(file)
     square, odd = to_square(pixels, size, str(file))
@@ -62,6 +63,8 @@ def displayed(file: Path) -> tuple[np.ma.MaskedArray, list[str]]:
     Raises:
         Fault: see `read`.
     """
+    if file.suffix.lower() in pictures.SUFFIXES:
+        return _picture(file)
     try:
         with silent():
             found = read_tags(file, grey.SHOWN_TAGS)
@@ -105,7 +108,8 @@ def to_square(pixels: np.ndarray, size: int, told: str) -> tuple[np.ndarray, lis
             " enlarging invents detail, so a smaller --size is needed",
             "breast smaller than --size",
         )
-    black, white = ends(pixels[mask])
+    # a blank breast shall not get its contrast from the air at its outline
+    black, white = (float(end) for end in np.percentile(pixels[mask], [LOW, HIGH]))
     if not white > black:
         raise Fault(f"{told}: the breast has no contrast; it must show tissue", "no contrast")
     shown = to_bytes(pixels, black, white)
@@ -174,6 +178,15 @@ def otsu(x: np.ndarray) -> float:
     between = (mean * share - total / x.size) ** 2 / (share * (1 - share) + 1e-12)
     best = np.flatnonzero(between >= between.max() * (1 - 1e-9))
     return float(edges[1 + best].mean())  # the middle, where a gap leaves several equally good
+
+
+def _picture(file: Path) -> tuple[np.ma.MaskedArray, list[str]]:
+    try:
+        pixels = pictures.read(file, grey=True)
+    except UserError as error:
+        raise Fault(str(error), "unreadable picture") from error
+    notes = ["film read from a picture: grey values as they are"]
+    return np.ma.masked_array(pixels, dtype=np.float32), notes
 
 
 def _within_strips(pixels: np.ndarray) -> tuple[slice, slice]:
