@@ -35,8 +35,7 @@ ON_LINE_MM = 0.1  # slices may be this far from equal steps along a line
 def read_series(files: Sequence[Path], told: str) -> Volume:
     """Reads the slices of one DICOM series and puts them in order by position.
 
-    Only `IMAGE_TAGS` are read; the pixels are rescaled, and padding becomes as dark as the darkest
-    of them.
+    Only `IMAGE_TAGS` are read; the pixels are rescaled, and padding is dark.
 
     Args:
         files: one per slice, in any order.

@@ -56,7 +56,7 @@ def displayed(found: pydicom.Dataset, told: str) -> tuple[np.ma.MaskedArray, lis
         told: how messages call the file.
 
     Returns:
-        float32 (rows, columns), what is no image masked and as dark as the darkest pixel; notes.
+        float32 (rows, columns), with padding masked and dark; and notes.
 
     Raises:
         Fault: it is not one grey image, or cannot be displayed as the file asks.
@@ -156,17 +156,28 @@ def is_negative(found: pydicom.Dataset) -> bool:
 
 
 def darken(pixels: np.ndarray, blank: Any, told: str) -> None:
-    """Makes padding as dark as the darkest pixel of the image, in place; darker may stay.
+    """Makes padding a background, in place, where it is none.
+
+    It is none where it is brighter than the darkest pixel of the image, or darker by more than the
+    image's range, which would hide the air. Then it becomes darker by as much as the median is
+    brighter, so that the breast stands out also where all air is padding.
+
+    Args:
+        pixels: greater is brighter.
+        blank: where they are padding, see `stored`.
+        told: how messages call the file.
 
     Raises:
         Fault: there is nothing but padding.
     """
     if blank is np.ma.nomask:
         return
-    least = np.min(pixels, where=~blank, initial=np.inf)
-    if least == np.inf:
+    image = pixels[~blank]
+    if not image.size:
         raise Fault(f"{told}: all pixels are padding; an image is needed", "no image but padding")
-    np.copyto(pixels, least, where=blank & (pixels > least))
+    least, most, median = image.min(), image.max(), np.median(image, overwrite_input=True)
+    none = (pixels > least) | (pixels < 2 * least - most)
+    np.copyto(pixels, 2 * least - median, where=blank & none)
 
 
 def _check(found: pydicom.Dataset, told: str) -> None:

@@ -26,7 +26,7 @@ FULL, EMPTY = 0.95, 0.5  # of a line at the edge: saturated as a strip, and as t
 SMALLEST = 0.01  # of the image: a smaller piece is no breast
 STEPS = (
     "as displayed: rescale, first window (VOI LUT), MONOCHROME1 or INVERSE inverted; pixel padding"
-    " as dark as the darkest pixel",
+    " as background",
     "thin saturated strips along the edges cut off",
     f"breast: largest piece above background + {DARK:g} (Otsu's threshold - background), opened,"
     f" holes filled, in a copy of at most {COARSE} pixels; all else black",
