@@ -305,6 +305,17 @@ def test_dicom_that_is_not_axial_t2w_is_left_out(archive, tmp_path):
 # -------------------------------------------------------------------------------- bad input
 
 
+def several_frames(images, labels):
+    def change(k, found):  # as enhanced MR: place and direction are those of each frame
+        found.NumberOfFrames = len(array)
+        found.PixelData = array.astype("<u2").tobytes()
+        del found.ImagePositionPatient, found.ImageOrientationPatient, found.PixelSpacing
+
+    array = image_of("10003_1000003")
+    shutil.rmtree(images / "10003")
+    write_dicom(images / "10003_1000003" / "1", array[:1], change=change)
+
+
 def nan(images, labels):
     pixels = image_of("10003_1000003").astype(np.float32)
     pixels[3, 3, 3] = np.nan
@@ -379,6 +390,7 @@ def words_for_numbers(images, labels):
 FAULTS = {
     damaged_member: "unreadable zip",
     words_for_numbers: "unreadable DICOM file",
+    several_frames: "DICOM file of several frames",
     nan: "pixels not finite",
     truncated_image: "truncated or damaged file",
     truncated_mask: "truncated or damaged file",
