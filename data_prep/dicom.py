@@ -118,17 +118,15 @@ def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             values, blank, _ = grey.stored(found, str(file))
             pixels = grey.rescaled(values, found, np.float32, str(file))
             grey.darken(pixels, blank, str(file))
+            if grey.is_negative(found):
+                told = f"{file}: is stored as a negative; single MONOCHROME2 slices are needed"
+                raise Fault(told, "not a grey slice")
             position = np.array(found.ImagePositionPatient, float)
             frame = np.array([*found.ImageOrientationPatient, *found.PixelSpacing], float)
     except Fault:
         raise
     except Exception as error:  # its text may hold what a tag says
         raise _unreadable(file, error) from None
-    if grey.is_negative(found):
-        raise Fault(
-            f"{file}: is stored as a negative; single MONOCHROME2 slices are needed",
-            "not a grey slice",
-        )
     finite = all(np.isfinite(part).all() for part in (position, frame, pixels))
     if position.shape != (3,) or frame.shape != (8,) or not finite:
         raise _unreadable(file, ValueError())

@@ -29,6 +29,7 @@ TAGS: tuple[str | int, ...] = (  # all that is read of a file to get its grey va
     "PixelRepresentation",
     "PixelPaddingValue",
     "PixelPaddingRangeLimit",
+    "PresentationLUTShape",
     "RescaleSlope",
     "RescaleIntercept",
     "ModalityLUTSequence",
@@ -41,7 +42,6 @@ SHOWN_TAGS = (  # and to display them
     "VOILUTFunction",
     "WindowCenter",
     "WindowWidth",
-    "PresentationLUTShape",
 )
 LARGEST = 2**26  # pixels; the largest scanned films have about 35 million
 NARROWEST = {"LINEAR": 1, "LINEAR_EXACT": 0, "SIGMOID": 0}  # window; PS3.3 C.11.2.1
@@ -97,12 +97,7 @@ def stored(found: pydicom.Dataset, told: str) -> tuple[np.ndarray, Any, list[str
         if element.is_empty:  # as if it were not there, for pydicom
             del found[element.tag]
     _check(found, told)
-    with warnings.catch_warnings():
-        # a run that is too long moves all that follows
-        warnings.filterwarnings("error", "The decoded RLE segment contains non-conformant padding")
-        decoder = get_decoder(found.file_meta.TransferSyntaxUID)
-        words, _ = decoder.as_array(found, correct_unused_bits=False)
-    words = words.astype(words.dtype.newbyteorder("="), copy=False)
+    words = _words(found)
     if words.ndim != 2:
         raise _not_one(told)
     size, bits = 8 * words.itemsize, found.BitsStored
@@ -194,9 +189,8 @@ def _check(found: pydicom.Dataset, told: str) -> None:
     if not 0 < shape[0] * shape[1] <= LARGEST:
         size = f"{shape[0]} x {shape[1]} pixels"
         raise Fault(f"{told}: {size}; 1 to {LARGEST} are needed", "image of impossible size")
-    each = found.BitsAllocated // 8
-    spare = len(found.PixelData) - shape[0] * shape[1] * each
-    if not syntax.is_encapsulated and spare >= min(shape) * each:
+    spare = len(found.PixelData) - shape[0] * shape[1] * found.BitsAllocated // 8
+    if not syntax.is_encapsulated and spare >= min(shape) * found.BitsAllocated // 8:
         raise Fault(
             f"{told}: has {spare} bytes more than {shape[0]} x {shape[1]} pixels; Rows and Columns"
             " that fit are needed",
@@ -212,7 +206,19 @@ def _not_one(told: str) -> Fault:
     )
 
 
-def _padding(found, words: np.ndarray, values: np.ndarray, lowest: int) -> np.ndarray:
+def _words(found: pydicom.Dataset) -> np.ndarray:
+    """The pixels with all their bits, in the byte order of this machine."""
+    with warnings.catch_warnings():
+        # a run that is too long moves all that follows
+        warnings.filterwarnings("error", "The decoded RLE segment contains non-conformant padding")
+        decoder = get_decoder(found.file_meta.TransferSyntaxUID)
+        words, _ = decoder.as_array(found, correct_unused_bits=False)
+    return words.astype(words.dtype.newbyteorder("="), copy=False)
+
+
+def _padding(
+    found: pydicom.Dataset, words: np.ndarray, values: np.ndarray, lowest: int
+) -> np.ndarray:
     """Where pixels have the padding value, or lie between it and its limit."""
     if "PixelPaddingValue" not in found:
         return np.zeros(words.shape, bool)
@@ -224,7 +230,9 @@ def _padding(found, words: np.ndarray, values: np.ndarray, lowest: int) -> np.nd
     return blank
 
 
-def _lost(found, words: np.ndarray, values: np.ndarray, lowest: int) -> np.ndarray:
+def _lost(
+    found: pydicom.Dataset, words: np.ndarray, values: np.ndarray, lowest: int
+) -> np.ndarray:
     """Where bits are set that are neither of the value, nor its sign, nor of an overlay."""
     unsigned = words.view(f"u{words.itemsize}")
     used = (2**found.BitsStored - 1) << lowest
@@ -236,7 +244,7 @@ def _lost(found, words: np.ndarray, values: np.ndarray, lowest: int) -> np.ndarr
     return (unsigned & others != 0) & (signs & others != 0)
 
 
-def _view(found, told: str) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+def _view(found: pydicom.Dataset, told: str) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
     """What the first lookup table or window makes of rescaled values; how many the file has."""
     tables = found.get("VOILUTSequence", [])
     if tables and "LUTDescriptor" in tables[0] and "LUTData" in tables[0]:
@@ -253,7 +261,7 @@ def _view(found, told: str) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
     return lambda x: apply_windowing(x, view), found["WindowCenter"].VM
 
 
-def _check_window(found, told: str) -> None:
+def _check_window(found: pydicom.Dataset, told: str) -> None:
     function = found.get("VOILUTFunction", "LINEAR").upper()
     ends = [np.atleast_1d(found.get(name, np.nan))[0] for name in ("WindowCenter", "WindowWidth")]
     centre, width = np.array(ends, float)
@@ -274,11 +282,11 @@ def _table(item: pydicom.Dataset, found: pydicom.Dataset, told: str) -> tuple[in
     if isinstance(table, bytes):
         order = "<" if found.file_meta.TransferSyntaxUID.is_little_endian else ">"
         table = np.frombuffer(table, f"{order}u2")
-    table = np.atleast_1d(table)
-    if len(table) != (entries or 2**16):
+    table, entries = np.atleast_1d(table), entries % 2**16 or 2**16  # 0 or, signed, below 0
+    if len(table) != entries:
         raise Fault(
-            f"{told}: a lookup table says {entries or 2**16} entries and has {len(table)}; as many"
-            " as it says are needed",
+            f"{told}: a lookup table says {entries} entries and has {len(table)}; as many as it"
+            " says are needed",
             "impossible lookup table",
         )
     return first, table

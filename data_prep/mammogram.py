@@ -98,10 +98,9 @@ def to_square(pixels: np.ndarray, size: int, told: str) -> tuple[np.ndarray, lis
     """
     inner = _within_strips(np.ma.getdata(pixels))
     notes = ["saturated strip along an edge: cut off"] * (pixels[inner].shape != pixels.shape)
-    pixels = pixels[inner]
-    mask, place, odd = breast(pixels, told)
+    mask, place, odd = breast(pixels[inner], told)
     notes += odd
-    pixels = np.ma.getdata(pixels[place])
+    pixels = np.ma.getdata(pixels[inner][place])
     if max(pixels.shape) < size:
         raise Fault(
             f"{told}: the breast is {max(pixels.shape)} pixels long and --size is {size};"
