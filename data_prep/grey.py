@@ -154,8 +154,7 @@ def darken(pixels: np.ndarray, blank: Any, told: str) -> None:
     """Makes padding a background, in place, where it is none.
 
     It is none where it is brighter than the darkest pixel of the image, or darker by more than the
-    image's range, which would hide the air. Then it becomes darker by as much as the median is
-    brighter, so that the breast stands out also where all air is padding.
+    image's range, which would hide the air. Then it becomes as dark as the darkest pixel.
 
     Args:
         pixels: greater is brighter.
@@ -170,9 +169,9 @@ def darken(pixels: np.ndarray, blank: Any, told: str) -> None:
     image = pixels[~blank]
     if not image.size:
         raise Fault(f"{told}: all pixels are padding; an image is needed", "no image but padding")
-    least, most, median = image.min(), image.max(), np.median(image, overwrite_input=True)
+    least, most = image.min(), image.max()
     none = (pixels > least) | (pixels < 2 * least - most)
-    np.copyto(pixels, 2 * least - median, where=blank & none)
+    np.copyto(pixels, least, where=blank & none)
 
 
 def _check(found: pydicom.Dataset, told: str) -> None:
