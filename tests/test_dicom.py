@@ -85,8 +85,13 @@ def window(x, centre, width, function):
 def viewed(x, top, view):
     """What a viewer shows of values from 0 to ``top``."""
     if view == TABLE:
-        return np.round(255 * np.sqrt(np.arange(top + 1) / top))[x]
+        return np.round(peak(top) * np.sqrt(np.arange(top + 1) / top))[x]
     return x if view is None else window(x, *span(top), view)
+
+
+def peak(top):
+    """Of the lookup table: entries of 8 bits for more values than that, or of 16."""
+    return 255 if top < 65_535 else 60_000
 
 
 def span(top):
@@ -101,8 +106,8 @@ def view_tags(top, view, scale, negative):
     if view == TABLE:
         entries = viewed(np.arange(top + 1), top, TABLE).astype("<u2")
         item = pydicom.Dataset()
-        item.LUTDescriptor = [(top + 1) % 2**16, 0, 8]
-        item.LUTData = (255 - entries[::-1] if negative else entries).tobytes()
+        item.LUTDescriptor = [(top + 1) % 2**16, 0, 8 if peak(top) == 255 else 16]
+        item.LUTData = (peak(top) - entries[::-1] if negative else entries).tobytes()
         return {"VOILUTSequence": [item]}
     centre, width = span(top)
     off, less = (0.5, 1) if view == LINEAR else (0, 0)
@@ -166,14 +171,15 @@ def test_a_series_has_the_same_values_in_every_encoding(tmp_path, way, bits, sig
     assert np.allclose(read, x * scale, rtol=1e-5, atol=2**bits * scale * 1e-6)
 
 
-def test_a_table_of_lookups_may_begin_below_zero_and_end_before_the_values(tmp_path):
-    x = film().astype(int) // 20_000 * 10 - 10  # -10, 0, 10, 20
+@pytest.mark.parametrize(("step", "first"), [(10, -5), (10_000, -5_000)])
+def test_a_table_of_lookups_may_begin_below_zero_and_end_before_the_values(tmp_path, step, first):
+    x = film().astype(int) // 20_000 * step - 10
     item = pydicom.Dataset()
-    item.LUTDescriptor, item.LUTData = [11, -5, 16], np.arange(50, 61, dtype="<u2").tobytes()
+    item.LUTDescriptor, item.LUTData = [11, first, 16], np.arange(50, 61, dtype="<u2").tobytes()
     for name in ("VOILUTSequence", "ModalityLUTSequence"):
-        found = encoded(x, 12, **{name: [item]})
+        found = encoded(x, 16, **{name: [item]})
         shown, _ = mammogram.displayed(save(tmp_path / "a.dcm", found))
-        assert np.array_equal(shown, np.array([50, 55, 60, 60])[x // 10 + 1])
+        assert np.array_equal(shown, np.clip(x - first, 0, 10) + 50)
 
 
 IMPOSSIBLE = {
@@ -422,6 +428,9 @@ def test_saturated_tissue_at_the_chest_wall_is_no_strip():
         shown = np.minimum(40_000, 42_000 - lost).astype(np.float32)
         assert mammogram.to_square(shown, SIZE, "film")[1] == []
     assert mammogram.to_square(x.astype(np.float32), SIZE, "film")[1] == []
+    saturated = np.random.default_rng(0).random(WIDE) < 0.99 - 0.02 * columns
+    shown = np.where(saturated, 40_000, 20_000 - 60 * columns).astype(np.float32)
+    assert STRIP not in mammogram.to_square(shown, SIZE, "film")[1]
 
 
 def test_a_blank_breast_has_no_contrast_whatever_its_outline():
