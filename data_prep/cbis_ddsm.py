@@ -31,6 +31,8 @@ mass_case_description_train_set.csv, ..._test_set.csv and the same for calc. The
 a folder often differ from those of the tables, so the image is the one .dcm file at any depth
 below the folder of its name; where there are several, the one at the path that the table gives.
 Folders that end in _1, _2, ... hold crops and masks and are not read.
+The copy in JPEG that Kaggle has is read as well: IMAGES is the folder that holds "jpeg", and the
+image is the one .jpg file in the folder of the series that the table gives.
 
   python -m data_prep cbis_ddsm manifest/CBIS-DDSM tables sets/cbis --size 128
 """
@@ -119,7 +121,7 @@ def list_films(tables: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def find(root: Path, paths: Sequence[str]) -> Path | None:
-    """The image of a film; None if there is no folder of its name with a DICOM file.
+    """The image of a film; None if there is no folder of its name, or of its series, with one.
 
     Args:
         root: folder of the images.
@@ -129,19 +131,24 @@ def find(root: Path, paths: Sequence[str]) -> Path | None:
         Fault: several files below the folder, and none where the table says.
     """
     for path in paths:
-        folder = root / path.split("/")[0]
-        names = sorted(f for f in folder.rglob("*.dcm") if not f.name.startswith("."))
-        if root / path in names:
+        folder, copy = root / path.split("/")[0], root / "jpeg" / Path(path).parent.name
+        files = [file for file in folder.rglob("*.dcm") if not file.name.startswith(".")]
+        if root / path in files:
             return root / path
-        if len(names) > 1:
-            raise Fault(
-                f"{folder}: holds {len(names)} DICOM files, none at the path of the table; only"
-                " the full mammogram is needed there",
-                "several DICOM files in a folder",
-            )
-        if names:
-            return names[0]
+        found = _only(folder, files, "DICOM") or _only(copy, list(copy.glob("*.jpg")), "JPEG")
+        if found:
+            return found
     return None
+
+
+def _only(folder: Path, files: list[Path], kind: str) -> Path | None:
+    if len(files) > 1:
+        raise Fault(
+            f"{folder}: holds {len(files)} {kind} files, none at the path of the table; only the"
+            " full mammogram is needed there",
+            f"several {kind} files in a folder",
+        )
+    return files[0] if files else None
 
 
 def _read(tables: Path, name: str) -> tuple[list[dict], list[str]]:

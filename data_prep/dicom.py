@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pydicom
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from data_prep import grey
 from data_prep.volumes import Fault, Volume, turned
 
 HEADER_TAGS = (  # all that is read of a DICOM file to choose a series; none of it is written
@@ -18,30 +18,16 @@ HEADER_TAGS = (  # all that is read of a DICOM file to choose a series; none of 
     "SeriesInstanceUID",
     "SeriesDescription",
     "SeriesNumber",
+    "NumberOfFrames",
     "ImageOrientationPatient",
     "PixelSpacing",
 )
-PIXEL_TAGS = (  # all that is read of a DICOM file to get its pixels
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "NumberOfFrames",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "PixelData",
-)
-IMAGE_TAGS = (  # and their place
+IMAGE_TAGS = (  # all that is read of a slice
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
-    *PIXEL_TAGS,
+    *grey.TAGS,
 )
-LARGEST = 2**26  # pixels; the largest scanned films have about 35 million
 SAME_FRAME = 1e-4  # directions and spacings of the slices of a series may differ by this
 ON_LINE_MM = 0.1  # slices may be this far from equal steps along a line
 
@@ -49,7 +35,7 @@ ON_LINE_MM = 0.1  # slices may be this far from equal steps along a line
 def read_series(files: Sequence[Path], told: str) -> Volume:
     """Reads the slices of one DICOM series and puts them in order by position.
 
-    Only `IMAGE_TAGS` are read; the pixels are rescaled by slope and intercept.
+    Only `IMAGE_TAGS` are read; the pixels are rescaled, and padding is dark.
 
     Args:
         files: one per slice, in any order.
@@ -129,21 +115,18 @@ def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
         with silent():
             found = read_tags(file, IMAGE_TAGS)
+            values, blank, _ = grey.stored(found, str(file))
+            pixels = grey.rescaled(values, found, np.float32, str(file))
+            grey.darken(pixels, blank, str(file))
+            if grey.is_negative(found):
+                told = f"{file}: is stored as a negative; single MONOCHROME2 slices are needed"
+                raise Fault(told, "not a grey slice")
             position = np.array(found.ImagePositionPatient, float)
             frame = np.array([*found.ImageOrientationPatient, *found.PixelSpacing], float)
-            shape = (found.Rows, found.Columns, int(found.get("NumberOfFrames") or 1))
-            if not 0 < math.prod(shape) <= LARGEST:
-                raise ValueError("impossible size")
-            raw, kind = found.pixel_array, found.PhotometricInterpretation
-            slope, shift = found.get("RescaleSlope", 1), found.get("RescaleIntercept", 0)
-            pixels = raw.astype(np.float32) * np.float32(slope) + np.float32(shift)
+    except Fault:
+        raise
     except Exception as error:  # its text may hold what a tag says
         raise _unreadable(file, error) from None
-    if pixels.ndim != 2 or kind != "MONOCHROME2":
-        found = f"{pixels.ndim}-dimensional pixels, {kind}"
-        raise Fault(
-            f"{file}: has {found}; single MONOCHROME2 slices are needed", "not a grey slice"
-        )
     finite = all(np.isfinite(part).all() for part in (position, frame, pixels))
     if position.shape != (3,) or frame.shape != (8,) or not finite:
         raise _unreadable(file, ValueError())

@@ -1,4 +1,4 @@
-r"""One mammogram in a DICOM file to one square: the breast alone, its chest wall to the left.
+r"""One mammogram to one square: the breast alone, its chest wall to the left.
 
     pixels as displayed --coarse copy--> breast --box, flip, contrast--> uint8 (size, size)
 
@@ -10,31 +10,24 @@ applied to bands of rows: 10 million pixels take 0.2 GB, the 36 million of a lar
 from pathlib import Path
 
 import numpy as np
-import pydicom
-from pydicom.pixels import apply_modality_lut, apply_voi_lut, get_decoder
 from scipy import ndimage
 
-from data_prep.crop import HIGH, LOW, ends, to_bytes
-from data_prep.dicom import LARGEST, PIXEL_TAGS, read_tags, silent
+from data_prep import grey, pictures
+from data_prep.crop import HIGH, LOW, to_bytes
+from data_prep.dicom import read_tags, silent
 from data_prep.volumes import Fault
+from hallulib import UserError
 from hallulib.area import area_average
 
-TAGS = (  # all that is read of a file; none of it is written
-    *PIXEL_TAGS,
-    "ModalityLUTSequence",
-    "VOILUTSequence",
-    "VOILUTFunction",
-    "WindowCenter",
-    "WindowWidth",
-    "PresentationLUTShape",
-)
-BAND = 256  # rows that are windowed together, in float64
 COARSE = 512  # longer side, at most, of the copy in which the breast is looked for
 DARK = 0.25  # of the way from background to Otsu's threshold: skin and fat belong to the breast
 THIN = 1 / 64  # of the longer side: what is thinner than twice this, or hangs on it, is no breast
+FULL, EMPTY = 0.95, 0.5  # of a line at the edge: saturated as a strip, and as the film beside it
 SMALLEST = 0.01  # of the image: a smaller piece is no breast
 STEPS = (
-    "as displayed: rescale, first window (VOI LUT), MONOCHROME1 or INVERSE inverted",
+    "as displayed: rescale, first window (VOI LUT), MONOCHROME1 or INVERSE inverted; pixel padding"
+    " as background",
+    "thin saturated strips along the edges cut off",
     f"breast: largest piece above background + {DARK:g} (Otsu's threshold - background), opened,"
     f" holes filled, in a copy of at most {COARSE} pixels; all else black",
     f"percentiles {LOW:g} to {HIGH:g} of the breast to 0 to 255",
@@ -46,42 +39,38 @@ def read(file: Path, size: int) -> tuple[np.ndarray, list[str]]:
     """The breast of one file.
 
     Args:
-        file: DICOM, one grey image.
+        file: DICOM, one grey image; or a positive copy of it as a picture.
         size: side of the square, in pixels.
 
     Returns:
         uint8 (size, size), and notes of what was odd.
 
     Raises:
-        Fault: it is not a whole DICOM file of one grey image with a breast larger than ``size``,
-            or its compression cannot be decoded.
+        Fault: it is not a whole file of one grey image with a breast larger than ``size``, or
+            cannot be displayed as it asks.
     """
     pixels, notes = displayed(file)
     square, odd = to_square(pixels, size, str(file))
     return square, notes + odd
 
 
-def displayed(file: Path) -> tuple[np.ndarray, list[str]]:
-    """The pixels as a viewer shows them, dense tissue bright; of the tags, only `TAGS` are read.
+def displayed(file: Path) -> tuple[np.ma.MaskedArray, list[str]]:
+    """The pixels as a viewer shows them; of the tags, only `grey.SHOWN_TAGS` are read.
 
     Returns:
-        float32 (rows, columns), and notes.
+        float32 (rows, columns), pixel padding masked, and notes.
 
     Raises:
         Fault: see `read`.
     """
+    if file.suffix.lower() in pictures.SUFFIXES:
+        return _picture(file)
     try:
         with silent():
-            found = read_tags(file, TAGS)
-            for element in list(found):
-                if element.is_empty:  # as if it were not there, for pydicom
-                    del found[element.tag]
-            _check(found, file)
-            pixels = _windowed(found.pixel_array, found)
+            found = read_tags(file, grey.SHOWN_TAGS)
+            pixels, notes = grey.displayed(found, str(file))
             if not np.isfinite(pixels).all():
                 raise ValueError("not finite")
-            inverse = found.get("PresentationLUTShape", "").strip().upper() == "INVERSE"
-            windows = _windows(found)
     except Fault:
         raise
     except Exception as error:  # its text may hold what a tag says
@@ -90,10 +79,6 @@ def displayed(file: Path) -> tuple[np.ndarray, list[str]]:
             " image is needed",
             "unreadable DICOM file",
         ) from None
-    notes = ["image with several windows: the first taken"] * (windows > 1)
-    if inverse or found.PhotometricInterpretation == "MONOCHROME1":  # two names for one thing
-        np.subtract(pixels.max(), pixels, out=pixels)
-        notes.append("image stored as negative: inverted")
     return pixels, notes
 
 
@@ -101,7 +86,7 @@ def to_square(pixels: np.ndarray, size: int, told: str) -> tuple[np.ndarray, lis
     """Cuts out the breast, sets its contrast, turns it, pads it and makes it smaller.
 
     Args:
-        pixels: float32 (rows, columns), dense tissue bright.
+        pixels: float32 (rows, columns), dense tissue bright; what is no image may be masked.
         size: side of the square, in pixels.
         told: how messages call the image.
 
@@ -111,29 +96,37 @@ def to_square(pixels: np.ndarray, size: int, told: str) -> tuple[np.ndarray, lis
     Raises:
         Fault: no breast, no contrast, or a breast smaller than ``size``.
     """
-    mask, place, notes = breast(pixels, told)
-    pixels = pixels[place]
+    inner = _within_strips(np.ma.getdata(pixels))
+    notes = ["saturated strip along an edge: cut off"] * (pixels[inner].shape != pixels.shape)
+    mask, place, odd = breast(pixels[inner], told)
+    notes += odd
+    pixels = np.ma.getdata(pixels[inner][place])
     if max(pixels.shape) < size:
         raise Fault(
             f"{told}: the breast is {max(pixels.shape)} pixels long and --size is {size};"
             " enlarging invents detail, so a smaller --size is needed",
             "breast smaller than --size",
         )
-    black, white = ends(pixels[mask])
+    # a blank breast shall not get its contrast from the air at its outline
+    black, white = (float(end) for end in np.percentile(pixels[mask], [LOW, HIGH]))
     if not white > black:
         raise Fault(f"{told}: the breast has no contrast; it must show tissue", "no contrast")
-    grey = to_bytes(pixels, black, white)
-    grey[~mask] = 0
+    shown = to_bytes(pixels, black, white)
+    shown[~mask] = 0
     # the breast is widest at the chest wall, so its columns gather there
     columns = mask.sum(axis=0)
     if columns @ np.arange(len(columns)) > columns.sum() * (len(columns) - 1) / 2:
-        grey = grey[:, ::-1]
+        shown = shown[:, ::-1]
         notes.append("chest wall at right: flipped")
-    return area_average(_padded(grey)[None], size)[0], notes
+    return area_average(_padded(shown)[None], size)[0], notes
 
 
 def breast(pixels: np.ndarray, told: str) -> tuple[np.ndarray, tuple[slice, slice], list[str]]:
     """Finds the breast.
+
+    Args:
+        pixels: see `to_square`.
+        told: how messages call the image.
 
     Returns:
         Its mask within its box, bool; the box, as slices of rows and columns; and notes.
@@ -142,7 +135,7 @@ def breast(pixels: np.ndarray, told: str) -> tuple[np.ndarray, tuple[slice, slic
         Fault: there is none.
     """
     step = -(-max(pixels.shape) // COARSE)
-    coarse = _block_means(pixels, step)
+    coarse = _block_means(np.ma.getdata(pixels), step)
     background = np.percentile(coarse, 5)
     bright = coarse > background + DARK * (otsu(coarse) - background)
     thin = max(1, round(max(coarse.shape) * THIN))
@@ -156,6 +149,8 @@ def breast(pixels: np.ndarray, told: str) -> tuple[np.ndarray, tuple[slice, slic
     # nipple and corners come back; what hangs on a thin bridge does not
     mask, _ = _largest(bright & ndimage.binary_dilation(core, iterations=thin))
     mask = ndimage.binary_fill_holes(mask)
+    if np.ma.is_masked(pixels):
+        mask &= _block_means(pixels.mask, step) < 1
     rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
     notes = ["bright pieces beside the breast: set to black"] * (n > 1)
     if columns.start > 0 and columns.stop < mask.shape[1]:
@@ -184,36 +179,27 @@ def otsu(x: np.ndarray) -> float:
     return float(edges[1 + best].mean())  # the middle, where a gap leaves several equally good
 
 
-def _check(found: pydicom.Dataset, file: Path) -> None:
-    syntax = found.file_meta.TransferSyntaxUID
-    if syntax.is_encapsulated and not get_decoder(syntax).is_available:
-        raise Fault(
-            f"{file}: compressed as {syntax.name}, which cannot be decoded here; uncompressed,"
-            " JPEG 2000 or RLE pixels are needed (gdcmconv --raw makes them)",
-            "compression that cannot be decoded",
-        )
-    shape, kind = (found.Rows, found.Columns), found.PhotometricInterpretation
-    single = found.get("SamplesPerPixel", 1) == 1 and int(found.get("NumberOfFrames", 1)) == 1
-    if not single or kind not in ("MONOCHROME1", "MONOCHROME2"):
-        raise Fault(f"{file}: not one grey image; one is needed", "not one grey image")
-    if not 0 < shape[0] * shape[1] <= LARGEST:
-        found = f"{shape[0]} x {shape[1]} pixels"
-        raise Fault(f"{file}: {found}; 1 to {LARGEST} are needed", "image of impossible size")
+def _picture(file: Path) -> tuple[np.ma.MaskedArray, list[str]]:
+    try:
+        pixels = pictures.read(file, grey=True)
+    except UserError as error:
+        raise Fault(str(error), "unreadable picture") from error
+    notes = ["film read from a picture: grey values as they are"]
+    return np.ma.masked_array(pixels, dtype=np.float32), notes
 
 
-def _windowed(raw: np.ndarray, found: pydicom.Dataset) -> np.ndarray:
-    shown = np.empty(raw.shape, np.float32)
-    for top in range(0, len(raw), BAND):
-        band = apply_modality_lut(raw[top : top + BAND], found)
-        shown[top : top + BAND] = apply_voi_lut(band, found)
-    return shown
+def _within_strips(pixels: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns without the thin bands along the edges that are saturated end to end."""
+    saturated, thin = pixels == pixels.max(), max(1, round(max(pixels.shape) * THIN))
+    shares = [saturated.mean(axis=1), saturated.mean(axis=0)]
+    return tuple(slice(_strip(x, thin), len(x) - _strip(x[::-1], thin)) for x in shares)
 
 
-def _windows(found: pydicom.Dataset) -> int:
-    """How many views the file offers."""
-    if "VOILUTSequence" in found:
-        return len(found.VOILUTSequence)
-    return found["WindowCenter"].VM if "WindowCenter" in found else 0
+def _strip(shares: np.ndarray, thin: int) -> int:
+    """How many lines at the start are a strip, by the share of each that is saturated."""
+    lines = int((shares < FULL).argmax())
+    # tissue that is saturated at the chest wall has no such edge
+    return lines if lines <= thin and shares[lines] < EMPTY else 0
 
 
 def _largest(mask: np.ndarray) -> tuple[np.ndarray, int]:

@@ -115,6 +115,7 @@ def card(name: str, settings: Settings, seed: int) -> dict:
         "grade: highest voxel of the slice for expert masks, else case_ISUP",
         f"unlabelled: slices with gland ({', else '.join(GLANDS)}) of patients without csPCa",
         "masks at the nearest voxel in space; slices counted from feet to head",
+        "DICOM: rescaled; pixel padding as background",
         f"crop {width:g} mm around the gland, linear to {settings.spacing:g} mm, edge repeated",
         f"percentiles {LOW:g} to {HIGH:g} of the gland's voxels (else of the crop) to 0 to 255",
         f"patients divided 1611:200:238 by images, stratified by isup, seed {seed}",

@@ -170,7 +170,14 @@ def _placed(found, mapping: Mapping[str, str], notes: list[str]):
     folder = Path(files[0].path).parent
     text = f"{header.get('SeriesDescription', '')} {folder.name}".lower()
     axial, finest = _frame(header, folder)
-    if header.get("Modality") != "MR" or "t2" not in text or "loc" in text or not axial:
+    named = header.get("Modality") == "MR" and "t2" in text and "loc" not in text
+    if named and (header.get("NumberOfFrames") or 1) > 1:
+        raise Fault(
+            f"{files[0].path}: holds {header.NumberOfFrames} frames; one file per slice is needed"
+            " (emf2sf of dcm4che divides it), or the image as PATIENT_STUDY_t2w.mha",
+            "DICOM file of several frames",
+        )
+    if not named or not axial:
         notes.append("DICOM series that is not axial T2W: left out")
         return
     key = _study_of(folder, mapping)

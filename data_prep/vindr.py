@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from data_prep import birads, films
+from data_prep import birads, films, pictures
 from data_prep.tables import read_table
+from data_prep.volumes import Fault
 from data_prep.writer import Report
 from hallulib import UserError
 
@@ -102,9 +103,22 @@ def list_films(root: Path, three: str) -> tuple[pd.DataFrame, list[str]]:
 
 
 def find(root: Path, film: pd.Series) -> Path | None:
-    """The file of a film, or None."""
+    """The file of a film, or None.
+
+    Raises:
+        Fault: there is a copy as a picture instead.
+    """
     file = root / "images" / film["patient"] / f"{film['image']}.dicom"
-    return file if file.is_file() else None
+    if file.is_file():
+        return file
+    for suffix in pictures.SUFFIXES:
+        if (copy := file.with_suffix(suffix)).is_file():
+            raise Fault(
+                f"{copy}: copies differ in window and polarity and do not tell which; the .dicom"
+                " file is needed, or data_prep folder --csv, which takes pictures as they are",
+                "picture in the place of a DICOM file",
+            )
+    return None
 
 
 def read_findings(file: Path) -> dict[str, set[str]]:

@@ -50,7 +50,7 @@ def write_dicom(folder: Path, array, names=None, numbers=None, change=None, seri
         found.PixelSpacing = [SPACING[1], SPACING[0]]
         found.Rows, found.Columns = pixels.shape
         found.SamplesPerPixel, found.PhotometricInterpretation = 1, "MONOCHROME2"
-        found.BitsAllocated, found.BitsStored, found.HighBit = 16, 12, 11
+        found.BitsAllocated, found.BitsStored, found.HighBit = 16, 16, 15
         found.PixelRepresentation = 0
         found.PixelData = pixels.astype("<u2").tobytes()
         if change:

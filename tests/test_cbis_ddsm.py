@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from synthetic_mammogram import BORN, CODE, NAME, film, negative, planted, truncate, write
 
 from data_prep import mammogram
@@ -306,6 +307,30 @@ def test_of_several_files_the_one_of_the_table_is_taken_or_none(four, tmp_path, 
     found = data.open(tmp_path / "set")
     place = list(found.table["item"]).index("mass_train 1")
     assert np.array_equal(found.images[place, 0], mammogram.read(file, 16)[0])
+
+
+def test_the_copy_in_jpeg_is_read_by_its_series(tmp_path, capfd):
+    rows, seen = {}, []
+    for n, (name, (kind, part)) in enumerate(TABLES.items()):
+        path = f"{kind}-{part}_P_0000{n}_LEFT_CC/{UID}1/{UID}7{n}/000000.dcm"
+        rows[name] = [row(name, f"P_0000{n}", path=path)]
+        file = tmp_path / "copy" / "jpeg" / f"{UID}7{n}" / f"1-{30 + n}.jpg"
+        file.parent.mkdir(parents=True)
+        Image.fromarray((film(n) >> 8).astype(np.uint8)).save(file, quality=100)
+        seen.append(mammogram.read(write(tmp_path / "film.dcm", film(n)), 16)[0].astype(int))
+    tables = make_tables(tmp_path / "tables", rows)
+    assert run(tmp_path / "copy", tables, tmp_path / "set") == 0
+    found = data.open(tmp_path / "set")
+    order = [list(TABLES).index(item.split()[0]) for item in found.table["item"]]
+    assert np.abs(found.images[:, 0] - np.array(seen)[order]).max() <= 3
+    assert found.card["report"]["film read from a picture: grey values as they are"] == 4
+    file.with_name("1-99.jpg").write_bytes(file.read_bytes())
+    assert "holds 2 JPEG files" in refused(capfd, tmp_path / "copy", tables, tmp_path / "other")
+    file.write_bytes(b"no JPEG")
+    file.with_name("1-99.jpg").unlink()
+    assert "not a whole image" in refused(capfd, tmp_path / "copy", tables, tmp_path / "other")
+    assert run(tmp_path / "copy", tables, tmp_path / "other", "--on-fault", "skip") == 0
+    assert data.open(tmp_path / "other").card["report"]["film left out: unreadable picture"] == 1
 
 
 def test_a_truncated_film_stops_or_is_left_out(four, tmp_path, capfd):

@@ -19,7 +19,7 @@ import test_vindr
 from pydicom.datadict import DicomDictionary, dictionary_keyword, dictionary_VR
 
 from conftest import ROOT, size_for_tests
-from data_prep import dicom, mammogram
+from data_prep import dicom, grey
 from data_prep.__main__ import main
 from hallulib import data, notebooks
 
@@ -27,7 +27,7 @@ NAME, UID, DATE = "ZQJANSEN", "1.2.987654321.4711", "19301231"
 PLANTED = dict.fromkeys("LO SH PN LT ST UT UC AE CS".split(), NAME) | {"UI": UID, "DA": DATE}
 SECRETS = [NAME, NAME.lower(), UID, "987654321", DATE, "PIETERSEN"]
 # what decides how pixels are read or which series is taken stays as it is
-KEPT = {*mammogram.TAGS, *dicom.IMAGE_TAGS, "Modality", "SpecificCharacterSet"}
+KEPT = {*grey.SHOWN_TAGS, *dicom.IMAGE_TAGS, "Modality", "SpecificCharacterSet"}
 
 
 def identifiers() -> pydicom.Dataset:

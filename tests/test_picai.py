@@ -212,7 +212,7 @@ def test_the_way_the_images_come_does_not_change_them(archive, prepared, tmp_pat
     if change == "DICOM":
         numbers = list(range(SHAPE[0]))[::-1]
         names = [f"{n}.dcm" for n in np.random.default_rng(0).permutation(SHAPE[0])]
-        write_dicom(images / key / "any", image_of(key), names, numbers, _unmarked)
+        write_dicom(images / key / "any", image_of(key), names, numbers)
     else:
         file = write(images / "10003" / f"{key}_t2w.mha", image_of(key))
         if change == "zip only":
@@ -223,10 +223,6 @@ def test_the_way_the_images_come_does_not_change_them(archive, prepared, tmp_pat
     study = read_case(case[0], Settings(size=16, spacing=1.0))
     expected = prepared.images[prepared.table["study"] == "1000003"]
     assert np.array_equal(np.stack(study.images), expected)
-
-
-def _unmarked(k, found):
-    found.BitsStored, found.HighBit = 16, 15
 
 
 # ------------------------------------------------------------------------------ rules by hand
@@ -308,6 +304,17 @@ def test_dicom_that_is_not_axial_t2w_is_left_out(archive, tmp_path):
 
 
 # -------------------------------------------------------------------------------- bad input
+
+
+def several_frames(images, labels):
+    def change(k, found):  # as enhanced MR: place and direction are those of each frame
+        found.NumberOfFrames = len(array)
+        found.PixelData = array.astype("<u2").tobytes()
+        del found.ImagePositionPatient, found.ImageOrientationPatient, found.PixelSpacing
+
+    array = image_of("10003_1000003")
+    shutil.rmtree(images / "10003")
+    write_dicom(images / "10003_1000003" / "1", array[:1], change=change)
 
 
 def nan(images, labels):
@@ -406,6 +413,7 @@ FAULTS = {
     gland_of_other_values: "mask with unknown values",
     thousands_of_slices: "too many slices",
     words_for_numbers: "unreadable DICOM file",
+    several_frames: "DICOM file of several frames",
     nan: "pixels not finite",
     truncated_image: "truncated or damaged file",
     truncated_mask: "truncated or damaged file",

@@ -154,6 +154,19 @@ def test_missing_and_repeated_films_and_findings_are_counted(tmp_path):
     )
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_copy_as_a_picture_is_refused_with_the_way_out(tmp_path, capfd, suffix):
+    root = make(tmp_path / "in")
+    file = next((root / "images" / identifier("s", 1)).iterdir())
+    file.rename(file.with_suffix(suffix))
+    told = refused(capfd, root)
+    assert told.startswith(str(file.with_suffix(suffix)))
+    assert "the .dicom file is needed, or data_prep folder --csv" in told
+    assert run(root, tmp_path / "set", "--on-fault", "skip") == 0
+    report = data.open(tmp_path / "set").card["report"]
+    assert report["film left out: picture in the place of a DICOM file"] == 1
+
+
 def put(old: str, new: str):
     """A change of the first row."""
     return lambda lines: [lines[0], lines[1].replace(old, new, 1), *lines[2:]]

@@ -111,6 +111,7 @@ def test_two_slices_at_one_place_are_refused(tmp_path, array):
         ("PixelSpacing", [0.9, 0.9], "differ in shape, spacing or direction"),
         ("ImageOrientationPatient", [1, 0, 0, 0, 1, 0], "differ in shape, spacing or direction"),
         ("PhotometricInterpretation", "MONOCHROME1", "single MONOCHROME2 slices are needed"),
+        ("PresentationLUTShape", "INVERSE", "single MONOCHROME2 slices are needed"),
     ],
 )
 def test_a_slice_that_differs_is_refused(tmp_path, array, tag, value, told):
