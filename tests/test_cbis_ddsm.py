@@ -117,7 +117,7 @@ def refused(capfd, *command) -> str:
     told = [line for line in capfd.readouterr().err.splitlines() if line and "item" not in line]
     assert len(told) == 1
     left = set(command[2].parent.iterdir()) - set(before)
-    assert left <= {command[2].with_name("set.partial")}
+    assert left <= {command[2].with_name(command[2].name + ".partial")}
     return told[0]
 
 

@@ -164,7 +164,7 @@ def test_a_copy_as_a_picture_is_refused_with_the_way_out(tmp_path, capfd, suffix
     assert "the .dicom file is needed, or data_prep folder --csv" in told
     assert run(root, tmp_path / "set", "--on-fault", "skip") == 0
     report = data.open(tmp_path / "set").card["report"]
-    assert report["film left out: picture in the place of a DICOM file"] == 1
+    assert report["left out: picture in the place of a DICOM file"] == 1
 
 
 def put(old: str, new: str):
