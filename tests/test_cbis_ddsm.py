@@ -330,7 +330,7 @@ def test_the_copy_in_jpeg_is_read_by_its_series(tmp_path, capfd):
     file.with_name("1-99.jpg").unlink()
     assert "not a whole image" in refused(capfd, tmp_path / "copy", tables, tmp_path / "other")
     assert run(tmp_path / "copy", tables, tmp_path / "other", "--on-fault", "skip") == 0
-    assert data.open(tmp_path / "other").card["report"]["film left out: unreadable picture"] == 1
+    assert data.open(tmp_path / "other").card["report"]["left out: unreadable picture"] == 1
 
 
 def test_a_truncated_film_stops_or_is_left_out(four, tmp_path, capfd):
