@@ -58,7 +58,7 @@ def same_json(one, other):
         return json.loads(one) == json.loads(other)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(share=st.floats(0, 1), bit=st.integers(0, 7), which=st.integers(0, 100))
 def test_a_flipped_bit_is_refused_or_means_the_same(saved, share, bit, which):
     with tempfile.TemporaryDirectory() as home:
