@@ -56,13 +56,13 @@ class ImageEstimator(BaseEstimator):
         check(self)
         rows, y = validate_data(self, self._flat(X), y)
         check_classification_targets(y)
-        self.classes_, position = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
+        classes, position = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
             raise OneClass(f"1 class found, {str(y[0])!r}; at least 2 classes are needed")
         images = self._images(rows)
         if _from_0(rows, images):
             raise UserError(f"{_reach(images)}, {FROM_0}")
-        self.darkest_ = float(images.min())
+        self.classes_, self.darkest_ = classes, float(images.min())
         return images, position
 
     def _further(self, X, learns: bool = False) -> Images:
@@ -133,7 +133,7 @@ class ImageEstimator(BaseEstimator):
             UserError: there is no such device.
         """
         device = str(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        if not re.fullmatch(r"cpu|mps|xpu|cuda(:\d+)?", device):
             raise UserError(f"device is {device!r}; 'cpu', 'cuda' or None is needed")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(
