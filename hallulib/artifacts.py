@@ -77,7 +77,7 @@ def load_or_train(
             cannot be written.
     """
     name = re.sub(r"[^\w-]+", "-", name)  # a name may come from a data set: it stays one folder
-    folder = runs_folder() / f"{name}-{_key(settings)}"
+    folder = runs_folder() / f"{name}-{key(settings)}"
     if parallel.is_main() and (folder / CARD).exists():
         # left by a run that was killed as it finished; from scratch must not go on from it
         disk.drop(folder / CHECKPOINT)
@@ -123,7 +123,8 @@ def _train(folder: Path, train: Callable[..., None], settings: dict, together: b
         finish(folder, settings, time.monotonic() - start)
 
 
-def _key(settings: dict) -> str:
+def key(settings: dict) -> str:
+    """A short checksum of what JSON can hold."""
     canonical = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
@@ -131,13 +132,11 @@ def _key(settings: dict) -> str:
 def finish(folder: Path, settings: dict, seconds: float) -> None:
     """Declare a run finished: write its card at once, and only then drop its checkpoint."""
     disk.drop_partial(folder)
-    made_of = folder / CARD, folder / CHECKPOINT
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p not in made_of)
     card = {
         "settings": settings,
         "seconds": round(seconds, 1),
         "made_with": provenance(),
-        "sha256": {p.relative_to(folder).as_posix(): _sha256(p) for p in files},
+        "sha256": disk.checksums(folder, without=(CARD, CHECKPOINT)),
     }
     write_json(folder / CARD, card)
     disk.drop(folder / CHECKPOINT)
@@ -159,20 +158,20 @@ def is_finished(folder: Path, settings: dict) -> bool:
             f"{folder / CARD} is not the card of a run ({type(error).__name__}); settings and"
             f" sha256 are needed: delete {folder} or fetch it again"
         ) from error
-    if _key(found) != _key(settings):
+    if key(found) != key(settings):
         return False
-    for file, checksum in sums.items():
-        if not (folder / file).is_file() or _sha256(folder / file) != checksum:
-            raise UserError(
-                f"{folder / file} is missing or is not the file that the run wrote "
-                f"(SHA-256 {checksum[:12]}...); delete {folder} or fetch it again"
-            )
+    changed = disk.changed(folder, sums)
+    if changed:
+        raise UserError(
+            f"{folder / changed} is missing or is not the file that the run wrote "
+            f"(SHA-256 {sums[changed][:12]}...); delete {folder} or fetch it again"
+        )
     return True
 
 
 def contents(folder: Path) -> str:
     """Checksum of what a finished run wrote, whenever and wherever that was."""
-    return _key(json.loads((folder / CARD).read_text())["sha256"])
+    return key(json.loads((folder / CARD).read_text())["sha256"])
 
 
 def ship(folder: Path, name: str) -> Path:
@@ -237,8 +236,3 @@ def write_json(path: Path, content: dict) -> None:
     """Write JSON beside its place and rename it, so that no reader sees half of it."""
     with disk.whole(path) as partial:
         partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

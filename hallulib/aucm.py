@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hallulib import UserError
+from hallulib.seeding import seeded
 
 # all that an optimiser of this kind remembers of one parameter
 MEMORIES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -165,7 +166,7 @@ def optimizer(
     for own in (loss.a, loss.b, loss.alpha):
         own.data = own.data.to(device)
     options = dict(lr=lr, weight_decay=weight_decay, epoch_decay=epoch_decay, momentum=momentum)
-    with torch.random.fork_rng(devices=[]):
+    with seeded():  # its random reference is replaced below
         pesg = PESG(weights, loss_fn=loss, mode=mode, device=device, verbose=False, **options)
     for reference, value in zip(pesg.model_ref or (), pesg.params, strict=False):
         reference.copy_(value.detach())

@@ -47,9 +47,21 @@ from hallulib.backbone import read, train_resnet
 from hallulib.data import ImageSet
 from hallulib.few_labels import choose, read_scores
 from hallulib.quality import AnyImages
+from hallulib.sample import SAMPLERS
 from hallulib.score import ScoreModel
 from hallulib.selection import FeatureSpace, copy_threshold, take
-from hallulib.settings import check_known, check_least
+from hallulib.settings import (
+    Above0,
+    Amount,
+    Positive,
+    Seed,
+    Several,
+    ShareAbove0,
+    ShareBelow1,
+    Width,
+    check,
+    one_of,
+)
 from hallulib.shapes import Images, Labels
 from hallulib.supports import augmented
 
@@ -91,38 +103,29 @@ class Trial:
     """
 
     scheme: str
-    share: float | int = 0.05
-    folds: int = 5
-    encoding: int = 1500
-    encoder_width: int = 32
-    factor: int = 4
-    pretraining: int = 3000
-    width: int = 32
-    steering: int = 300
-    steer: str = "classifier"
-    gradient_scale: float | int = 2.0
-    guidance_scale: float | int = 2.0
-    sampler: str = "dpm_solver"
-    sampler_steps: int = 20
-    ratio: float | int = 1.0
-    candidates: int = 4
-    confidence: float | int = 0.5
-    resnet_steps: int = 300
-    resnet_width: int = 16
-    n_test: int = 600
-    seed: int = 0
+    share: ShareAbove0 = 0.05
+    folds: Positive = 5
+    encoding: Positive = 1500
+    encoder_width: Width = 32
+    factor: Positive = 4
+    pretraining: Positive = 3000
+    width: Width = 32
+    steering: Positive = 300
+    steer: one_of(STEERS) = "classifier"
+    gradient_scale: Amount = 2.0
+    guidance_scale: Amount = 2.0
+    sampler: one_of(SAMPLERS) = "dpm_solver"
+    sampler_steps: Positive = 20
+    ratio: Above0 = 1.0
+    candidates: Positive = 4
+    confidence: ShareBelow1 = 0.5
+    resnet_steps: Positive = 300
+    resnet_width: Positive = 16
+    n_test: Several = 600
+    seed: Seed = 0
 
     def __post_init__(self):
-        check_least(self, folds=1, encoding=1, encoder_width=8, pretraining=1, width=8, n_test=2)
-        check_least(
-            self, steering=1, sampler_steps=1, candidates=1, resnet_steps=1, resnet_width=1
-        )
-        check_known(self, steer=STEERS)
-        if not (0 < self.share <= 1 and self.ratio > 0 and 0 <= self.confidence < 1):
-            raise UserError(
-                f"share {self.share}, ratio {self.ratio}, confidence {self.confidence} found; a "
-                "share above 0 to 1, a ratio above 0 and a confidence from 0 to below 1 are needed"
-            )
+        check(self)
 
 
 @dataclass(frozen=True)

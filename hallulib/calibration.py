@@ -204,10 +204,19 @@ def _root(rising: Callable[[float], float], low: float, high: float) -> float:
     return high if rising(high) <= 0 else brentq(rising, low, high, xtol=1e-13)
 
 
-def _log_priors(log_density: LogDensities, priors: Priors | None) -> Float[Tensor, " k"]:
-    k = log_density.shape[1]
+def finite(log_density: LogDensities) -> LogDensities:
+    """What it is given.
+
+    Raises:
+        UserError: a log-density that is not finite, of which nothing follows.
+    """
     if not torch.isfinite(log_density).all():
         raise UserError("a log-density is not finite; all must be finite numbers")
+    return log_density
+
+
+def _log_priors(log_density: LogDensities, priors: Priors | None) -> Float[Tensor, " k"]:
+    k = finite(log_density).shape[1]
     given = torch.as_tensor([1 / k] * k if priors is None else priors, dtype=torch.float64)
     if len(given) != k or not (given >= 0).all() or abs(float(given.sum()) - 1) > 1e-6:
         raise UserError(
@@ -249,11 +258,16 @@ def log_odds(log_posterior: LogDensities) -> LogDensities:
     Args:
         log_posterior: log-probabilities up to a constant per row.
 
+    Raises:
+        UserError: one that is not finite, or a single class, whose odds are not.
+
     Example:
         >>> log_odds(torch.tensor([[0.0, 2000.0]], dtype=torch.float64))
         tensor([[-2000.,  2000.]], dtype=torch.float64)
     """
-    k = log_posterior.shape[1]
+    k = finite(log_posterior).shape[1]
+    if k < 2:
+        raise UserError(f"{k} class found; log-odds need at least 2")
     own = torch.eye(k, dtype=torch.bool, device=log_posterior.device)
     others = log_posterior.double()[:, None].masked_fill(own, -math.inf).logsumexp(2)
     return log_posterior.double() - others

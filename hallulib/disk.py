@@ -5,10 +5,11 @@ looks there. A failure removes it, and what a killed process left is written ove
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -94,6 +95,51 @@ def whole_files(folder: Path) -> Iterator[Path]:
                 _move(file, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def anew(folder: Path) -> Iterator[None]:
+    """An empty folder to write files into, which a failure removes.
+
+    Args:
+        folder: what it held is lost, so nothing may need it before all is written.
+
+    Raises:
+        UserError: it cannot be emptied or made.
+    """
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def checksums(folder: Path, without: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of every file in a folder and below, by its path in there.
+
+    Args:
+        folder: of the files.
+        without: paths in there that are left out.
+    """
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: _sha256(files[name]) for name in sorted(files) if name not in without}
+
+
+def changed(folder: Path, sums: Mapping[str, str]) -> str | None:
+    """The first file that is missing or has another checksum, if there is one."""
+    for name, checksum in sums.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != checksum:
+            return name
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def drop(file: Path) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from hallulib import UserError
 from hallulib.data import ImageSet
 from hallulib.integrity import SPLITS, count_units
-from hallulib.settings import check_known, check_least
+from hallulib.settings import Count, Positive, Seed, Several, check, one_of
 
 Draw = np.random.Generator
 
@@ -105,6 +105,14 @@ class Episodes:
         set()
     """
 
+    n_way: Several
+    k_shot: Positive
+    n_query: Positive
+    n_spare: Count
+    seed: Seed
+    share_patients: bool
+    frequencies: one_of(("balanced", "natural"))
+
     def __init__(
         self,
         images: ImageSet,
@@ -122,8 +130,7 @@ class Episodes:
         self.n_way = len(images.classes(scheme)) if n_way is None else n_way
         self.k_shot, self.n_query, self.n_spare, self.seed = k_shot, n_query, n_spare, seed
         self.share_patients, self.frequencies = share_patients, frequencies
-        check_least(self, n_way=2, k_shot=1, n_query=1, n_spare=0, seed=0)
-        check_known(self, frequencies=("balanced", "natural"))
+        check(self)
         patient = np.arange(len(images)) if share_patients else images.table["patient"]
         self._patient = np.unique(patient, return_inverse=True)[1]
         found = self._grouped(images, scheme, split)

@@ -27,13 +27,24 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from hallulib import UserError, artifacts, disk, metrics
+from hallulib.adaptation import ADAPTS
 from hallulib.backbone import read, train_resnet
 from hallulib.calibration import log_odds
 from hallulib.data import ImageSet
 from hallulib.gaussian import MovedGaussian
 from hallulib.quality import features
 from hallulib.score_classifier import ScoreClassifier
-from hallulib.settings import check_least
+from hallulib.settings import (
+    Amount,
+    Confidence,
+    Count,
+    Positive,
+    Seed,
+    Several,
+    Width,
+    check,
+    one_of,
+)
 from hallulib.shapes import Labels
 from hallulib.train import pretrained
 
@@ -76,28 +87,27 @@ class Contest:
     """
 
     scheme: str
-    per_class: int = 0
-    n_test: int = 240
-    pretraining: int = 2000
-    steps: int = 400
+    per_class: Count = 0
+    n_test: Several = 240
+    pretraining: Positive = 2000
+    steps: Positive = 400
     shift: bool = False
-    copies: int = 0
-    adapt: str = "all"
-    lr: float | int = 4e-4
-    class_rate: float | int = 25
-    width: int = 24
-    effort: int = 32
-    confidence: float | int = 0.99
-    power: float | int = 0.5
-    weigh: int = 2
-    weigh_up_to: int = 20
-    resnet_steps: int = 400
-    resnet_width: int = 24
-    seed: int = 0
+    copies: Count = 0
+    adapt: one_of(ADAPTS) = "all"
+    lr: Amount = 4e-4
+    class_rate: Amount = 25
+    width: Width = 24
+    effort: Several = 32
+    confidence: Confidence = 0.99
+    power: Amount = 0.5
+    weigh: Count = 2
+    weigh_up_to: Count = 20
+    resnet_steps: Positive = 400
+    resnet_width: Positive = 24
+    seed: Seed = 0
 
     def __post_init__(self):
-        check_least(self, per_class=0, n_test=2, pretraining=1, steps=1, copies=0, width=8)
-        check_least(self, weigh=0, weigh_up_to=0, effort=2, resnet_steps=1, resnet_width=1)
+        check(self)
 
 
 def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd.DataFrame:

@@ -30,7 +30,7 @@ from hallulib.adaptation import ADAPTS, SupportEncoder, adaptable, relabelled
 from hallulib.episodes import Episode
 from hallulib.sample import SAMPLERS, draw
 from hallulib.score import ScoreModel, denoising_loss, stratified_times
-from hallulib.settings import check_known, check_least
+from hallulib.settings import Amount, Count, Positive, Share, ShareAbove0, check, one_of
 from hallulib.shapes import Images, Labels
 from hallulib.supports import Shots, Source, check_support
 
@@ -61,25 +61,20 @@ class Recipe:
         UserError: an unknown name or an impossible number.
     """
 
-    condition: str = "class"
-    adapt: str = "all"
-    rank: int = 4
-    adapt_steps: int = 1
-    lr: float | int = 2e-4
-    copies: int = 2
-    p_uncond: float | int = 0.1
-    guidance_scale: float | int = 2.0
-    start_time: float | int = 1.0
-    sampler: str = "dpm_solver"
-    sampler_steps: int = 5
+    condition: one_of(("class", "support")) = "class"
+    adapt: one_of(ADAPTS) = "all"
+    rank: Positive = 4
+    adapt_steps: Count = 1
+    lr: Amount = 2e-4
+    copies: Positive = 2
+    p_uncond: Share = 0.1
+    guidance_scale: Amount = 2.0
+    start_time: ShareAbove0 = 1.0
+    sampler: one_of(SAMPLERS) = "dpm_solver"
+    sampler_steps: Positive = 5
 
     def __post_init__(self):
-        check_known(self, condition=("class", "support"), adapt=ADAPTS, sampler=tuple(SAMPLERS))
-        check_least(self, rank=1, adapt_steps=0, lr=0, copies=1, guidance_scale=0, sampler_steps=1)
-        if not 0 <= self.p_uncond <= 1:
-            raise UserError(f"p_uncond is {self.p_uncond}; 0 to 1 is needed")
-        if not 0 < self.start_time <= 1:
-            raise UserError(f"start_time is {self.start_time}; above 0 to 1 is needed")
+        check(self)
 
 
 class Hallucinator(Source):

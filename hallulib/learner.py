@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hallulib import UserError, aucm, checkpoint
+from hallulib import aucm, checkpoint
 from hallulib.prototypes import PrototypeClassifier
-from hallulib.settings import check_known, check_least
+from hallulib.settings import Above0, Amount, Positive, check, one_of
 from hallulib.shapes import Images, Labels
 from hallulib.supports import Shots
 
@@ -44,21 +44,17 @@ class Fit:
         UserError: an unknown name or an impossible number.
     """
 
-    loss: str = "aucm"
-    lr: float | int = 1e-3
-    weight_decay: float | int = 1e-2
-    mode: str = "adam"
-    inner: str = "exact"
-    margin: float | int = 1.0
-    weight: float | int = 1.0
-    candidates: int = 1
+    loss: one_of(("aucm", "cross_entropy")) = "aucm"
+    lr: Amount = 1e-3
+    weight_decay: Amount = 1e-2
+    mode: one_of(("adam", "sgd")) = "adam"
+    inner: one_of(("exact", "running")) = "exact"
+    margin: Above0 = 1.0
+    weight: Amount = 1.0
+    candidates: Positive = 1
 
     def __post_init__(self):
-        check_known(self, loss=("aucm", "cross_entropy"), mode=("adam", "sgd"))
-        check_known(self, inner=("exact", "running"))
-        check_least(self, lr=0, weight_decay=0, margin=0, weight=0, candidates=1)
-        if not self.margin > 0:
-            raise UserError(f"margin is {self.margin}; a number above 0 is needed")
+        check(self)
 
 
 class Learner:

@@ -12,7 +12,6 @@ Source:
 """
 
 import json
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from sklearn.base import ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
 from hallulib import UserError, artifacts, prototypes, unet
 from hallulib.adaptation import relabelled
-from hallulib.calibration import log_odds
+from hallulib.calibration import finite, log_odds
 from hallulib.episodes import Episode
 from hallulib.hallucinate import Hallucinator
 from hallulib.image_estimator import ImageEstimator
 from hallulib.learner import surest
 from hallulib.prototypes import PrototypeClassifier
+from hallulib.settings import Count, of_kind
 from hallulib.trial import Trial
 
 
@@ -63,6 +62,9 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
         ((6, 2), (2, 1, 1, 32, 32))
     """
 
+    pretrained: of_kind(Path | str, "the folder of a run is needed")
+    n_hallucinated: Count
+
     # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
     def __init__(
         self,
@@ -93,15 +95,7 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
                 are of another size.
             ValueError: scikit-learn's own checks of X and y.
         """
-        if not isinstance(self.n_hallucinated, Integral) or self.n_hallucinated < 0:
-            raise UserError(
-                f"n_hallucinated is {self.n_hallucinated!r}; a whole number from 0 on is needed"
-            )
-        if not isinstance(self.pretrained, str | Path):
-            raise UserError(f"pretrained is {self.pretrained!r}; the folder of a run is needed")
-        x, y = self._first(X, y)
-        check_classification_targets(y)
-        self.classes_, position = np.unique(y, return_inverse=True)
+        x, position = self._first(X, y)
         names = tuple(map(str, self.classes_))
         trial, source, networks = _trained(Path(self.pretrained), names, self._on())
         if tuple(x.shape[1:]) != source.model.network.shape:
@@ -160,7 +154,7 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
         x, network = self._further(X), self.network_
         means = self.prototypes_[:, None].to(self._on())
         parts = [network.logits(network.embed(p.to(self._on())), means) for p in x.split(256)]
-        return torch.cat(parts).cpu()
+        return finite(torch.cat(parts).cpu())
 
 
 def _trained(

@@ -6,20 +6,29 @@ import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
 from sklearn.model_selection import StratifiedKFold
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from hallulib import UserError, checkpoint, runs, unet
 from hallulib.adaptation import ADAPTS, adaptable, relabelled, shifted
 from hallulib.bound import bound, common_errors, decide
-from hallulib.calibration import LogDensities, fit_temperature, log_odds, posterior
+from hallulib.calibration import LogDensities, finite, fit_temperature, log_odds, posterior
 from hallulib.classmodel import check_images
-from hallulib.image_estimator import ImageEstimator, Others
+from hallulib.image_estimator import ImageEstimator, OneClass, Others
 from hallulib.levels import Levels, informative_levels, leads, weighed_levels
 from hallulib.likelihood import dequantise, log_density
 from hallulib.score import ScoreModel
-from hallulib.settings import check_least
+from hallulib.settings import (
+    Above0,
+    Amount,
+    Confidence,
+    Count,
+    Folder,
+    Positive,
+    Width,
+    of_kind,
+    one_of,
+)
 from hallulib.shapes import Images
 from hallulib.supports import moved
 from hallulib.train import pretrain
@@ -91,6 +100,26 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         (8,)
     """
 
+    pretrained: of_kind(ScoreModel | Path | str | None, "a score model or its folder is needed")
+    adapt: one_of(ADAPTS)
+    shift: bool
+    copies: Count
+    steps: Count
+    batch_size: Positive
+    lr: Amount
+    class_rate: Amount
+    width: Width
+    method: one_of(METHODS)
+    effort: Positive
+    confidence: Confidence
+    power: Amount
+    weigh: Count
+    centre: bool
+    temperature: Above0
+    batch: Positive
+    folder: Folder
+    verbose: bool | int
+
     # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
     def __init__(
         self,
@@ -156,24 +185,15 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                 a checkpoint of another training.
             ValueError: scikit-learn's own checks of X and y.
         """
-        if self.method not in METHODS or self.adapt not in ADAPTS:
-            raise UserError(
-                f"method {self.method!r}, adapt {self.adapt!r} found; one of "
-                f"{', '.join(METHODS)} and one of {', '.join(ADAPTS)} are needed"
-            )
-        check_least(self, channels=1, copies=0, steps=0, batch_size=1, width=8, power=0, batch=1)
-        check_least(self, effort=1 if self.method == "decide" else 2)
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; a number above 0 is needed")
-        own, y = self._first(X, y)
-        check_classification_targets(y)
-        self.classes_, position = np.unique(y, return_inverse=True)
+        own, position = self._first(X, y)
+        if self.effort < 2 and self.method != "decide":
+            raise UserError(f"effort is {self.effort}; at least 2 is needed, or method 'decide'")
         labels = torch.from_numpy(position)
         self.priors_ = self._priors(labels)
         others = own[:0]
         if unlabelled is not None:
-            others = self._further(unlabelled)
-        adaptive = self.method == "decide" and len(self.classes_) > 1
+            others = self._further(unlabelled, learns=True)
+        adaptive = self.method == "decide"
         weighed = self._best_band(own, labels, others) if adaptive and self.weigh else None
         folder = None if self.folder is None else Path(self.folder)
         self.model_ = self._trained(own, labels, others, folder)
@@ -213,10 +233,13 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             y: their labels.
 
         Raises:
-            UserError: a label that was not in the training.
+            UserError: a label that was not in the training, or labels of one class.
         """
         check_is_fitted(self)
-        position = torch.from_numpy(np.searchsorted(self.classes_, self._known(y)))
+        y = self._known(y)
+        if len(np.unique(y)) < 2:
+            raise OneClass("images of 1 class found; a temperature needs those of at least 2")
+        position = torch.from_numpy(np.searchsorted(self.classes_, y))
         self.temperature_ = fit_temperature(self.log_ratio(X), position, self.priors_)
         return self
 
@@ -231,9 +254,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         """
         x, k = self._further(X).to(self._on()), len(self.classes_)
         common = {"seed": self._seed, "batch": self.batch}
-        if k == 1:
-            value, evaluations = torch.zeros(len(x), 1), torch.zeros(len(x), dtype=torch.int64)
-        elif self.method == "decide":
+        if self.method == "decide":
             race = self._race()
             race |= {"first": min(4, race["pairs"]), "confidence": self.confidence}
             if self.offset_.any():
@@ -248,7 +269,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                 value = log_density(self.model_, x, steps=self.effort - 1, **common).value
             value = value.double().cpu() - self.offset_[:, 0]
             evaluations = torch.full((len(x),), k * self.effort)
-        value = value - value.max(1, keepdim=True).values
+        value = finite(value) - value.max(1, keepdim=True).values
         return (value, evaluations.cpu().numpy()) if return_evaluations else value
 
     def predict_proba(self, X) -> np.ndarray:

@@ -105,7 +105,8 @@ class SDE(ABC):
     def prior_log_prob(self, x_1: Images) -> PerImage:
         """Log-density of pure noise, in nats per image."""
         sigma = float(self.alpha_sigma(torch.ones((), dtype=torch.float64))[1])
-        return torch.distributions.Normal(0.0, sigma).log_prob(x_1).flatten(1).sum(1)
+        normal = torch.distributions.Normal(0.0, sigma, validate_args=False)  # NaN gives NaN
+        return normal.log_prob(x_1).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)

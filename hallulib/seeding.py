@@ -1,21 +1,35 @@
 """Initial weights from a seed, whatever random numbers the program around it uses."""
 
-import contextlib
-from collections.abc import Iterator
+import operator
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
-@contextlib.contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
+class _Drawing(TorchDispatchMode):
+    """Hands a generator to every random operation of this thread that was given none."""
+
+    def __init__(self, rng: torch.Generator):
+        super().__init__()
+        self.rng = rng
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            kwargs = kwargs | {"generator": self.rng}
+            # some, as randn, take a generator under another name than without
+            func = getattr(func.overloadpacket, "generator", func)
+        return func(*args, **kwargs)
+
+
+def seeded(seed: int = 0) -> TorchDispatchMode:
     """Networks that are built within, on the CPU, start at weights that the seed alone decides.
 
-    The global random numbers are as before afterwards, those of GPUs too: ``torch.manual_seed``
-    would seed all of them anew.
+    The layers of PyTorch draw from the random numbers that all threads share. Within this
+    context, those of this thread draw from a generator of their own, and get the numbers that
+    they would get after ``torch.manual_seed(seed)``; no other generator moves.
 
     Args:
         seed: any whole number.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(seed))
-        yield
+    return _Drawing(torch.Generator().manual_seed(operator.index(seed)))

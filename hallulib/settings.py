@@ -1,45 +1,95 @@
 """Settings as dataclasses: what they may be, and how a short text makes one set from another."""
 
 import dataclasses
+import functools
 import math
 import re
 import typing
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from hallulib import UserError
 
 Settings = TypeVar("Settings")
+Real = float | int
 
 
-def check_least(settings: object, **least: float | int) -> None:
-    """Refuse numbers that are too small, infinite or no numbers.
+def of_kind(kind: object, needed: str, **bounds: object) -> object:
+    """A kind of setting, and the end of the sentence about what is none."""
+    return Annotated[kind, Field(description=needed, **bounds)]
+
+
+def one_of(names: Collection[str]) -> object:
+    """The kind of a setting that is one of these names."""
+    return of_kind(str, f"known: {', '.join(names)}", pattern=f"^({'|'.join(names)})$")
+
+
+Count = of_kind(int, "at least 0 is needed", ge=0)
+Positive = of_kind(int, "at least 1 is needed", ge=1)
+Several = of_kind(int, "at least 2 is needed", ge=2)
+# of networks that norm groups of channels
+Width = of_kind(int, "a multiple of 8 is needed", ge=8, multiple_of=8)
+# NumPy, PyTorch and scikit-learn all take these
+Seed = of_kind(int, "at least 0 is needed, and at most 2**32 - 1", ge=0, le=2**32 - 1)
+Amount = of_kind(Real, "at least 0 is needed", ge=0)
+Above0 = of_kind(Real, "a number above 0 is needed", gt=0)
+Share = of_kind(Real, "0 to 1 is needed", ge=0, le=1)
+ShareAbove0 = of_kind(Real, "above 0 to 1 is needed", gt=0, le=1)
+ShareBelow1 = of_kind(Real, "0 to below 1 is needed", ge=0, lt=1)
+Confidence = of_kind(Real, "0.5 to 1 is needed", ge=0.5, le=1)
+Folder = of_kind(Path | str | None, "a folder or None is needed")
+# where the kind itself is another
+NEEDED = {
+    "int_type": "a whole number is needed",
+    "float_type": "a number is needed",
+    "bool_type": "True or False is needed",
+    "string_type": "text is needed",
+    "tuple_type": "a tuple is needed",
+}
+
+
+def check(settings: object) -> None:
+    """Refuse settings that are not of the kinds that their class declares.
+
+    Nothing is converted: ``"2"``, ``True`` and ``2.5`` are no whole numbers, infinity no number.
 
     Args:
-        settings: holds them as attributes.
-        least: name of each and the least it may be.
+        settings: a dataclass, or any object with annotated attributes; numbers of NumPy may be
+            among them.
 
     Raises:
-        UserError: one of them is less.
+        UserError: naming the first that is not, what it is and what is needed.
+
+    Example:
+        >>> from hallulib.hallucinate import Recipe
+        >>> Recipe(rank=0)
+        Traceback (most recent call last):
+        hallulib.UserError: rank is 0; at least 1 is needed
     """
-    for name, low in least.items():
-        if not low <= getattr(settings, name) < math.inf:
-            raise UserError(f"{name} is {getattr(settings, name)}; at least {low} is needed")
+    kinds = _kinds(type(settings))
+    values = {name: getattr(settings, name) for name in kinds.model_fields}
+    values |= {k: v.item() for k, v in values.items() if isinstance(v, np.generic)}
+    try:
+        kinds(**values)
+    except ValidationError as faults:
+        fault = faults.errors()[0]
+        name = fault["loc"][0]
+        needed = NEEDED.get(fault["type"], kinds.model_fields[name].description)
+        raise UserError(f"{name} is {values[name]!r}; {needed}") from None
 
 
-def check_known(settings: object, **known: Collection[str]) -> None:
-    """Refuse names that nobody knows.
-
-    Args:
-        settings: holds them as attributes.
-        known: name of each and the values it may have.
-
-    Raises:
-        UserError: one of them is another.
-    """
-    for name, values in known.items():
-        if getattr(settings, name) not in values:
-            raise UserError(f"{name} is {getattr(settings, name)!r}; known: {', '.join(values)}")
+@functools.cache
+def _kinds(settings: type) -> type[BaseModel]:
+    """What a class declares, as that which can check it."""
+    strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    hints = typing.get_type_hints(settings, include_extras=True)
+    return create_model(
+        settings.__name__, __config__=strict, **{name: (kind, ...) for name, kind in hints.items()}
+    )
 
 
 def vary(standard: Settings, changes: Mapping[str, object] | str) -> Settings:
@@ -74,7 +124,8 @@ def vary(standard: Settings, changes: Mapping[str, object] | str) -> Settings:
             names = ", ".join(sorted(key for key in known if "." not in key))
             raise UserError(f"no setting {name!r} to vary; known: {names}")
         part, field = known[name]
-        new[part][field.name] = _like(field, value, getattr(parts[part], field.name))
+        kind = typing.get_type_hints(type(parts[part]))[field.name]
+        new[part][field.name] = _like(field.name, kind, value, getattr(parts[part], field.name))
     for part in parts:
         if part:
             new[""][part] = dataclasses.replace(parts[part], **new[part])
@@ -91,9 +142,9 @@ def _pairs(changes: str) -> dict[str, str]:
     return {pair[1]: pair[2] for pair in pairs}
 
 
-def _like(field: dataclasses.Field, value: object, old: object) -> object:
+def _like(name: str, kind: object, value: object, old: object) -> object:
     """A value, or its text, as the kind of thing that the setting holds."""
-    kinds = typing.get_args(field.type) or (field.type,)
+    kinds = typing.get_args(kind) or (kind,)
     kind = float if float in kinds else kinds[0]
     text = str(value)
     try:
@@ -102,9 +153,7 @@ def _like(field: dataclasses.Field, value: object, old: object) -> object:
             return tuple(_read(part, kind) for part in re.split(r",\s*", parts) if parts)
         return _read(text, kind)
     except (ValueError, KeyError):
-        raise UserError(
-            f"setting {field.name} = {text!r}; a value like {old!r} is needed"
-        ) from None
+        raise UserError(f"setting {name} = {text!r}; a value like {old!r} is needed") from None
 
 
 def _read(text: str, kind: type) -> object:

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.utils import check_consistent_length
-from sklearn.utils.multiclass import check_classification_targets
 
 from hallulib import UserError, augment, autoencoder, encoding, runs, train, unet
 from hallulib.backbone import train_resnet
 from hallulib.image_estimator import ImageEstimator, Others
 from hallulib.selection import FeatureSpace, copy_threshold, take
+from hallulib.settings import Above0, Amount, Positive, ShareBelow1, Width
 
 
 class SyntheticAugmenter(ImageEstimator):
@@ -57,6 +57,18 @@ class SyntheticAugmenter(ImageEstimator):
         >>> some.synthetic_.shape, len(some.verdicts_)
         ((48, 1, 16, 16), 48)
     """
+
+    ratio: Above0
+    candidates: Positive
+    confidence: ShareBelow1
+    gradient_scale: Amount
+    encoding: Positive
+    pretraining: Positive
+    width: Width
+    factor: Positive
+    steering: Positive
+    sampler_steps: Positive
+    resnet_steps: Positive
 
     # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
     def __init__(
@@ -106,15 +118,13 @@ class SyntheticAugmenter(ImageEstimator):
             UserError: a setting or an image that does not suit, or fewer than two classes.
             ValueError: scikit-learn's own checks of X and y.
         """
-        x, y = self._first(X, y)
-        check_classification_targets(y)
-        self.classes_, position = np.unique(y, return_inverse=True)
+        x, position = self._first(X, y)
         names, seed = [str(c) for c in self.classes_], self._seed
         labels, rarest = torch.from_numpy(position), np.bincount(position).min()
-        if len(names) < 2 or rarest < 2:
+        if rarest < 2:
             raise UserError(
                 f"{len(names)} classes, the rarest with {rarest} images, found; at least 2 "
-                "classes and 2 images of each are needed"
+                "images of each are needed"
             )
         trial = augment.Trial(
             "y",
@@ -131,7 +141,7 @@ class SyntheticAugmenter(ImageEstimator):
             resnet_steps=self.resnet_steps,
             seed=seed,
         )
-        others = x if unlabelled is None else self._further(unlabelled)
+        others = x if unlabelled is None else self._further(unlabelled, learns=True)
         prior = self._prior(others)
         judge = train_resnet(
             x,
@@ -157,7 +167,7 @@ class SyntheticAugmenter(ImageEstimator):
         that many were admitted.
 
         Args:
-            X: labelled images, in any form; the answer has the form of ``X``, and 8-bit integers
+            X: labelled images, in any form; the answer has the form of ``X``, and grey levels
                 where ``X`` holds them.
             y: their labels.
 
@@ -170,8 +180,9 @@ class SyntheticAugmenter(ImageEstimator):
         n = augment.per_class(self.ratio, len(x), len(self.classes_))
         kept = take(self.verdicts_, n, [str(c) for c in self.classes_])
         both = np.concatenate([x.numpy(), self.synthetic_[kept]]).reshape(-1, *np.shape(X)[1:])
-        if getattr(X, "dtype", None) in (np.uint8, torch.uint8):
-            both = ((both + 1) * 127.5).round().astype(np.uint8)
+        given = np.asarray(self._flat(X)).dtype
+        if given.kind in "iu":
+            both = ((both + 1) * 127.5).round().astype(given)
         return both, np.concatenate([y, self.labels_[kept]])
 
     def fit_resample(self, X, y, unlabelled=None) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from hallulib import UserError
 from hallulib.hallucinate import Recipe, check_pool
 from hallulib.learner import Fit
 from hallulib.prototypes import PrototypeClassifier
-from hallulib.settings import check_known, check_least
+from hallulib.settings import Count, Positive, Seed, Several, Width, check, one_of
 from hallulib.supports import CHANGES, Source
 
 GENERATORS = ("score_model", "oracle", "memory", *CHANGES)
@@ -49,35 +49,33 @@ class Trial:
 
     train_scheme: str
     test_scheme: str
-    n_way: int = 4
-    k_shot: int = 1
-    n_query: int = 5
-    n_spare: int = 2
+    n_way: Several = 4
+    k_shot: Positive = 1
+    n_query: Positive = 5
+    n_spare: Count = 2
     counts: tuple[int, ...] = (0, 1, 2)
-    generator: str = "score_model"
-    pretraining: int = 4000
-    pretraining_width: int = 24
+    generator: one_of(GENERATORS) = "score_model"
+    pretraining: Count = 4000
+    pretraining_width: Width = 24
     forget: bool = False
-    pool: int = 0
+    pool: Count = 0
     kind: str = "bdc"
     metric: str = "cosine"
-    width: int = 12
-    reduce_to: int = 64
-    steps: int = 300
+    width: Positive = 12
+    reduce_to: Positive = 64
+    steps: Count = 300
     decays: tuple[float, ...] = (0.6, 0.85)
-    per_epoch: int = 50
-    n_validation: int = 20
-    n_episodes: int = 1000
-    seed: int = 0
+    per_epoch: Positive = 50
+    n_validation: Count = 20
+    n_episodes: Several = 1000
+    seed: Seed = 0
     recipe: Recipe = field(default_factory=Recipe)
     fit: Fit = field(default_factory=Fit)
 
     def __post_init__(self):
-        check_known(self, generator=GENERATORS)
+        check(self)
         if 0 not in self.counts or max(self.counts) < 1 or min(self.counts) < 0:
             raise UserError(f"counts are {self.counts}; 0 and some number above it are needed")
-        check_least(self, pool=0, steps=0, per_epoch=1, n_validation=0, n_episodes=2)
-        check_least(self, n_spare=0, pretraining=0, seed=0)
         if not all(0 <= part <= 1 for part in self.decays):
             raise UserError(f"decays are {self.decays}; parts of the training, 0 to 1, are needed")
         if self.pool and self.generator == "score_model":

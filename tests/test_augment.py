@@ -154,8 +154,8 @@ def test_guidance_without_a_classifier_does_as_well(phantom, found):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(share=0), "share 0, ratio 1.0, confidence 0 found; a share above 0 to 1"),
-        (dict(confidence=1.0), "confidence 1.0 found"),
+        (dict(share=0), "share is 0; above 0 to 1 is needed"),
+        (dict(confidence=1.0), "confidence is 1.0; 0 to below 1 is needed"),
         (dict(steer="wish"), "steer is 'wish'; known: classifier, free"),
         (dict(folds=0), "folds is 0; at least 1 is needed"),
     ],

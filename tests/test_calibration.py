@@ -11,6 +11,7 @@ from hallulib import UserError
 from hallulib.calibration import (
     calibration_error,
     fit_temperature,
+    log_odds,
     posterior,
     risk_coverage,
     threshold,
@@ -241,6 +242,9 @@ HALVES, TWO = torch.full((2, 2), 0.5), torch.tensor([0, 1])
         (lambda: fit_temperature(HALVES, TWO + 1), "label 2 found; 2 classes need labels 0 to 1"),
         (lambda: fit_temperature(HALVES, TWO, [1.0, 0.0]), "a true class has the prior 0"),
         (lambda: fit_temperature(HALVES * math.inf, TWO), "a log-density is not finite"),
+        (lambda: log_odds(HALVES * math.inf), "a log-density is not finite"),
+        (lambda: log_odds(HALVES * math.nan), "a log-density is not finite"),
+        (lambda: log_odds(HALVES[:, :1]), "1 class found; log-odds need at least 2"),
         (lambda: calibration_error(HALVES, TWO, bins=0), "bins is 0; at least 1 is needed"),
         (lambda: calibration_error(2 * HALVES, TWO), "a row holds no probabilities"),
         (lambda: calibration_error(HALVES * math.nan, TWO), "a row holds no probabilities"),

@@ -1,6 +1,7 @@
 """ScoreClassifier is a scikit-learn estimator wherever its input is images."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ EXPECTED = {
 
 
 class Framed(ScoreClassifier):
-    """Any table as images of 8 x 8: squashed into [-1, 1], then framed by zeros.
+    """Any table as images of 8 x 8: squashed into [-1, 1], then framed in black.
 
     Scikit-learn's checks use tables of 1 to 20 columns of any range; all else is the estimator's.
     """
@@ -43,7 +44,7 @@ class Framed(ScoreClassifier):
         )
 
     def _images(self, rows):
-        framed = np.zeros((len(rows), 64), np.float32)
+        framed = np.full((len(rows), 64), -1, np.float32)
         columns = min(rows.shape[1], 64)
         framed[:, :columns] = np.tanh(rows[:, :columns])
         return super()._images(framed)
@@ -207,8 +208,8 @@ def test_training_goes_on_from_its_folder(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(method="guess"), "method 'guess'"),
-        (dict(adapt="some"), "adapt 'some'"),
+        (dict(method="guess"), "method is 'guess'; known: decide, bound, exact"),
+        (dict(adapt="some"), "adapt is 'some'; known: all, classes, low_rank"),
         (dict(priors="mine"), "priors is 'mine'"),
         (dict(priors=(0.5, 0.6)), "2 numbers above 0 that sum to 1"),
         (dict(priors=(np.nan, 0.5)), "2 numbers above 0 that sum to 1"),
@@ -377,10 +378,30 @@ def test_low_rank_changes_and_labels_of_any_kind_come_back(fitted, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_what_was_saved_on_a_gpu_can_be_read_where_there_is_none(fitted, tmp_path):
-    fitted.save(tmp_path / "one")
-    state = tmp_path / "one" / "estimator.json"
-    state.write_text(state.read_text().replace('"device": null', '"device": "cuda"'))
+    copy.deepcopy(fitted).set_params(device="cuda").save(tmp_path / "one")
     with pytest.raises(UserError, match="device is 'cuda', and PyTorch finds no GPU"):
         ScoreClassifier.load(tmp_path / "one")
     again = ScoreClassifier.load(tmp_path / "one", device="cpu")
     assert again.predict(bars(4)[0]).shape == (4,)
+
+
+@pytest.mark.parametrize("method", ["decide", "bound", "exact"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_gives_no_number_gives_no_answer(fitted, method, value):
+    broken = copy.deepcopy(fitted).set_params(method=method)
+    with torch.no_grad():
+        broken.model_.network.unet.conv_out.bias.fill_(value)
+    for answer in (broken.predict, broken.predict_proba, broken.decision_function):
+        with pytest.raises(UserError, match="not finite"):
+            answer(bars(4)[0])
+
+
+def test_the_same_seed_gives_the_same_model_in_threads():
+    def fit(seed):
+        model = ScoreClassifier(steps=1, random_state=seed, **TINY).fit(*bars(8)).model_
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    expected = [fit(seed) for seed in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(lambda i: fit(i % 2), range(4))):
+            assert torch.equal(found, expected[i % 2])

@@ -14,11 +14,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import toy_archive
 from killing import Server
 from safetensors import safe_open
+from toy_greys import GREY, moved
 
 from hallulib import data
+from hallulib.estimators import ScoreClassifier
 
 WORKS = ["pretraining", "joint_training", "cells", "archive"]
 KILLS = 20
@@ -178,3 +181,38 @@ def test_seed_and_versions_stand_in_what_a_work_leaves(whole, work):
             assert told <= set(card["made_with"])
             settings = card.get("settings") or card["parameters"]
             assert settings.get("seed", settings.get("SEED")) == 0
+
+
+LIVES = {
+    "killed": {"half": True, "dies_at": 1},
+    "no space": {"code": errno.ENOSPC, "fails_from": 1},
+}
+
+
+@pytest.mark.parametrize("how", LIVES)
+def test_an_estimator_that_stops_at_any_write_is_the_old_or_the_new_one(server, tmp_path, how):
+    """Every operation of a save over another one is once the one at which it ends."""
+    old, new = (weights(moved(GREY, random_state=seed)) for seed in (0, 1))
+    moved(GREY).save(tmp_path / "old")
+    folder, (*fixed, (at, count)) = tmp_path / "one", LIVES[how].items()
+    found = []
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", folder)
+        told = server.live("estimator", folder, **dict(fixed) | {at: count})
+        found.append(weights(ScoreClassifier.load(folder)))
+        assert found[-1] in (old, new)
+        if not told["killed"] and told["error"] is None:
+            break
+        if not told["killed"]:
+            refused(told["error"], folder, errno.ENOSPC)
+            assert found[-1] == old
+        count += 1
+    assert found[-1] == new
+    assert found.count(old) > 10
+
+
+def weights(estimator):
+    """All numbers of its network."""
+    held = estimator.model_.state_dict().values()
+    return torch.cat([v.flatten() for v in held]).numpy().tobytes()

@@ -13,6 +13,7 @@ import nbformat
 import torch
 import toy_archive
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from toy_greys import GREY, moved
 from toy_task import IMAGES
 
 from hallulib import evaluation, grid, notebooks, oneshot, train
@@ -79,9 +80,14 @@ def archive(folder: Path) -> None:
     toy_archive.make(folder / "set", overwrite=True)
 
 
+def estimator(folder: Path) -> None:
+    """A classifier that takes the place of another."""
+    moved(GREY, random_state=1).save(folder)
+
+
 def warm() -> None:
     """What a first call does once for all later ones."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        for work in (pretraining, joint_training, cells, archive):
+        for work in (pretraining, joint_training, cells, archive, estimator):
             work(Path(folder) / work.__name__)
