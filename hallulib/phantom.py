@@ -195,7 +195,8 @@ def _scores() -> Iterator[int]:
     So even a small split has every ISUP, and no count strays from its share.
     """
     group = ceiling.membership(SCHEMES, "isup", "phantom")
-    share, given = FREQUENCY @ group, np.zeros(len(GS))
+    # no matrix product: its last bit, which decides ties, depends on the processor
+    share, given = (FREQUENCY[:, None] * group).sum(0), np.zeros(len(GS))
     while True:
         isup = (share * (given.sum() + 1) - given @ group).argmax()
         within = FREQUENCY * group[:, isup] / share[isup]

@@ -1,6 +1,9 @@
 """The phantom: what is true of every data set it draws, and of the ceiling it promises."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -281,3 +284,28 @@ def test_an_empty_data_set_is_possible():
     images, table, _ = phantom.prostate(n_unlabelled=0, n_train=0, n_val=0, n_test=0)
     assert images.shape == (0, 1, 64, 64)
     assert list(table.columns[:2]) == ["patient", "split"]
+
+
+DRAW = """
+import hashlib
+from hallulib import phantom
+told = phantom.prostate(16, n_unlabelled=0, n_train=600, n_val=60, n_test=60)[1].to_csv()
+print(hashlib.sha256(told.encode()).hexdigest())
+"""
+
+
+def test_patients_and_grades_are_the_same_on_every_processor():
+    """Sums of shares tie now and then, and kernels of matrix products round differently."""
+    kernels = ("Haswell", "SkylakeX", "Prescott")  # of OpenBLAS; others ignore the name
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", DRAW],
+            env=os.environ | {"OPENBLAS_CORETYPE": kernel},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for kernel in kernels
+    ]
+    told = {process.communicate()[0] for process in started}
+    assert len(told) == 1
+    assert len(told.pop().strip()) == 64
