@@ -31,19 +31,20 @@ chapters: $(READY)  ## only the chapters at test size
 	@exec $(BIN)/python -m pytest -m chapter
 
 grid: $(READY)  ## run a chapter with each cell of a grid (GRID=book/grids/NAME.yaml)
-	@exec $(BIN)/python -m hallulib.grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS)) \
+	@exec $(BIN)/python -m hallulib grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS)) \
 		$(if $(ADDRESS),--address "$(ADDRESS)")
 
-doctor: $(READY)  ## what is installed, what is wrong with it, what chapters cost (PARAMS=...)
-	@exec $(BIN)/python -m hallulib.doctor $(if $(PARAMS),--params "$(PARAMS)")
+doctor: $(READY)  ## what is installed, what is wrong with it, what chapters took here
+	@exec $(BIN)/python -m hallulib doctor
 
 weights: $(READY)  ## train the weights that ship with the library anew (two hours or more)
-	@exec $(BIN)/python -c "from hallulib import artifacts, data, oneshot, train; \
+	@exec $(BIN)/python -c "from hallulib import data, oneshot; \
+		from hallulib.diffusion import train; from hallulib.storage import store; \
 		images = data.open('phantom', 32); \
 		run = train.pretrained(images, scheme='isup', steps=4000, width=24, from_scratch=True)[1]; \
-		print(artifacts.ship(run, 'score-phantom')); \
+		print(store.ship(run, 'score-phantom')); \
 		run = oneshot.run(images, oneshot.Trial('isup', 'isup'), from_scratch=True).folder; \
-		print(artifacts.ship(run, 'one-shot-phantom'))"
+		print(store.ship(run, 'one-shot-phantom'))"
 
 lint: $(READY)  ## style of code and notebooks, outputs in notebooks
 	@$(BIN)/ruff check .

@@ -16,11 +16,15 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+import house
 import nbformat
 import papermill
 
-from hallulib import UserError, commands, disk, notebooks
-from hallulib.notebooks import chapters, read_parameters
+from hallulib import UserError
+from hallulib.__main__ import run
+from hallulib.notebook import grid, parameters
+from hallulib.notebook.parameters import chapters
+from hallulib.storage import disk
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
@@ -70,10 +74,10 @@ def execute(chapter: Path, out: Path, chosen: dict, title: str | None = None) ->
         papermill.PapermillExecutionError: if it failed otherwise.
     """
     mark = fingerprint(chapter, chosen)  # before: the library may be edited while this runs
-    running = out.parent.parent / "running" / chapter.name
+    running, start = out.parent.parent / "running" / chapter.name, time.monotonic()
     with disk.writing(out):
         running.parent.mkdir(parents=True, exist_ok=True)
-        notebook = notebooks.execute(
+        notebook = grid.execute(
             chapter,
             running,
             chosen,
@@ -83,6 +87,7 @@ def execute(chapter: Path, out: Path, chosen: dict, title: str | None = None) ->
         # widgets of a stopped kernel: the page would ask another host for their scripts
         notebook.metadata.pop("widgets", None)
         notebook.metadata["fingerprint"] = mark
+        notebook.metadata["seconds"] = round(time.monotonic() - start, 1)  # the doctor tells them
         nbformat.write(notebook, running)
         os.replace(running, out)
 
@@ -95,7 +100,7 @@ def is_current(chapter: Path, out: Path, chosen: dict) -> bool:
 
 
 def collect(source: Path, target: Path) -> None:
-    """Copy the pages, the references and the pictures beside the executed chapters."""
+    """Copy pages, references, pictures beside the executed chapters; write what is generated."""
     folders = "_ext", "params", "grids", "results", "__pycache__"
     unwanted = shutil.ignore_patterns("*.ipynb", "*.py", *folders, ".*")
 
@@ -109,6 +114,7 @@ def collect(source: Path, target: Path) -> None:
         for old in chapters(target):
             if old.name not in kept:
                 old.unlink()
+        house.write(target)
 
 
 def publish(pages: Path, html: Path) -> None:
@@ -155,7 +161,7 @@ def build(source: Path, target: Path, chosen: dict[str, dict]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, 1 if a chapter failed, or as `hallulib.commands.run`."""
+    """The command line; returns 0, 1 if a chapter failed, or as `hallulib.__main__.run`."""
     parser = argparse.ArgumentParser(description="Execute the chapters and publish the book.")
     parser.add_argument("--params", type=Path, metavar="FILE", help="YAML: NAME: value")
     parser.add_argument(
@@ -164,13 +170,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, default=ROOT / "book", help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, default=BUILD, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    return commands.run(lambda: _bring_up(**vars(options)))
+    return run(lambda: _bring_up(**vars(options)))
 
 
 def _bring_up(params: Path | None, pairs: list, source: Path, target: Path) -> int:
     start = time.monotonic()
     try:
-        build(source, target, read_parameters(params, pairs, source))
+        build(source, target, parameters.of_chapters(params, pairs, source))
     except papermill.PapermillExecutionError as error:
         print(error, file=sys.stderr)
         return 1

@@ -5,7 +5,8 @@ import importlib
 import sys
 from functools import partial
 
-from hallulib import UserError, commands
+from hallulib import UserError
+from hallulib.__main__ import run
 
 ARCHIVES = {
     "folder": "images in one folder per class, images and a CSV, or tiles without labels",
@@ -40,20 +41,20 @@ def parser(archive: str | None = None) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == archive:
-            importlib.import_module(f"data_prep.{name}").add_arguments(sub)
+            importlib.import_module(f"data_prep.archives.{name}").add_arguments(sub)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one archive; returns the exit status, see `hallulib.commands.run`."""
+    """Runs one archive; returns the exit status, see `hallulib.__main__.run`."""
     given = sys.argv[1:] if arguments is None else arguments
     args = parser(given[0] if given else None).parse_args(given)
-    return commands.run(partial(_make, args))
+    return run(partial(_make, args))
 
 
 def _make(args: argparse.Namespace) -> int:
     try:
-        report = importlib.import_module(f"data_prep.{args.archive}").run(args)
+        report = importlib.import_module(f"data_prep.archives.{args.archive}").run(args)
     except OSError as error:
         raise UserError(
             f"{error.filename}: {error.strerror}; a readable file is needed"

@@ -42,7 +42,7 @@ class Archive:
         steps: how labels and splits were made.
         warnings: what readers of the card must know.
         official: the archive says what is test.
-        unit: what it tells of each film, see `hallulib.integrity.UNITS`.
+        unit: what it tells of each film, see `hallulib.data.checks.UNITS`.
     """
 
     origin: str

@@ -8,7 +8,7 @@ import pandas as pd
 from data_prep import files, pictures
 from data_prep.plan import split_name
 from hallulib import UserError
-from hallulib.integrity import SPLITS
+from hallulib.data.checks import SPLITS
 
 AGAIN = "further link to an image left out"
 EMPTY = "folder without image"

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from hallulib import UserError
-from hallulib.disk import CannotWrite, writing
+from hallulib.storage.disk import CannotWrite, writing
 
 SET = {"images.npy", "table.csv", "card.json"}
 NEW, REPLACED, LOCK = "set", "replaced", "lock"

@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_prep import crop, decoding
 from hallulib import UserError
-from hallulib.integrity import map_array
+from hallulib.data.checks import map_array
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".npy"}
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # whatever the name: others run programs, as PostScript
@@ -103,7 +103,7 @@ class Square:
         return self.side**2 - height * width
 
     def average(self, size: int) -> np.ndarray:
-        """The square made smaller, to the byte as `hallulib.area.area_average` would.
+        """The square made smaller, to the byte as `hallulib.data.area.area_average` would.
 
         Averaged along the longer axis first, so that memory is bounded by the pixels of the
         picture, however long it is.

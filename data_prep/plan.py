@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from hallulib import UserError
-from hallulib.integrity import SPLITS, UNITS, check_disjoint
+from hallulib.data.checks import SPLITS, UNITS, check_disjoint
 
 OWN_PATIENT = (
     "image without patient: counted as its own, so leaks between splits cannot be excluded"
@@ -405,7 +405,7 @@ def _deal(plan: pd.DataFrame, rows: pd.Series, shares: Mapping[str, float], seed
     """Gives splits to some rows; the shares need not sum to 1, all is train if they sum to 0."""
     if not rows.any():
         return
-    from hallulib.data import split_patients  # late: imports torch, which not all need
+    from hallulib.data.imageset import split_patients  # late: imports torch, which not all need
 
     shares = shares if sum(shares.values()) > 0 else {"train": 1.0}
     shares = {split: share / sum(shares.values()) for split, share in shares.items()}

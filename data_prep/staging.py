@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from hallulib import UserError
-from hallulib.disk import writing
+from hallulib.storage.disk import writing
 
 LISTED = 50  # faults that are named; one more, and reading stops
 UNREADABLE = "unreadable file"

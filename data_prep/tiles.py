@@ -68,7 +68,7 @@ class Archive:
         labels: label scheme -> value -> meaning; the first is the default.
         warnings: what readers of the card must know.
         width: of a tile, in mm; None if tiles differ or it is not known.
-        unit: what the archive tells of each tile, see `hallulib.integrity.UNITS`.
+        unit: what the archive tells of each tile, see `hallulib.data.checks.UNITS`.
     """
 
     origin: str

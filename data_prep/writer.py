@@ -38,8 +38,8 @@ from data_prep.staging import (
     stage,
 )
 from hallulib import UserError
-from hallulib.disk import writing
-from hallulib.integrity import count_units
+from hallulib.data.checks import count_units
+from hallulib.storage.disk import writing
 
 __all__ = ["Item", "Report", "Study", "by_fraction", "prepare", "versions"]
 
@@ -55,7 +55,7 @@ class Report:
         out: the image set.
         images: how many.
         patients: how many, or what stands for them.
-        unit: what that is, a key of `hallulib.integrity.UNITS`.
+        unit: what that is, a key of `hallulib.data.checks.UNITS`.
         splits: split -> class of the first scheme ("" = none) -> images.
         counts: what was odd, by name -> how often.
         warnings: what readers of the card must know.
@@ -154,7 +154,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def _divide(table: pd.DataFrame, scheme: str, fractions: Mapping[str, float], seed: int):
-    from hallulib.data import split_patients  # late: imports torch, which workers do not need
+    # late: imports torch, which workers do not need
+    from hallulib.data.imageset import split_patients
 
     todo = table[table["split"] == ""]
     return split_patients(list(todo["patient"]), list(todo[scheme]), fractions, seed)
@@ -169,7 +170,7 @@ def _complete(card: dict) -> dict:
 
 
 def _assemble(out: Path, new: Path, items, staged, card, splits, notes) -> Report:
-    from hallulib import data
+    from hallulib.data import imageset
 
     abouts = [read_about(path) for path in staged]
     left_out = [fault for about in abouts for fault in about["faults"]]
@@ -187,10 +188,10 @@ def _assemble(out: Path, new: Path, items, staged, card, splits, notes) -> Repor
     report = Report(out, **counts, **told, **about)
     card |= {"counts": counts | {"splits": report.splits}, "report": report.counts}
     card |= {"warnings": warnings}
-    data.check_table(table, card, out.name)
+    imageset.check_table(table, card, out.name)
     with writing(out):
         _write(new, staged, (len(table), *shape), table, card)
-        data.open(new)
+        imageset.open(new)
         put(new, out)
     return report
 

@@ -1,5 +1,8 @@
 """Score-based diffusion for medical images with few labels: the library of the book."""
 
+import importlib
+from collections.abc import Callable
+
 __version__ = "0.1.0"
 
 
@@ -12,3 +15,20 @@ class UserError(Exception):
 
     def _render_traceback_(self):
         return [f"UserError: {self}"]
+
+
+def lazily(room: str, **modules: str) -> Callable[[str], object]:
+    """The ``__getattr__`` of a room: it hands out names of its modules when they are asked for.
+
+    Args:
+        room: its dotted name.
+        modules: module -> the names it hands out, separated by spaces.
+    """
+    places = {name: module for module, names in modules.items() for name in names.split()}
+
+    def find(name: str) -> object:
+        if name not in places:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{room}.{places[name]}"), name)
+
+    return find

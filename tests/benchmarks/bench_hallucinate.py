@@ -14,19 +14,19 @@ import time
 import numpy as np
 import torch
 
-from hallulib import data, meta, oneshot
-from hallulib.hallucinate import Pool
-from hallulib.meta import Method
-from hallulib.metrics import mean_interval, paired_difference
-from hallulib.settings import vary
-from hallulib.supports import Source
+from hallulib.data import imageset
+from hallulib.evidence.metrics import mean_interval, paired_difference
+from hallulib.oneshot import experiment, joint
+from hallulib.oneshot.hallucinate import Pool, Source
+from hallulib.oneshot.joint import Method
+from hallulib.storage.settings import vary
 
 SLOW = "sampler=ancestral sampler_steps=1000"
 
 
 def seconds(source, learner, images, episode, repeats):
     """Median wall time of one joint episode."""
-    support, query = meta.pictures(images, episode, learner.classifier.log_scale.device)
+    support, query = joint.pictures(images, episode, learner.classifier.log_scale.device)
     answers = torch.as_tensor(episode.answers, device=query.device)
     times = []
     for seed in range(repeats):
@@ -47,25 +47,25 @@ def main():
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--train", type=int, default=100)
     options = parser.parse_args()
-    images = data.open("phantom", 32)
-    standard = oneshot.Trial("isup", "isup", counts=(0, 2), n_episodes=options.episodes)
+    images = imageset.open("phantom", 32)
+    standard = experiment.Trial("isup", "isup", counts=(0, 2), n_episodes=options.episodes)
     found = {}
     for name, changes in {"few steps": "nothing", "ancestral": SLOW}.items():
         trial = vary(standard, changes)
-        source, classifiers = oneshot.start(images, trial)
-        learner = meta.Learner(classifiers[2], 2, 4, trial.fit)
-        episode, repeats = oneshot.episodes(images, trial, "train")[0], 5 if name[0] == "f" else 1
-        source.make(episode, meta.pictures(images, episode, torch.device("cpu"))[0], 1, 0)  # warm
+        source, classifiers = experiment.start(images, trial)
+        learner = joint.Learner(classifiers[2], 2, 4, trial.fit)
+        episode, repeats = trial.episodes(images, "train")[0], 5 if name[0] == "f" else 1
+        source.make(episode, joint.pictures(images, episode, torch.device("cpu"))[0], 1, 0)  # warm
         found[name] = seconds(source, learner, images, episode, repeats)
         print(f"{name}: {found[name]:.2f} s per joint episode", flush=True)
     print(f"ratio: {found['ancestral'] / found['few steps']:.0f}", flush=True)
 
-    _, classifiers = oneshot.start(images, standard)
-    *_, state = meta.meta_train(
+    _, classifiers = experiment.start(images, standard)
+    *_, state = joint.meta_train(
         Source(),
         {0: classifiers[0]},
         images,
-        oneshot.episodes(images, standard, "train"),
+        standard.episodes(images, "train"),
         steps=options.train,
     )
     method = Method(2, state.learners[0].classifier)
@@ -74,9 +74,9 @@ def main():
         "few steps": "adapt_steps=0",
         "ancestral": SLOW + " adapt_steps=0",
     }.items():
-        pooled = Pool(oneshot.start(images, vary(standard, changes))[0], options.pool)
-        tasks = oneshot.episodes(images, standard, "test")
-        parts = meta.evaluate([method], pooled, images, tasks, options.episodes)
+        pooled = Pool(experiment.start(images, vary(standard, changes))[0], options.pool)
+        tasks = standard.episodes(images, "test")
+        parts = joint.evaluate([method], pooled, images, tasks, options.episodes)
         scores[name] = np.concatenate(list(parts))[:, 0]
         print(f"{name}: AUROC {mean_interval(scores[name])}", flush=True)
     print(f"few steps minus ancestral: {paired_difference(*scores.values())}")

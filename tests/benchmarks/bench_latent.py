@@ -17,21 +17,14 @@ import time
 
 import torch
 
-from hallulib import (
-    augment,
-    autoencoder,
-    data,
-    encoding,
-    metrics,
-    quality,
-    selection,
-    steering,
-    unet,
-)
-from hallulib.backbone import train_resnet
-from hallulib.few_labels import choose
-from hallulib.sample import draw
-from hallulib.train import pretrain
+from hallulib.augment import autoencoder, estimator, selection, steering
+from hallulib.data import imageset
+from hallulib.data.imageset import choose
+from hallulib.diffusion import unet
+from hallulib.diffusion.sample import draw
+from hallulib.diffusion.train import pretrain
+from hallulib.evidence import metrics, quality
+from hallulib.evidence.resnet import train_resnet
 
 
 def score_models(images, width, factor):
@@ -61,7 +54,7 @@ def per_image(model, x, steps):
 
 def speed(images, width, steps, compare):
     """Table 1."""
-    x = encoding.unlabelled(images)
+    x = images.unlabelled()
     coder, models = score_models(images, width, factor=4)
     seconds = {}
     for name, model in models.items():
@@ -89,7 +82,7 @@ def speed(images, width, steps, compare):
 def distances(images, x, width, steps):
     """Frechet distances after the same number of steps, beside that of other real images."""
     coder, models = score_models(images, width, factor=4)
-    for _ in encoding.train(coder, x, steps=steps // 2):
+    for _ in autoencoder.train(coder, x, steps=steps // 2):
         pass
     coder.eval().standardise(x[:500])
     real = quality.features(images.select("test").tensor()[:300])
@@ -110,7 +103,7 @@ def distances(images, x, width, steps):
 def admission(images, pretraining, training, n, factor):
     """Table 2."""
     scheme = images.schemes[0]
-    trial = augment.Trial(
+    trial = estimator.Trial(
         scheme,
         factor=factor,
         encoding=pretraining // 2,
@@ -120,12 +113,12 @@ def admission(images, pretraining, training, n, factor):
         steering=training,
         resnet_steps=training,
     )
-    found = augment.pretrained(images, trial)
+    found = estimator.pretrained(images, trial)
     known = images.select("train", labelled=scheme)
     labels = known.labels(scheme)
     rows = choose(labels, 0, 0, trial.share)
     x, y, names = known.tensor(rows), labels[rows], images.classes(scheme)
-    judge = steering.NoisyClassifier(found.model, names)
+    judge = steering.NoisyClassifier(found.model, len(names))
     for _ in steering.train(judge, found.autoencoder.encode(x), y, steps=training):
         pass
     network = train_resnet(x, y, steps=training, width=trial.resnet_width)
@@ -160,7 +153,7 @@ def main():
     parser.add_argument("--training", type=int, default=300)
     parser.add_argument("--factor", type=int, default=4)
     args = parser.parse_args()
-    images = data.open(args.data, args.size)
+    images = imageset.open(args.data, args.size)
     if args.steps:
         speed(images, args.width, args.steps, args.compare)
     if args.pretraining:

@@ -23,13 +23,19 @@ import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 
-from hallulib import data, metrics, unet
-from hallulib.artifacts import SHIPPED
-from hallulib.bound import common_errors, decide
-from hallulib.flow import directions
-from hallulib.levels import leads, weighed_levels
-from hallulib.likelihood import LogDensity, dequantise, log_density
-from hallulib.sde import per_image
+from hallulib.data import imageset
+from hallulib.diffusion import unet
+from hallulib.diffusion.sde import per_image
+from hallulib.evidence import metrics
+from hallulib.likelihood.bound import (
+    best_band,
+    common_errors,
+    decide,
+    informative_levels,
+    leads,
+)
+from hallulib.likelihood.density import LogDensity, dequantise, directions, log_density
+from hallulib.storage.store import SHIPPED
 
 CURVE = [("adams", n) for n in (8, 12, 16, 20, 24, 28, 32, 48, 64)]
 # pairs, pairs before a class may be dropped, confidence, noise with both signs
@@ -85,7 +91,7 @@ def by_standard_recipe(model, x):
     y = torch.arange(k).repeat(len(x))
     probe = directions(x, 1)[0]
     value, evaluations = standard_recipe(model, x.repeat_interleave(k, 0), y, probe)
-    return LogDensity(value.view(1, len(x), k), evaluations)
+    return LogDensity(value.view(len(x), k, 1), evaluations)
 
 
 def _timed(function, *args, **settings):
@@ -94,7 +100,7 @@ def _timed(function, *args, **settings):
     return time.perf_counter() - start, found
 
 
-def decision_against_exact(model, x, y, patients, known, levels):
+def decision_against_exact(model, x, y, patients, known, band):
     """Table 2. What all known images have in common is subtracted, as `ScoreClassifier` does."""
     exact_s, exact = _timed(log_density, model, dequantise(x), steps=28)
     exact = exact.value.argmax(1)
@@ -102,9 +108,10 @@ def decision_against_exact(model, x, y, patients, known, levels):
         f"exact, 29 evaluations: {exact_s / len(x):.3f} s an image, accuracy "
         f"{(exact == y).double().mean():.3f}, {len(x)} images"
     )
+    levels = informative_levels(model, known)
     for pairs, first, confidence, both in RACES:
         race = dict(pairs=pairs, antithetic=both)
-        race["levels"] = levels.peak() if pairs < 3 else levels  # one level says most at once
+        race["levels"] = band if pairs < 3 else levels  # one band says most at once
         offsets = common_errors(model, known, **race)
         told = dict(first=first, confidence=confidence, offsets=offsets)
         seconds, found = _timed(decide, model, x, **told, **race)
@@ -147,7 +154,7 @@ def main():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(f"{seconds:.2f} s, peak {peak:.0f} MiB")
         return
-    images = data.open(args.data, model.network.shape[1])
+    images = imageset.open(args.data, model.network.shape[1])
     scheme = next(s for s in images.schemes if set(images.classes(s)) >= set(model.labels))
     test = images.select("test", labelled=scheme)
     rows = np.sort(np.random.default_rng(0).choice(len(test), args.decisions, replace=False))
@@ -155,11 +162,11 @@ def main():
     known = images.select("val", labelled=scheme)
     seen = np.sort(np.random.default_rng(1).permutation(len(known))[:60])
     x_known = known.tensor(seen)
-    levels = weighed_levels(model.sde, leads(model, x_known, known.labels(scheme)[seen]))
+    band = best_band(model.sde, leads(model, x_known, known.labels(scheme)[seen]))
     if args.images:
         error_against_evaluations(model, dequantise(x[:: args.decisions // args.images]))
     patients = test.table["patient"].to_numpy()[rows]
-    decision_against_exact(model, x, y, patients, x_known, levels)
+    decision_against_exact(model, x, y, patients, x_known, band)
     growth(args.model)
 
 

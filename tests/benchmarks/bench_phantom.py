@@ -3,7 +3,7 @@
 import os
 import time
 
-from hallulib import phantom
+from data_prep.drawn import prostate
 
 RUNS = 5
 
@@ -13,7 +13,7 @@ def slices_per_second(size: int, n: int) -> float:
     seconds = []
     for _ in range(RUNS):
         start = time.perf_counter()
-        phantom.prostate(size, n_unlabelled=n, n_train=0, n_val=0, n_test=0)
+        prostate.prostate(size, n_unlabelled=n, n_train=0, n_val=0, n_test=0)
         seconds.append(time.perf_counter() - start)
     return n / min(seconds)
 
@@ -23,7 +23,7 @@ def main():
     for size, n in ((32, 4_000), (64, 2_000), (128, 500)):
         print(f"{size:4d} x {size:<4d} {slices_per_second(size, n):8.0f} slices/s")
     start = time.perf_counter()
-    best = phantom.best_auroc("isup")
+    best = prostate.best_auroc("isup")
     seconds = time.perf_counter() - start
     print(f"best_auroc {best:.4f} +- {best.standard_error:.4f} in {seconds:.2f} s")
 

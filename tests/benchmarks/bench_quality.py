@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hallulib import phantom, quality
-from hallulib.metrics import auroc, bootstrap
+from data_prep.drawn import prostate
+from hallulib.evidence import quality
+from hallulib.evidence.metrics import auroc, bootstrap
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "evidence"))
 from test_quality import FAULTS
 
 
 def halves(size, n):
     """Two sets of n images, each of another patient: slices of one patient are no new evidence."""
-    images, table, _ = phantom.prostate(size, 0, 30 * n, 8, 8, 8)
+    images, table, _ = prostate.prostate(size, 0, 30 * n, 8, 8, 8)
     shuffled = np.random.default_rng(0).permutation(len(table))
     _, first = np.unique(table.patient.to_numpy()[shuffled], return_index=True)
     chosen = np.random.default_rng(1).permutation(shuffled[first])[: 2 * n]
@@ -62,7 +63,6 @@ def costs(real, other):
         "features": lambda: quality.features(real),
         "frechet_distance": lambda: quality.frechet_distance(f, g),
         "kernel_distance": lambda: quality.kernel_distance(f, g),
-        "precision_recall": lambda: quality.precision_recall(f, g),
         "density_coverage": lambda: quality.density_coverage(f, g),
         "nearest": lambda: quality.nearest(real, other),
         "auroc, 1000 episodes": lambda: auroc(y, scores),

@@ -6,7 +6,7 @@ Twice: seconds of the clock with all cores, as a reader waits, and seconds of on
 import os
 import time
 
-from hallulib import tissue
+from data_prep.drawn import histology
 
 RUNS = 5
 
@@ -16,7 +16,7 @@ def tiles_per_second(size: int, n: int, clock) -> float:
     seconds = []
     for _ in range(RUNS):
         start = clock()
-        tissue.histology(size, n_unlabelled=n, n_train=0, n_val=0, n_test=0)
+        histology.histology(size, n_unlabelled=n, n_train=0, n_val=0, n_test=0)
         seconds.append(clock() - start)
     return n / min(seconds)
 
@@ -30,7 +30,7 @@ def main():
         worked = tiles_per_second(size, n, time.process_time)
         print(f"{size:4d} x {size:<4d} {waited:6.0f} tiles/s, {worked:6.0f} for each core")
     start = time.perf_counter()
-    best = tissue.best_accuracy("tissue")
+    best = histology.best_accuracy("tissue")
     seconds = time.perf_counter() - start
     print(f"best_accuracy {best:.4f} +- {best.standard_error:.4f} in {seconds:.2f} s")
 

@@ -13,8 +13,8 @@ import time
 import torch
 from diffusers import DDPMScheduler
 
-from hallulib import unet
-from hallulib.train import pretrain
+from hallulib.diffusion import unet
+from hallulib.diffusion.train import pretrain
 
 
 def stock_steps(model, images, batch, device):

@@ -1,0 +1,1 @@
+"""Image sets that are drawn: a prostate phantom, stained tissue, and their best possible score."""

@@ -1,0 +1,280 @@
+r"""Images to small latents and back: a variational autoencoder whose latents have unit variance.
+
+.. math:: z = \kappa\,(\mu(x) - m), \qquad x \approx \mathrm{dec}(z / \kappa + m)
+
+with the mean :math:`m` and the scale :math:`\kappa = 1/\mathrm{std}` of the latents of the
+training images, so that a diffusion made for images of unit variance suits the latents too. Both
+are kept in the stock configuration (``shift_factor``, ``scaling_factor``) beside the weights.
+
+It learns to keep pixels and edges. No trained network is asked what looks right, in contrast to a
+perceptual loss, and no adversary: edges are compared at three resolutions (`sharpness`).
+
+Source:
+    Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022, sections
+    3.1 and 4.3.2 (rescaling), appendix G (terms), https://arxiv.org/abs/2112.10752; the network is
+    diffusers' ``AutoencoderKL``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hallulib import UserError
+from hallulib.diffusion import unet
+from hallulib.shapes import Images, Latents, PerImage, seeded
+from hallulib.storage import checkpoint, disk, parallel
+from hallulib.storage.checkpoint import Stateful
+
+TERMS = ("pixels", "sharpness", "kl")
+LATENT_CHANNELS = 4
+
+
+class Autoencoder(nn.Module):
+    """An ``AutoencoderKL`` between images in [-1, 1] and latents of unit variance.
+
+    Args:
+        kl: the network; its ``scaling_factor`` and ``shift_factor`` are those of `standardise`.
+    """
+
+    def __init__(self, kl: AutoencoderKL):
+        super().__init__()
+        self.kl = kl
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the image along each side of a latent position."""
+        return 2 ** (len(self.kl.config.block_out_channels) - 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        side = self.kl.config.sample_size // self.factor
+        return self.kl.config.latent_channels, side, side
+
+    @torch.no_grad()
+    def encode(self, images: Images, batch_size: int = 64) -> Latents:
+        """Latents of images: the means of their posteriors, standardised.
+
+        Args:
+            images: in [-1, 1].
+            batch_size: images in the network at once.
+        """
+        means = [self.kl.encode(x).latent_dist.mean for x in images.split(batch_size)]
+        shift, scale = self._standard()
+        return scale * (torch.cat(means) - shift)
+
+    @torch.no_grad()
+    def decode(self, latents: Latents, batch_size: int = 64) -> Images:
+        """Images of latents, in [-1, 1]."""
+        shift, scale = self._standard()
+        parts = [self.kl.decode(z / scale + shift).sample for z in latents.split(batch_size)]
+        return torch.cat(parts).clamp(-1, 1)
+
+    def standardise(self, images: Images) -> "Autoencoder":
+        """Set shift and scale so that latents of these images have mean 0 and variance 1.
+
+        Of more than a thousand images every second, third ... is asked.
+
+        Raises:
+            UserError: the network answers the same to all of them, or no number.
+        """
+        self.kl.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+        z = self.encode(images[:: max(1, len(images) // 1000)]).double()
+        if not z.std() > 0:
+            raise UserError(f"{len(images)} images have latents that do not differ; train first")
+        self.kl.register_to_config(scaling_factor=1 / float(z.std()), shift_factor=float(z.mean()))
+        return self
+
+    def _standard(self) -> tuple[float, float]:
+        return self.kl.config.shift_factor or 0.0, self.kl.config.scaling_factor
+
+
+def build(
+    *, size: int, channels: int = 3, factor: int = 4, width: int = 32, seed: int = 0
+) -> Autoencoder:
+    """A fresh autoencoder for square images.
+
+    Args:
+        size: side of the images in pixels, a multiple of ``factor``.
+        channels: 1 for grey, 3 for colour.
+        factor: pixels along each side of a latent position, a power of 2; Ye et al. 2023 take 4.
+        width: channels at full resolution, a multiple of 8; twice that below. 128 in the paper.
+        seed: of the initial weights.
+
+    Raises:
+        UserError: a size that is no multiple of the factor, or a factor that is no power of 2.
+    """
+    levels = factor.bit_length()
+    if factor != 2 ** (levels - 1) or size % factor:
+        raise UserError(
+            f"size {size} and factor {factor} found; the factor must be a power of 2 that "
+            "divides the size"
+        )
+    with seeded(seed):
+        kl = AutoencoderKL(
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(width * min(i + 1, 2) for i in range(levels)),
+            latent_channels=LATENT_CHANNELS,
+            norm_num_groups=8,
+            sample_size=size,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+            mid_block_add_attention=False,
+        )
+    return Autoencoder(kl)
+
+
+def save(model: Autoencoder, folder: Path) -> None:
+    """Write the weights and the standardisation as an ``AutoencoderKL`` folder of diffusers.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with disk.whole_files(folder) as partial:
+        model.kl.save_pretrained(partial)
+
+
+def load(folder: Path) -> Autoencoder:
+    """Read what `save` wrote, in evaluation mode.
+
+    Raises:
+        UserError: the folder holds no autoencoder.
+    """
+    try:
+        kl = unet.load_network(AutoencoderKL, Path(folder))
+    except Exception as fault:  # what a damaged configuration makes diffusers throw
+        what = (str(fault) or "nothing more is known").splitlines()[0]
+        raise UserError(
+            f"{folder} is not an autoencoder that hallulib saved ({type(fault).__name__}: {what})"
+        ) from fault
+    return Autoencoder(kl).eval().requires_grad_(False)
+
+
+def sharpness(x: Images, y: Images, octaves: int = 3) -> PerImage:
+    r"""How much edges differ: the mean absolute error of differences between neighbours.
+
+    .. math:: \sum_{o=0}^{2} \tfrac12 \left( \overline{|\partial_h (x_o - y_o)|}
+              + \overline{|\partial_w (x_o - y_o)|} \right)
+
+    over the full, half and quarter resolution: blur costs much here and little in the plain error.
+    No trained network is asked, in contrast to a perceptual loss.
+
+    Source: Mathieu et al., *Deep Multi-Scale Video Prediction Beyond Mean Square Error*, 2016,
+    eq. (6), over octaves. https://arxiv.org/abs/1511.05440
+    """
+    off, total = x - y, x.new_zeros(len(x))
+    for octave in range(octaves):
+        off = F.avg_pool2d(off, 2) if octave else off
+        edges = (off.diff(dim=2).abs(), off.diff(dim=3).abs())
+        total = total + sum(e.flatten(1).mean(1) for e in edges) / 2
+    return total
+
+
+@dataclass
+class State(Stateful):
+    """Everything a training is at one step.
+
+    Attributes:
+        model: the autoencoder being trained, not yet standardised.
+        optimizer: Adam.
+        rng: where all randomness comes from.
+        losses: the terms of `TERMS`, unweighted, for every step so far.
+        step: optimiser steps taken.
+    """
+
+    model: Autoencoder
+    optimizer: torch.optim.Optimizer
+    rng: torch.Generator
+    losses: Float[Tensor, "steps terms"]
+    step: int = 0
+
+    def parts(self) -> dict[str, object]:
+        """All but the step."""
+        return {n: getattr(self, n) for n in ("model", "optimizer", "rng", "losses")}
+
+    def log(self) -> dict[str, list]:
+        """The terms so far."""
+        return dict(zip(TERMS, self.losses[: self.step].T.tolist(), strict=True))
+
+
+def train(
+    model: Autoencoder,
+    images: Images,
+    *,
+    steps: int,
+    batch_size: int = 16,
+    lr: float = 1e-3,
+    sharpness_weight: float = 0.5,
+    kl_weight: float = 1e-4,
+    seed: int = 0,
+    folder: Path | None = None,
+    every: int = 200,
+) -> Iterator[State]:
+    r"""Train an autoencoder, one yielded state per step.
+
+    .. math:: \overline{|x - \hat x|} + \lambda_s\,\mathrm{sharpness}
+              + \lambda_k\,\tfrac1d\,\mathrm{KL}(q(z \mid x) \,\|\, \mathcal N(0, 1))
+
+    with d the entries of the latent.
+
+    Args:
+        model: trained in place, on the images' device, and made for their size.
+        images: in [-1, 1].
+        steps: optimiser steps in the whole run; the rate falls to 0 along a cosine.
+        batch_size: images per step.
+        lr: Adam's highest learning rate.
+        sharpness_weight: of `sharpness`.
+        kl_weight: of the divergence per latent entry.
+        seed: of every draw.
+        folder: of the checkpoint, which is resumed where there is one.
+        every: steps between checkpoints, see :class:`hallulib.storage.checkpoint.Due`.
+
+    Raises:
+        UserError: a checkpoint of other settings.
+    """
+    model.train().to(memory_format=torch.channels_last)
+    device, weights = images.device, dict(sharpness=sharpness_weight, kl=kl_weight)
+    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.5, 0.9))
+    rng = torch.Generator(device).manual_seed(seed)
+    state = State(model, optimizer, rng, torch.full((steps, len(TERMS)), torch.nan, device=device))
+    settings = dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+    settings |= dict(weights=weights, images=list(images.shape))
+
+    def take(state: State) -> None:
+        rows = torch.randint(len(images), (batch_size,), generator=rng, device=device)
+        for group in optimizer.param_groups:
+            cosine = torch.cos(torch.tensor(torch.pi * state.step / steps)).item()
+            group["lr"] = lr * 0.5 * (1 + cosine)
+        step(state, images[rows], weights)
+
+    due = checkpoint.Due(every, steps)
+    return checkpoint.loop(state, take, steps=steps, due=due, folder=folder, settings=settings)
+
+
+def step(state: State, x: Images, weights: dict[str, float]) -> None:
+    """One step on a batch of images; ``weights`` of the terms besides the pixels."""
+    kl, optimizer = state.model.kl, state.optimizer
+    noise = torch.randn((len(x), *state.model.shape), generator=state.rng, device=x.device)
+    mine, counts = parallel.share(len(x))
+    x = x[mine]
+    posterior = kl.encode(x).latent_dist
+    again = kl.decode(posterior.mean + posterior.std * noise[mine]).sample
+    spread = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
+    terms = dict(pixels=(x - again).abs().mean(), sharpness=sharpness(x, again).mean())
+    terms |= dict(kl=spread.mean())
+    loss = terms["pixels"] + sum(w * terms[name] for name, w in weights.items())
+    loss.backward()
+    row = torch.stack([terms[name].detach() for name in TERMS])
+    state.losses[state.step] = parallel.combine(state.model.parameters(), row, counts)
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()

@@ -1,0 +1,144 @@
+r"""Which synthetic images may be learnt from: near their class, confident, and no copies.
+
+A network trained on the real labelled images alone gives each image a feature vector
+:math:`f(x)`, normalised to length 1, and each class a centroid. A synthetic image of class c is
+admitted if
+
+1. the nearest centroid is that of c,
+2. the network gives c a probability of at least ``confidence``, and
+3. no training image is nearer, pixel by pixel, than other patients' images are.
+
+Source:
+    Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023, section
+    2.3. Their released code computes the centroids with the synthetic images among the real ones;
+    here no synthetic image has a say in what is admitted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import nn
+
+from hallulib import UserError
+from hallulib.evidence.quality import nearest
+from hallulib.evidence.resnet import read
+from hallulib.shapes import AnyImages, Images, Labels
+
+ADMITTED = "admitted"
+REASONS = (ADMITTED, "other class nearer", "not confident", "copy")
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """What a network trained on real labelled images makes of an image.
+
+    Attributes:
+        network: of :func:`hallulib.evidence.resnet.train_resnet`.
+        centroids: mean of the normalised features of each class.
+        images: the real labelled images, which must not be copied.
+        copy_distance: root mean square distance in pixels below which an image counts as a copy.
+    """
+
+    network: nn.Module
+    centroids: Float[np.ndarray, "classes features"]
+    images: AnyImages
+    copy_distance: float
+
+    @classmethod
+    def fit(
+        cls, network: nn.Module, images: Images, y: Labels, copy_distance: float
+    ) -> "FeatureSpace":
+        """Centroids of real labelled images.
+
+        Args:
+            network: trained on ``images``.
+            images: real labelled images.
+            y: their classes, 0 to k - 1.
+            copy_distance: see above; `copy_threshold` measures one.
+        """
+        f = normalised(read(network, images)[0])
+        centroids = np.stack([f[(y == c).numpy()].mean(0) for c in range(int(y.max()) + 1)])
+        return cls(network, centroids, images, copy_distance)
+
+    def judge(
+        self, samples: Images, wanted: Labels, confidence: float | int = 0.5
+    ) -> pd.DataFrame:
+        """What speaks for and against each synthetic image.
+
+        Args:
+            samples: synthetic images.
+            wanted: the class each was made for.
+            confidence: the least probability of that class.
+
+        Returns:
+            One row per sample: ``wanted``, ``nearest`` centroid, ``distance`` to the wanted one
+            (mean square over features), ``probability`` of the wanted class, ``copy_of`` (the
+            nearest training image), ``copy_distance`` and ``verdict``, one of `REASONS`.
+        """
+        pooled, probabilities = read(self.network, samples)
+        gaps = normalised(pooled)[:, None] - self.centroids
+        distance, rows = np.square(gaps).mean(2), np.arange(len(samples))
+        own, copies = wanted.numpy(), nearest(self.images, samples)
+        table = pd.DataFrame({"wanted": own, "nearest": distance.argmin(1)})
+        table["distance"], table["probability"] = distance[rows, own], probabilities[rows, own]
+        table["copy_of"], table["copy_distance"] = copies.index.numpy(), copies.distance.numpy()
+        faults = {
+            "copy": table["copy_distance"] < self.copy_distance,
+            "other class nearer": table["nearest"] != table["wanted"],
+            "not confident": table["probability"] < confidence,
+        }
+        table["verdict"] = np.select(list(faults.values()), list(faults), ADMITTED)
+        return table
+
+
+def copy_threshold(images: Images, others: AnyImages, quantile: float = 0.01) -> float:
+    """How near to one of some images only few other real images are.
+
+    Args:
+        images: real images that must not be copied.
+        others: real images of other patients.
+        quantile: share of them that would be taken for copies.
+    """
+    return float(torch.quantile(nearest(images, others).distance, quantile))
+
+
+def normalised(
+    features: Float[np.ndarray, "batch features"],
+) -> Float[np.ndarray, "batch features"]:
+    """Features of length 1."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-10)
+
+
+def take(verdicts: pd.DataFrame, per_class: int) -> Bool[np.ndarray, " samples"]:
+    """The admitted samples nearest to their centroids, at most so many of each class.
+
+    Args:
+        verdicts: of `FeatureSpace.judge`.
+        per_class: samples of each class; a class with fewer admitted gives all it has.
+
+    Raises:
+        UserError: no sample of any class was admitted.
+    """
+    passed = verdicts[verdicts["verdict"] == ADMITTED]
+    if not len(passed):
+        counts = verdicts["verdict"].value_counts()
+        why = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+        raise UserError(
+            f"none of {len(verdicts)} synthetic images was admitted ({why}); a lower "
+            "confidence, a larger gradient scale or more training is needed"
+        )
+    rows = passed.sort_values("distance").groupby("wanted").head(per_class).index
+    return np.isin(np.arange(len(verdicts)), rows)
+
+
+def rates(verdicts: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """How many samples of each class met which verdict; one row per class, and the rate."""
+    counts = pd.crosstab(verdicts["wanted"], verdicts["verdict"])
+    counts = counts.reindex(index=range(len(labels)), columns=list(REASONS), fill_value=0)
+    counts.index = pd.Index(labels, name="class")
+    counts["rate"] = counts[ADMITTED] / counts.sum(axis=1)
+    return counts

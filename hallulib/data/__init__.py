@@ -1,0 +1,8 @@
+"""Image sets: images with their patients, splits and labels, opened and checked."""
+
+from hallulib import lazily
+
+__getattr__ = lazily(
+    __name__,
+    imageset="FILES ImageSet check choose open split_patients",
+)

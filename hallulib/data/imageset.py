@@ -1,0 +1,405 @@
+r"""The image set: images, a table with patient, split and labels, and a card of their origin.
+
+A folder holds ``images.npy`` (N, C, H, W) uint8, ``table.csv`` with one row per image
+(``patient``, ``split``, one column per label scheme, source coordinates) and ``card.json`` (name,
+origin, licence, spacing, processing, label order, counts, SHA-256 of the other two).
+``python -m data_prep`` writes it; `open` reads it back and believes nothing unchecked.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+
+from hallulib import UserError
+from hallulib.data import memory
+from hallulib.data.area import area_average
+from hallulib.data.checks import (
+    SPLITS,
+    UNITS,
+    check_images,
+    check_sums,
+    check_table,
+    count_units,
+    map_array,
+    read_card,
+)
+from hallulib.shapes import Images, Labels, PerImage
+
+FILES = ("images.npy", "table.csv", "card.json")
+DRAWN = "hallulib.image_sets"  # entry points: whoever draws an embedded set
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with their table and card; row i of ``table`` describes ``images[i]``.
+
+    Args:
+        images: uint8 (N, C, H, H), C 1 or 3; memory-mapped when opened from a folder.
+        table: strings: ``patient``, ``split``, label columns ("" = unlabelled), coordinates.
+        card: origin, licence, processing, label order; see the module.
+        path: the folder, or None for an embedded set.
+        opened: the table as `open` read it.
+    """
+
+    images: np.ndarray
+    table: pd.DataFrame
+    card: dict
+    path: Path | None = None
+    opened: pd.DataFrame | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def name(self) -> str:
+        """Name of the set, from its card."""
+        return self.card["name"]
+
+    @property
+    def unit(self) -> str:
+        """What the column ``patient`` names: "patient" unless the card says otherwise."""
+        return self.card.get("unit", "patient")
+
+    @property
+    def units(self) -> str:
+        """How many of them there are, in words: "18 patients", "60 fields", "unknown patients"."""
+        return count_units(self.unit, self.table["patient"].nunique())
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return self.images.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Height and width of every image, in pixels."""
+        return self.images.shape[2]
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Label columns; the first is the default."""
+        return tuple(self.card["labels"])
+
+    @property
+    def identity(self) -> str | dict:
+        """What the images are, for runs that depend on them: a checksum, or how they are drawn.
+
+        Of a part of a set, or where its table was changed, with a checksum of the table: other
+        images or labels are another run.
+        """
+        whole = self.card.get("sha256") or self.card.get("identity") or self.card["origin"]
+        if self.opened is not None and self.table.equals(self.opened):
+            return whole
+        rows = hashlib.sha256(self.table.to_csv(index=False).encode()).hexdigest()
+        return {"of": whole, "table": rows}
+
+    def classes(self, scheme: str) -> tuple[str, ...]:
+        """The label values of a scheme, in the order of the card.
+
+        Raises:
+            UserError: the scheme is unknown.
+        """
+        if scheme not in self.card["labels"]:
+            known = ", ".join(self.schemes) or "none"
+            raise UserError(f"{self.name}: no label scheme {scheme!r}; known schemes: {known}")
+        return tuple(self.card["labels"][scheme]["values"])
+
+    def labels(self, scheme: str) -> Labels:
+        """Index of each image's label in ``classes(scheme)``, int64; -1 where it has none.
+
+        Raises:
+            UserError: the scheme is unknown.
+        """
+        order = {value: index for index, value in enumerate(self.classes(scheme))}
+        return torch.tensor([order.get(v, -1) for v in self.table[scheme]], dtype=torch.int64)
+
+    def tensor(self, rows: Sequence[int] | np.ndarray | slice | None = None) -> Images:
+        """Images as float32 in [-1, 1]: ``x = u / 127.5 - 1``; nothing else rescales.
+
+        Args:
+            rows: positions to read, in this order; all by default.
+
+        Raises:
+            UserError: they do not fit into the memory.
+        """
+        n = len(self) if rows is None else len(np.arange(len(self))[rows])
+        memory.check(n, self.channels, self.size, self.name, each=5)  # a copy, and as float32
+        taken = self.images if rows is None else self.images[rows]
+        # a copy: torch must not write through to the file
+        return torch.from_numpy(np.array(taken)).to(torch.float32).div_(127.5).sub_(1)
+
+    def select(
+        self,
+        split: str | Sequence[str] | None = None,
+        labelled: str | None = None,
+        patients: Sequence[str] | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
+    ) -> "ImageSet":
+        """The images that meet every condition given, in their present order.
+
+        Neighbouring rows stay memory-mapped, scattered ones are copied to memory.
+
+        Args:
+            split: one split or several.
+            labelled: keep images with a label in this scheme.
+            patients: keep images of these patients.
+            rows: keep these positions (their order is ignored).
+
+        Raises:
+            UserError: a split or scheme is unknown, nothing is left, or scattered rows do not fit
+                into the memory.
+        """
+        keep = np.ones(len(self), bool)
+        if split is not None:
+            wanted = [split] if isinstance(split, str) else list(split)
+            strange = sorted(set(wanted) - set(SPLITS))
+            if strange:
+                known = ", ".join(SPLITS)
+                raise UserError(f"{self.name}: no split {strange[0]!r}; known splits: {known}")
+            keep &= self.table["split"].isin(wanted).to_numpy()
+        if labelled is not None:
+            keep &= self.labels(labelled).numpy() >= 0
+        if patients is not None:
+            keep &= self.table["patient"].isin([str(p) for p in patients]).to_numpy()
+        if rows is not None:
+            keep &= np.isin(np.arange(len(self)), rows)
+        if not keep.any():
+            raise UserError(
+                f"{self.name}: no image with split {split or 'any'} and label scheme"
+                f" {labelled or 'any'} among those asked for; summary() lists what there is"
+            )
+        return self._take(np.flatnonzero(keep))
+
+    def unlabelled(self) -> Images:
+        """What may be learnt from without labels: that split, or ``train`` where it is empty.
+
+        Raises:
+            UserError: neither split has an image.
+        """
+        for split in ("unlabelled", "train"):
+            if (self.table["split"] == split).any():
+                return self.select(split).tensor()
+        raise UserError(f"{self.name} has no image in the splits unlabelled and train")
+
+    def for_training(self, scheme: str | None) -> tuple[Images, Labels, PerImage]:
+        """Unlabelled and training images, class indices (-1 unlabelled), how often to draw each.
+
+        Raises:
+            UserError: the scheme is unknown, or neither split has an image.
+        """
+        rows = self.table["split"].isin(["unlabelled", "train"]).to_numpy().nonzero()[0]
+        if not len(rows):
+            raise UserError(f"{self.name} has no image in the splits unlabelled and train")
+        chosen = self.select(rows=rows)
+        y = chosen.labels(scheme) if scheme else torch.full((len(chosen),), -1)
+        labelled = y >= 0
+        weights = torch.where(labelled, 1 / labelled.sum(), 1 / (~labelled).sum())
+        return chosen.tensor(), y, weights
+
+    def _take(self, rows: np.ndarray) -> "ImageSet":
+        first, last = int(rows[0]), int(rows[-1])
+        neighbours = last - first + 1 == len(rows)
+        if not neighbours:
+            memory.check(len(rows), self.channels, self.size, self.name)
+        images = self.images[first : last + 1] if neighbours else self.images[rows]
+        table = self.table.iloc[rows].reset_index(drop=True)
+        return replace(self, images=images, table=table)
+
+    def summary(self) -> pd.DataFrame:
+        """Images and units per split and class of the first scheme ("" = unlabelled)."""
+        scheme = self.schemes[0] if self.schemes else None
+        label = self.table[scheme] if scheme else ""
+        frame = self.table[["split", "patient"]].assign(label=label)
+        counts = {"images": "size", UNITS[self.unit][1]: "nunique"}
+        found = frame.groupby(["split", "label"])["patient"].agg(**counts)
+        classes = ("", *(self.classes(scheme) if scheme else ()))
+        kept = [(s, c) for s in SPLITS for c in classes if (s, c) in found.index]
+        return found.loc[kept].reset_index()
+
+
+def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
+    """Opens and checks an image set.
+
+    Args:
+        path_or_name: a folder written by ``python -m data_prep``, or the name of an embedded set:
+            ``"phantom"`` (prostate), ``"histology"``, or one that an installed package adds to the
+            entry points ``hallulib.image_sets``, a function of ``size`` that gives images, table
+            and card.
+        size: side in pixels; smaller than stored is area-averaged in memory, larger is refused.
+            Embedded sets are rendered at this size (64 by default).
+
+    Returns:
+        The set, its images memory-mapped unless they had to be made smaller.
+
+    Raises:
+        UserError: the set is missing, damaged or inconsistent, ``size`` cannot be reached, or
+            images that are drawn or made smaller do not fit into the memory.
+    """
+    if size is not None and size < 1:
+        raise UserError(f"size is {size}; at least 1 pixel is needed")
+    drawn = entry_points(group=DRAWN)
+    if str(path_or_name) in drawn.names:
+        image_set = ImageSet(*drawn[str(path_or_name)].load()(size=size or 64))
+    else:
+        image_set = _load(Path(path_or_name).expanduser())
+    check(image_set)
+    image_set = replace(image_set, opened=image_set.table.copy())
+    return image_set if size in (None, image_set.size) else _reduced(image_set, size)
+
+
+def check(image_set: ImageSet) -> None:
+    """Checks shapes, type, counts, labels, splits and, for a folder, the checksums by streaming.
+
+    Raises:
+        UserError: the first fault found, in one sentence that names the file.
+    """
+    where = str(image_set.path or image_set.card.get("name", "image set"))
+    n, rows = len(image_set.images), len(image_set.table)
+    check_images(image_set.images, f"{where}/images.npy")
+    if rows != n:
+        raise UserError(f"{where}/table.csv: {rows} rows for {n} images; one row each is needed")
+    check_table(image_set.table, image_set.card, where)
+    if image_set.path is not None:
+        check_sums(image_set.path, image_set.card["sha256"])
+
+
+def split_patients(
+    patients: Sequence[str], strata: Sequence[str], fractions: Mapping[str, float], seed: int
+) -> dict[str, str]:
+    """Divides patients between splits, stratified, with shares counted in images.
+
+    A patient's stratum is the rarest label among its images. Within a stratum, patients come in
+    random order and each goes to the split that lacks most images; a stratum with as many patients
+    as splits leaves no split empty.
+
+    Args:
+        patients: patient of each image.
+        strata: label of each image.
+        fractions: split -> share of the images, each >= 0, summing to 1.
+        seed: of the order; the division does not depend on the order of the rows.
+
+    Returns:
+        The split of each patient.
+
+    Raises:
+        UserError: the fractions are not shares of known splits.
+
+    Example:
+        >>> split_patients(["a", "b", "b"], ["x", "x", "y"], {"train": 0.5, "test": 0.5}, seed=0)
+        {'a': 'train', 'b': 'train'}
+    """
+    told, known = dict(fractions), ", ".join(SPLITS)
+    if not set(fractions) <= set(SPLITS) or min(fractions.values(), default=-1) < 0:
+        raise UserError(f"fractions are {told}; shares >= 0 of {known} are needed")
+    if not math.isclose(sum(fractions.values()), 1, abs_tol=1e-6):
+        raise UserError(f"fractions {told} sum to {sum(fractions.values()):g}; 1 is needed")
+    shares = {split: share for split, share in fractions.items() if share > 0}
+    weight, rng = Counter(patients), np.random.default_rng(seed)
+    decided = {}
+    for _, members in sorted(_strata(patients, strata).items()):
+        order = [sorted(members)[i] for i in rng.permutation(len(members))]
+        decided |= _deal(order, weight, shares)
+    return decided
+
+
+def choose(
+    labels: Labels, per_class: int, seed: int, share: float | int = 1
+) -> Int[np.ndarray, " kept"]:
+    """Positions of ``per_class`` images of each class, or of a share; more labels add to fewer.
+
+    With the same seed the images for 1 per class are among those for 5, and so on.
+
+    Args:
+        labels: class indices, -1 where there is none.
+        per_class: images of each class; 0 takes a share of them.
+        seed: of the order in which images of a class are taken.
+        share: of the images of each class, at least two; all unless given.
+    """
+    y, rng = labels.numpy(), np.random.default_rng(seed)
+    kept = []
+    for c in np.unique(y[y >= 0]):
+        of_class = rng.permutation(np.flatnonzero(y == c))
+        kept.append(of_class[: per_class or max(2, round(share * len(of_class)))])
+    return np.sort(np.concatenate(kept))
+
+
+def _strata(patients: Sequence[str], strata: Sequence[str]) -> dict[str, list[str]]:
+    pairs = set(zip(patients, strata, strict=True))
+    patients_with = Counter(label for _, label in pairs)
+    rarest: dict[str, str] = {}
+    for patient, label in sorted(pairs, key=lambda pair: (patients_with[pair[1]], pair[1])):
+        rarest.setdefault(patient, label)
+    groups: dict[str, list[str]] = {}
+    for patient, label in rarest.items():
+        groups.setdefault(label, []).append(patient)
+    return groups
+
+
+def _deal(
+    order: Sequence[str], weight: Mapping[str, int], shares: Mapping[str, float]
+) -> dict[str, str]:
+    total = sum(weight[patient] for patient in order)
+    lacking = {split: share * total for split, share in shares.items()}
+    empty = set(shares) if len(order) >= len(shares) else set()
+    decided = {}
+    for index, patient in enumerate(order):
+        # the last patients are kept for splits that have none yet
+        kept = empty if len(order) - index <= len(empty) else set()
+        decided[patient] = split = max(
+            (s for s in lacking if not kept or s in kept), key=lacking.get
+        )
+        lacking[split] -= weight[patient]
+        empty.discard(split)
+    return decided
+
+
+def _reduced(image_set: ImageSet, size: int) -> ImageSet:
+    old = image_set.size
+    if size > old:
+        raise UserError(
+            f"{image_set.path or image_set.name}: images are {old} pixels wide and size is {size};"
+            " enlarging invents detail, so prepare the set at that size instead"
+        )
+    memory.check(len(image_set), image_set.channels, size, image_set.name)
+    card, processing = dict(image_set.card), image_set.card["processing"]
+    if card["spacing_mm"]:
+        card["spacing_mm"] = [s * old / size for s in card["spacing_mm"]]
+    step = f"area-averaged from {old} to {size} pixels"
+    card["processing"] = processing | {"steps": [*processing.get("steps", []), step]}
+    return replace(image_set, images=area_average(image_set.images, size), card=card)
+
+
+def _load(folder: Path) -> ImageSet:
+    embedded = ", ".join(sorted(entry_points(group=DRAWN).names))
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such image set; {embedded} or a folder with"
+            f" {', '.join(FILES)} is needed"
+        )
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: {', '.join(missing)} not found; an image set is made from a folder"
+            f" of images by python -m data_prep folder {folder} OUT"
+        )
+    card = read_card(folder / "card.json")
+    images = _read(folder / "images.npy", map_array)
+    table = _read(folder / "table.csv", lambda f: pd.read_csv(f, dtype=str, keep_default_na=False))
+    return ImageSet(images, table, card, folder)
+
+
+def _read(file: Path, load: Callable):
+    try:
+        return load(file)
+    except (ValueError, OSError, EOFError) as error:  # pandas' parser errors are ValueErrors
+        told = " ".join(str(error).split())
+        raise UserError(f"{file}: cannot be read ({told}); prepare the set again") from error

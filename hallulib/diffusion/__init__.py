@@ -1,0 +1,1 @@
+"""Score models: noise processes, the network, its training, samplers."""

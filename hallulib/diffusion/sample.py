@@ -1,0 +1,264 @@
+r"""Samplers: ways to walk from noise to an image, each a generator over the states it passes.
+
+All but one step in :math:`y = x / \alpha` along falling noise levels :math:`s = \sigma / \alpha`,
+where every diffusion of :mod:`hallulib.diffusion.sde` looks the same and, with
+:math:`D = y - s\,\epsilon(y, s)` the denoised image:
+
+=====================  ==================================================  ==================
+sampler                one step from ``s`` to ``r``                        calls a step, order
+=====================  ==================================================  ==================
+``ancestral``          ``D + (r/s)^2 (y - D) + r sqrt(1 - (r/s)^2) z``     1, DDPM
+``euler_maruyama``     reverse SDE in time                                 1, weak order 1
+``predictor_corrector``  a Langevin step, then ``ancestral``               2
+``heun``               trapezoidal rule on ``dy/ds = eps``                 2, order 2
+``dpm_solver``         exponential two-step rule on ``D`` in ``log s``     1, order 2
+=====================  ==================================================  ==================
+
+The last level may be 0: the image is then the denoised image, as all five agree.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hallulib.diffusion.score import Condition, EpsFn, ScoreModel, clipped, guided, score_of_eps
+from hallulib.diffusion.sde import SDE
+from hallulib.shapes import Images, Labels
+
+Levels = Float[Tensor, " levels"]
+Rng = torch.Generator
+
+
+class State(NamedTuple):
+    """Where a sampler is.
+
+    Attributes:
+        x: the noisy images ``x_t``.
+        x_0: the clean images expected from the last network call.
+        t: the time of ``x``, in [0, 1]; 0 at a level of 0.
+        evaluations: network calls so far.
+    """
+
+    x: Images
+    x_0: Images
+    t: float
+    evaluations: int
+
+
+States = Iterator[State]
+
+
+def noise_levels(
+    sde: SDE, steps: int, rho: float | None = 7.0, start_time: float | int = 1.0
+) -> Levels:
+    """Falling noise levels from ``start_time`` to ``sde.t_min``, then 0.
+
+    Args:
+        sde: the forward diffusion.
+        steps: network stages; ``steps + 1`` levels come back.
+        rho: levels uniform in ``s ** (1 / rho)`` (Karras et al. 2022, eq. 5, small steps where
+            the image takes shape); ``None`` makes them uniform in time, as DDPM does.
+        start_time: of the first level, above ``sde.t_min``; 1 is pure noise.
+    """
+    ends = torch.tensor([start_time, sde.t_min], dtype=torch.float64)
+    part = torch.linspace(0, 1, steps, dtype=torch.float64)
+    if rho is None:
+        levels = sde.noise_level(ends[0] + part * (ends[1] - ends[0]))
+    else:
+        first, last = sde.noise_level(ends) ** (1 / rho)
+        levels = (first + part * (last - first)) ** rho
+    return torch.cat([levels, levels.new_zeros(1)])
+
+
+class _Walk:
+    """The shared part of the samplers: ``eps`` as a function of ``y`` and ``s``, counted."""
+
+    def __init__(self, sde: SDE, eps: EpsFn):
+        self.sde, self.network, self.evaluations = sde, eps, 0
+
+    def at(self, s: Tensor) -> tuple[float, float]:
+        """Time and signal scale of a noise level."""
+        t = self.sde.time_of(s) if s > 0 else torch.zeros_like(s)
+        return float(t), float(self.sde.alpha_sigma(t)[0])
+
+    def eps(self, y: Images, s: Tensor) -> Images:
+        t, alpha = self.at(s)
+        self.evaluations += 1
+        return self.network(alpha * y, y.new_full((len(y),), t))
+
+    def denoised(self, y: Images, s: Tensor) -> Images:
+        return y - float(s) * self.eps(y, s)
+
+    def state(self, y: Images, x_0: Images, s: Tensor) -> State:
+        t, alpha = self.at(s)
+        return State(alpha * y if s > 0 else x_0, x_0, t, self.evaluations)
+
+
+def _noise(like: Images, rng: Rng) -> Images:
+    return torch.randn(like.shape, generator=rng, device=like.device, dtype=like.dtype)
+
+
+def _given_image(y: Images, x_0: Images, s: Tensor, r: Tensor, rng: Rng) -> Images:
+    """A draw at level ``r`` given the levels around it: ``y`` at ``s`` and the image at 0."""
+    share = float((r / s) ** 2)
+    return x_0 + share * (y - x_0) + float(r) * (1 - share) ** 0.5 * _noise(y, rng)
+
+
+@torch.no_grad()
+def ancestral(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> States:
+    r"""DDPM's ancestral sampling: draw each level from its law given the next and the image.
+
+    Exact for the forward process of all three diffusions, whatever the levels, were the image
+    known; with levels uniform in time and 1000 steps it is the sampler of the DDPM paper.
+
+    Source: Ho et al. 2020, eqs. (6)-(7), written for :math:`y = x / \alpha`.
+    """
+    walk = _Walk(sde, eps)
+    y = x / walk.at(levels[0])[1]
+    for s, r in pairwise(levels):
+        x_0 = walk.denoised(y, s)
+        y = _given_image(y, x_0, s, r, rng)
+        yield walk.state(y, x_0, r)
+
+
+@torch.no_grad()
+def euler_maruyama(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> States:
+    """The reverse SDE by the Euler-Maruyama rule, the sampler of Pachetti & Colantonio 2024.
+
+    Source: Song et al. 2021, eq. (6); the last step removes the noise at once (appendix G).
+    """
+    walk = _Walk(sde, eps)
+    for s, r in pairwise(levels):
+        (t, alpha), (t_next, _) = walk.at(s), walk.at(r)
+        times = x.new_full((len(x),), t)
+        noise = walk.eps(x / alpha, s)
+        x_0 = x / alpha - float(s) * noise
+        drift, g = sde.reverse(lambda x, t, eps=noise: score_of_eps(sde, eps, t), x, times)
+        dt = t_next - t
+        if r > 0:
+            x = x + drift * dt + g.view(-1, 1, 1, 1) * (-dt) ** 0.5 * _noise(x, rng)
+        else:
+            x = x_0
+        yield State(x, x_0, t_next, walk.evaluations)
+
+
+@torch.no_grad()
+def predictor_corrector(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> States:
+    r"""At each level, a Langevin step that mends the sample, then an ancestral step.
+
+    Its size is :math:`2\,(0.16\,\sigma)^2`. The paper divides batch means of norms
+    for it, so that an image depends on its neighbours in the batch; the norms' ratio is
+    :math:`\sigma`, which is used here.
+
+    Source: Song et al. 2021, algorithms 2-5.
+    """
+    walk = _Walk(sde, eps)
+    y = x / walk.at(levels[0])[1]
+    for s, r in pairwise(levels):
+        step = 2 * (0.16 * float(s)) ** 2
+        y = y - step * (walk.eps(y, s) / float(s)) + (2 * step) ** 0.5 * _noise(y, rng)
+        x_0 = walk.denoised(y, s)
+        y = _given_image(y, x_0, s, r, rng)
+        yield walk.state(y, x_0, r)
+
+
+@torch.no_grad()
+def heun(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng | None = None) -> States:
+    """The probability flow by Heun's rule; no randomness after the start.
+
+    Source: Karras et al. 2022, algorithm 1, which leaves out the second call at level 0.
+    """
+    walk = _Walk(sde, eps)
+    y = x / walk.at(levels[0])[1]
+    for s, r in pairwise(levels):
+        slope = walk.eps(y, s)
+        x_0 = y - float(s) * slope
+        ahead = y + float(r - s) * slope
+        y = ahead if r == 0 else y + float(r - s) * (slope + walk.eps(ahead, r)) / 2
+        yield walk.state(y, x_0, r)
+
+
+@torch.no_grad()
+def dpm_solver(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng | None = None) -> States:
+    """DPM-Solver++(2M): the flow solved exactly but for the denoised image, extrapolated.
+
+    Its first step, and the step to level 0, are DDIM's.
+
+    Source: Lu et al., *DPM-Solver++*, 2022, algorithm 2. https://arxiv.org/abs/2211.01095
+    """
+    walk = _Walk(sde, eps)
+    y, before, h_before = x / walk.at(levels[0])[1], None, 0.0
+    for s, r in pairwise(levels):
+        x_0 = ahead = walk.denoised(y, s)
+        h = float(torch.log(s / r)) if r > 0 else 0.0
+        if before is not None and r > 0:
+            ahead = x_0 + (x_0 - before) * h / (2 * h_before)
+        y = float(r / s) * y + (1 - float(r / s)) * ahead
+        before, h_before = x_0, h
+        yield walk.state(y, x_0, r)
+
+
+SAMPLERS: dict[str, Callable[..., States]] = {
+    sampler.__name__: sampler
+    for sampler in (ancestral, euler_maruyama, predictor_corrector, heun, dpm_solver)
+}
+
+
+def draw(
+    model: ScoreModel,
+    y: Condition,
+    *,
+    sampler: str = "dpm_solver",
+    steps: int = 20,
+    guidance_scale: float | int = 1.0,
+    steer: Callable[[EpsFn, Labels], EpsFn] | None = None,
+    clip: bool = True,
+    images: Images | None = None,
+    start_time: float | int = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Images:
+    """Images of the given classes from a trained model.
+
+    Args:
+        model: a trained model, on the device to sample on.
+        y: one class index per wanted image, ``model.null`` for none; or one embedding each.
+        sampler: a name in ``SAMPLERS``.
+        steps: steps of the sampler.
+        guidance_scale: see :func:`hallulib.diffusion.score.guided`.
+        steer: changes the noise prediction of the images at the given positions, as classifier
+            guidance does (:func:`hallulib.augment.steering.steered`).
+        clip: keep denoised images in [-1, 1] on the way
+            (:func:`hallulib.diffusion.score.clipped`); not for latents, which have no such limits.
+        images: what the walk starts from, one per wanted image, noised to ``start_time``: the
+            later, the less of them is left. Pure noise unless given.
+        start_time: of ``images``, above ``sde.t_min`` to 1; pure noise is at 1.
+        seed: of the noise.
+        batch_size: images that go through the network together.
+    """
+    device = next(model.parameters()).device
+    y, rng = y.to(device), torch.Generator(device).manual_seed(seed)
+    rho = 7.0 if sampler in ("heun", "dpm_solver") else None
+    begin = 1.0 if images is None else float(start_time)
+    levels, drawn = noise_levels(model.sde, steps, rho, begin), []
+    for rows in torch.arange(len(y), device=device).split(batch_size):
+        shape = (len(rows), *model.network.shape)
+        if images is None:
+            x = model.sde.prior(shape, rng)
+        else:
+            noise = torch.randn(shape, generator=rng, device=device)
+            t = torch.full((len(rows),), begin, device=device)
+            x = model.sde.diffuse(images.to(device)[rows], t, noise)
+        eps = guided(model, y[rows], guidance_scale)
+        if steer is not None:
+            eps = steer(eps, rows)
+        if clip:
+            eps = clipped(model.sde, eps)
+        for state in SAMPLERS[sampler](model.sde, eps, x, levels, rng):
+            x = state.x
+        drawn.append(x)
+    return torch.cat(drawn)

@@ -1,0 +1,254 @@
+"""The class-conditional noise network, and its folder, which stock ``diffusers`` can sample from.
+
+A class enters as a vector added to the time embedding. The vector of the null class is zero, so
+the network without class *is* a plain ``UNet2DModel`` and a saved model is an ordinary
+``DDPMPipeline`` with the class vectors in a small file beside it.
+
+A pretrained model is given other labels by `relabelled`. Then all its weights learn, or the class
+vectors alone (`adaptable`); or nothing at all, where each class is the density of all images,
+moved to the mean of its own (`moved_to_means`).
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hallulib import UserError
+from hallulib.diffusion.score import Condition, ScoreModel
+from hallulib.diffusion.sde import SDE, SDES, VPSDE
+from hallulib.shapes import Images, Labels, Times, seeded
+from hallulib.storage import disk
+
+SIDECAR, CLASSES = "score_model.json", "classes.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+ADAPTS = ("all", "classes")
+
+
+class ClassUNet(nn.Module):
+    """A ``UNet2DModel`` whose time embedding is shifted by a vector per class.
+
+    Args:
+        unet: a ``UNet2DModel`` with ``class_embed_type="identity"``.
+        n_classes: number of classes; index ``n_classes`` is the null class, whose vector is zero.
+    """
+
+    def __init__(self, unet: UNet2DModel, n_classes: int):
+        super().__init__()
+        self.unet = unet
+        width = unet.config.block_out_channels[0] * 4
+        self.classes = nn.Embedding(n_classes + 1, width, padding_idx=n_classes)
+        nn.init.normal_(self.classes.weight[:n_classes], std=0.02)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        config = self.unet.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def forward(self, x: Images, timesteps: Times, y: Condition) -> Images:
+        """Predict the noise; ``y`` holds class indices or ready embeddings."""
+        vectors = y if y.is_floating_point() else self.classes(y)
+        return self.unet(x, timesteps, class_labels=vectors).sample
+
+
+def build(
+    sde: SDE | None = None,
+    *,
+    size: int,
+    channels: int = 1,
+    labels: Sequence[str] = (),
+    width: int = 32,
+    seed: int = 0,
+) -> ScoreModel:
+    """A fresh score model for square images.
+
+    The image is halved until its side is 8 pixels or odd; the resolutions have once, twice, and
+    from the third on three times ``width`` channels, with self-attention at the coarsest.
+
+    Args:
+        sde: the forward diffusion, VP unless given.
+        size: side of the images in pixels.
+        channels: 1 for grey, 3 for colour, more for latents.
+        labels: the label strings, in order; none makes an unconditional model.
+        width: channels at full resolution, a multiple of 8; 32 suits a CPU at 32 pixels (1.8 M
+            weights), 128 a GPU.
+        seed: of the initial weights.
+
+    Raises:
+        UserError: a width that is no multiple of 8, or a size that leaves more than 16 pixels a
+            side at the coarsest resolution, where attention would compare too many positions.
+    """
+    if width < 8 or width % 8:
+        raise UserError(f"width is {width}; a multiple of 8 is needed")
+    levels, side = 1, size
+    while side > 8 and side % 2 == 0:
+        levels, side = levels + 1, side // 2
+    if side > 16:
+        raise UserError(
+            f"images of side {size} can be halved to {side} pixels; a side that comes to 16 or "
+            f"less is needed, such as {size // 16 * 16}"
+        )
+    with seeded(seed):
+        unet = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=channels,
+            layers_per_block=1,
+            block_out_channels=tuple(width * min(i + 1, 3) for i in range(levels)),
+            down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+            # a group of one channel would normalise away what time and class add to it
+            norm_num_groups=min(8, width // 2),
+            class_embed_type="identity",
+        )
+        return ScoreModel(sde or VPSDE(), ClassUNet(unet, len(labels)), labels)
+
+
+def relabelled(model: ScoreModel, labels: Sequence[str], forget: bool = False) -> ScoreModel:
+    """A copy of a score model for other labels.
+
+    A label it knows keeps its class vector and shift, a new one starts at those of the null class,
+    so the copy denoises it as an image of no class until it learns better.
+
+    Args:
+        model: any score model, one without labels included.
+        labels: of the copy.
+        forget: start all labels at the null class, as after a pretraining without labels.
+
+    Returns:
+        The copy, on the same device; the model itself stays as it is.
+    """
+    old = model.network.classes.weight.detach()
+    with seeded():  # its random vectors are not kept
+        network = ClassUNet(copy.deepcopy(model.network.unet), len(labels)).to(old.device)
+    known = [i for i, label in enumerate(labels) if label in model.labels and not forget]
+    before = [model.labels.index(labels[i]) for i in known]
+    vectors = network.classes.weight.data.zero_()
+    vectors[known] = old[before]
+    shifts = None
+    if model.shifts is not None and known:
+        shifts = model.shifts.new_zeros((len(labels) + 1, *model.shifts.shape[1:]))
+        shifts[known] = model.shifts[before]
+    return ScoreModel(model.sde, network, labels, shifts)
+
+
+def moved_to_means(model: ScoreModel, x: Images, y: Labels) -> ScoreModel:
+    r"""The model with each class moved to the mean of its images; no weight changes.
+
+    .. math:: p(x \mid c) = p(x - d_c \mid \varnothing), \qquad
+              d_c = \bar x_c - \tfrac1k \textstyle\sum_b \bar x_b .
+
+    For Gaussian images this is the linear discriminant whose covariance is known from images
+    without labels; only the means are left to learn, which is why few labels are enough. What
+    classes differ in must be where things are and how bright, not a texture.
+
+    Args:
+        model: a score model with labels; its shifts so far are replaced, its class vectors kept.
+        x: labelled images, at least one of each class.
+        y: their classes.
+
+    Returns:
+        A model that shares the network.
+
+    Source:
+        Few labels suffice generative classifiers: Ng & Jordan, *On Discriminative vs. Generative
+        Classifiers*, 2001. Linear discriminant: Fisher 1936.
+    """
+    means = torch.stack([x[y == c].mean(0) for c in range(len(model.labels))])
+    shifts = torch.cat([means - means.mean(0), torch.zeros_like(means[:1])])
+    return ScoreModel(model.sde, model.network, model.labels, shifts)
+
+
+def adaptable(model: ScoreModel, adapt: str) -> list[nn.Parameter]:
+    """The weights of a model that few labels may change; all others are frozen.
+
+    Args:
+        model: changed in place.
+        adapt: one of `ADAPTS`; the class vectors are among them in every case.
+    """
+    model.requires_grad_(adapt == "all")
+    model.network.classes.requires_grad_()
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def save(model: ScoreModel, folder: Path) -> None:
+    """Write a model as a ``diffusers`` folder of safetensors.
+
+    For a VP model with the default rates, ``DDPMPipeline.from_pretrained(folder)`` samples the
+    null class; other diffusions keep the network but are no DDPM, so no scheduler is written.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    unet = copy.copy(model.network.unet)  # shares the weights
+    unet.register_to_config(class_embed_type=None)  # the null class needs no class input
+    name = next(name for name, kind in SDES.items() if type(model.sde) is kind)
+    sidecar = {"sde": {"name": name, **asdict(model.sde)}, "labels": model.labels}
+    of_classes = {"classes": model.network.classes.weight.detach()}
+    if model.shifts is not None:
+        of_classes["shifts"] = model.shifts.contiguous()
+    with disk.whole_files(folder) as partial:
+        if model.sde == VPSDE():
+            schedule = dict(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
+            DDPMPipeline(unet, DDPMScheduler(**schedule)).save_pretrained(partial)
+        else:
+            unet.save_pretrained(partial / "unet")
+        save_file(of_classes, partial / CLASSES)
+        (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+
+
+def load(folder: Path) -> ScoreModel:
+    """Read a model that ``save`` wrote, in evaluation mode.
+
+    Raises:
+        UserError: the folder is not such a model.
+    """
+    folder = Path(folder)
+    try:
+        sidecar = json.loads((folder / SIDECAR).read_text())
+        of_classes = load_file(folder / CLASSES)
+        unet = load_network(UNet2DModel, folder / "unet", class_embed_type="identity")
+        sde = SDES[sidecar["sde"].pop("name")](**sidecar["sde"])
+        with seeded():  # its random vectors are not kept
+            network = ClassUNet(unet, len(sidecar["labels"]))
+        network.classes.load_state_dict({"weight": of_classes["classes"]})
+        return ScoreModel(sde, network, sidecar["labels"], of_classes.get("shifts")).eval()
+    except Exception as fault:  # what a damaged configuration makes diffusers throw
+        what = f"{type(fault).__name__}: {fault}".splitlines()[0]
+        raise UserError(
+            f"{folder} is not a score model that hallulib saved ({what}); it needs {SIDECAR}, "
+            f"{CLASSES} and a folder unet"
+        ) from fault
+
+
+def load_network(kind: type[ModelMixin], folder: Path, **changes: object) -> ModelMixin:
+    """A network of diffusers, from its folder of one configuration and one file of weights.
+
+    Unlike ``from_pretrained``, it follows no index to other files, which may hold code, and makes
+    up no weight that is missing.
+
+    Args:
+        kind: its class.
+        folder: what ``save_pretrained`` wrote.
+        **changes: of the configuration.
+
+    Raises:
+        Exception: whatever diffusers and PyTorch throw at an impossible configuration, or at
+            weights of another one.
+    """
+    config = json.loads((folder / "config.json").read_text()) | changes
+    tensors = load_file(folder / WEIGHTS)
+    # diffusers would go on for ever building layers that no weight is there for
+    if config["layers_per_block"] > len(tensors):
+        raise ValueError(f"{config['layers_per_block']} layers for {len(tensors)} tensors")
+    with torch.device("meta"):  # takes no memory, whatever the configuration asks for
+        network = kind.from_config(config)
+    network.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
+    return network

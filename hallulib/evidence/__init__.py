@@ -1,0 +1,1 @@
+"""What a result is worth: metrics with intervals, sample quality, calibration, rivals."""

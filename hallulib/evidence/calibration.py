@@ -1,0 +1,230 @@
+r"""From log-densities to probabilities that can be trusted, and to knowing when not to answer.
+
+Log-densities of images differ by hundreds of nats between classes, so Bayes' rule answers 0 or 1
+and is too sure of it. One number mends that, a temperature found on images that were not trained
+on; `calibration_error` tells how well, and `risk_coverage` what is gained by answering only where
+the top probability is high. Where several classes share it, one of them is taken by chance: what
+is returned is the mean over that chance, so the order of the classes never matters.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import brentq
+from torch import Tensor
+
+from hallulib import UserError
+
+# of temperatures, in mean distances of a log-density from the mean of its row
+COLDEST, HOTTEST = 1e-2, 1e4
+
+LogDensities = Float[Tensor, "n k"]
+Probabilities = Float[Tensor, "n k"]
+Answers = Int[Tensor, " n"]
+Priors = Sequence[float] | Float[Tensor, " k"]
+
+
+class Reliability(NamedTuple):
+    """Expected calibration error, and the bins of a reliability curve behind it.
+
+    ``confidence`` and ``accuracy`` are means of the rows in each bin, not a number in an empty
+    one; ``count`` is how many there are.
+    """
+
+    error: float
+    confidence: Float[Tensor, " bins"]
+    accuracy: Float[Tensor, " bins"]
+    count: Int[Tensor, " bins"]
+
+
+class RiskCoverage(NamedTuple):
+    """Shares of rows answered, from few to all, the share of wrong answers among them, and more.
+
+    ``threshold`` is the top probability from which on an answer is given; ``area`` under the
+    curve is the mean risk over coverages, AURC: 0 for no error at all.
+    """
+
+    coverage: Float[Tensor, " levels"]
+    risk: Float[Tensor, " levels"]
+    threshold: Float[Tensor, " levels"]
+    area: float
+
+
+def posterior(
+    log_density: LogDensities, priors: Priors | None = None, temperature: float | int = 1.0
+) -> Probabilities:
+    r"""Probability of each class, by Bayes' rule with softened densities.
+
+    .. math:: p(c \mid x) = \frac{p(c)\, p(x \mid c)^{1/T}}{\sum_b p(b)\, p(x \mid b)^{1/T}}
+
+    Args:
+        log_density: nats, or log-ratios to any one class: what is added to a row does not matter.
+        priors: probability of each class before the image is seen, equal unless given.
+        temperature: T, above 0; 1 takes the densities at their word, more is less sure.
+
+    Example:
+        >>> posterior(torch.tensor([[0.0, 0.0]]), priors=[0.25, 0.75])
+        tensor([[0.2500, 0.7500]], dtype=torch.float64)
+    """
+    return (log_density.double() / temperature + _log_priors(log_density, priors)).softmax(1)
+
+
+def fit_temperature(log_density: LogDensities, y: Answers, priors: Priors | None = None) -> float:
+    r"""The temperature that makes the true classes most likely.
+
+    .. math:: \min_T \; -\frac1n \sum_i \log p_T(y_i \mid x_i)
+
+    is convex in :math:`1/T`, so there is one minimum, at which its slope is zero. The search
+    spans temperatures from 0.01 to 10000 times the mean distance of a log-density from the mean
+    of its row. Where all classes are told apart without error no temperature is best, and the
+    lowest of the range is returned; where the true class is the least likely on average, the
+    highest; where log-densities are equal, 1.
+
+    Args:
+        log_density: nats or log-ratios of images that were *not* trained on.
+        y: their true classes.
+        priors: as in `posterior`, above 0 for each class that occurs.
+
+    Source:
+        Guo et al., *On Calibration of Modern Neural Networks*, 2017, section 4.2.
+        https://arxiv.org/abs/1706.04599
+    """
+    log_priors = _log_priors(log_density, priors)
+    centred = log_density.double() - log_density.double().mean(1, keepdim=True)
+    scale = float(centred.abs().mean())
+    if scale == 0:
+        return 1.0
+    true = centred.gather(1, y[:, None]).mean()
+
+    def slope(log_t: float) -> float:
+        p = (centred / (scale * math.exp(log_t)) + log_priors).softmax(1)
+        return float(true - (p * centred).sum(1).mean())
+
+    return scale * math.exp(_root(slope, math.log(COLDEST), math.log(HOTTEST)))
+
+
+def calibration_error(probabilities: Probabilities, y: Answers, bins: int = 15) -> Reliability:
+    r"""How far the top probability is from the share of right answers.
+
+    .. math:: \mathrm{ECE} = \sum_m \frac{n_m}{n}\,\lvert \mathrm{acc}_m - \mathrm{conf}_m \rvert
+
+    over equal bins ``((m - 1) / bins, m / bins]`` of the top probability. It is never negative,
+    so noise alone makes it positive where there are few images.
+
+    Source:
+        Guo et al. 2017, section 2.
+
+    Example:
+        >>> calibration_error(torch.tensor([[0.25, 0.75]]), torch.tensor([1])).error
+        0.25
+    """
+    top, right = _answers(probabilities, y)
+    edges = torch.linspace(0, 1, bins + 1, dtype=top.dtype, device=top.device)
+    member = torch.bucketize(top, edges[1:-1])
+    count = torch.bincount(member, minlength=bins)
+    confidence, accuracy = (
+        top.new_zeros(bins).index_add(0, member, values) / count for values in (top, right)
+    )
+    error = (count * (accuracy - confidence).abs()).nansum() / len(top)
+    return Reliability(float(error), confidence, accuracy, count)
+
+
+def risk_coverage(probabilities: Probabilities, y: Answers) -> RiskCoverage:
+    """Share of wrong answers against the share answered, as the threshold falls.
+
+    Rows of equal top probability enter together, as no threshold can part them.
+
+    Source:
+        Geifman & El-Yaniv, *Selective Classification for Deep Neural Networks*, 2017,
+        https://arxiv.org/abs/1705.08500; the area: Geifman et al. 2019,
+        https://arxiv.org/abs/1805.08206.
+
+    Example:
+        >>> risk_coverage(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1])).risk
+        tensor([0.0000, 0.5000], dtype=torch.float64)
+    """
+    top, right = _answers(probabilities, y)
+    levels, member, count = (-top).unique(return_inverse=True, return_counts=True)
+    wrong = top.new_zeros(len(levels)).index_add(0, member, 1 - right)
+    risk = wrong.cumsum(0) / count.cumsum(0)
+    area = float((risk * count).sum() / len(top))
+    return RiskCoverage(count.cumsum(0) / len(top), risk, -levels, area)
+
+
+def threshold(probabilities: Probabilities, y: Answers, risk: float | int) -> float:
+    """The lowest top probability from which on at most this share of answers is wrong.
+
+    Answer where ``probabilities.max(1).values >= threshold``, and leave the rest to a reader. It
+    holds for these images; as it was chosen on them, others see a little more risk.
+
+    Raises:
+        UserError: a risk that no threshold keeps.
+    """
+    curve = risk_coverage(probabilities, y)
+    low_enough = curve.risk <= risk + 1e-12
+    if not low_enough.any():
+        raise UserError(
+            f"no threshold keeps the risk at {risk}: the least is {curve.risk.min():.3g}"
+        )
+    return float(curve.threshold[low_enough][-1])
+
+
+def _root(rising: Callable[[float], float], low: float, high: float) -> float:
+    """Where a rising function is zero, or the end at which it is nearest to that."""
+    if rising(low) >= 0:
+        return low
+    return high if rising(high) <= 0 else brentq(rising, low, high, xtol=1e-13)
+
+
+def finite(log_density: LogDensities) -> LogDensities:
+    """What it is given.
+
+    Raises:
+        UserError: a log-density that is not finite, of which nothing follows.
+    """
+    if not torch.isfinite(log_density).all():
+        raise UserError("a log-density is not finite; all must be finite numbers")
+    return log_density
+
+
+def _log_priors(log_density: LogDensities, priors: Priors | None) -> Float[Tensor, " k"]:
+    k = finite(log_density).shape[1]
+    priors = torch.as_tensor([1 / k] * k if priors is None else priors, dtype=torch.float64)
+    return priors.log().to(log_density.device)
+
+
+def _answers(p: Probabilities, y: Answers) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The top probability of each row, and how right it is: a share where classes share it."""
+    p = p.double()
+    top = p.max(1).values
+    best = p == top[:, None]
+    return top.clamp(max=1), best.gather(1, y[:, None])[:, 0] / best.sum(1).double()
+
+
+def log_odds(log_posterior: LogDensities) -> LogDensities:
+    r"""Log-odds of each class against all others, which order images where probabilities cannot.
+
+    .. math:: \log\frac{p(c \mid x)}{1 - p(c \mid x)}
+              = \ell_c - \log \sum_{b \ne c} e^{\ell_b}
+
+    Probabilities of confident models round to 0 and 1, and ties spoil an AUROC; these do not.
+
+    Args:
+        log_posterior: log-probabilities up to a constant per row.
+
+    Raises:
+        UserError: one that is not finite, or a single class, whose odds are not.
+
+    Example:
+        >>> log_odds(torch.tensor([[0.0, 2000.0]], dtype=torch.float64))
+        tensor([[-2000.,  2000.]], dtype=torch.float64)
+    """
+    k = finite(log_posterior).shape[1]
+    if k < 2:
+        raise UserError(f"{k} class found; log-odds need at least 2")
+    own = torch.eye(k, dtype=torch.bool, device=log_posterior.device)
+    others = log_posterior.double()[:, None].masked_fill(own, -math.inf).logsumexp(2)
+    return log_posterior.double() - others

@@ -1,0 +1,1 @@
+"""Score-based generative classification: class-conditional densities and decisions."""

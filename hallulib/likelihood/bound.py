@@ -1,0 +1,384 @@
+r"""Classes compared by how well each one denoises: a bound of the likelihood, and fast decisions.
+
+The log-density is at least what the denoising errors over all noise levels leave of it,
+
+.. math:: \log p(x \mid c) \ge -\tfrac d2 \log(2\pi e\, s_0^2) - \frac{\|x\|^2}{2 s_1^2}
+          - \int_{s_0}^{s_1} \mathrm E\,\lVert \epsilon - \epsilon_\theta(x + s\epsilon, s, c)
+          \rVert^2 \, d\log s ,
+
+and only the integral depends on the class. `bound` estimates all of it. `decide` compares classes
+alone: every class sees the same noise at the same levels, so that what is hard about an image
+cancels in the differences, and sees it with both signs, so that what the noise adds to them mostly
+cancels too; a class that is surely behind is dropped, and an image with one class left is done. No
+pass backwards through the network is needed.
+
+Which levels tell classes apart differs between data sets and with the number of labels:
+`informative_levels` needs no labels and spends evaluations where classes differ most; `leads` and
+`best_band` ask images that were held out which of these differences are right.
+
+Source:
+    Kingma et al., *Variational Diffusion Models*, 2021, eqs. (14)-(17); shared noise and dropping
+    classes: Li et al., *Your Diffusion Model is Secretly a Zero-Shot Classifier*, 2023,
+    https://arxiv.org/abs/2303.16203.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from torch import Tensor
+
+from hallulib.diffusion.sde import SDE
+from hallulib.likelihood.density import ClassModel, LogDensity, PerClass, in_type_of, noise_range
+from hallulib.shapes import Images, Labels
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+BANDS = 12  # of equal width in log s, in which classes are compared
+Pairs = Float[Tensor, "batch classes pairs"]
+Offsets = Float[Tensor, "_classes _pairs"]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Where noise levels are drawn: a density of ``log s``, constant within bands of equal width.
+
+    Attributes:
+        first, last: ends of ``log s``.
+        shares: chance of each band; they sum to 1.
+    """
+
+    first: float
+    last: float
+    shares: tuple[float, ...] = (1.0,)
+
+    @classmethod
+    def even(cls, sde: SDE) -> "Levels":
+        """All noise levels of a diffusion, evenly in ``log s``."""
+        return cls(*map(math.log, noise_range(sde)))
+
+    def draw(
+        self, n: int, rng: torch.Generator, power: float | int = 0
+    ) -> tuple[Float[Tensor, " {n}"], Float[Tensor, " {n}"]]:
+        """Noise levels, and what each counts: the width of ``log s`` it stands for, weighted.
+
+        They fill the range evenly from the first few on: their quantiles are steps of the golden
+        ratio, shifted by a random number, which makes each of them random and their mean exact.
+        """
+        shift = torch.rand((), generator=rng, dtype=torch.float64)
+        quantile = (shift + GOLDEN * torch.arange(n, dtype=torch.float64)) % 1
+        shares = torch.tensor(self.shares, dtype=torch.float64)
+        ends = torch.cat([shares.new_zeros(1), shares.cumsum(0)])
+        band = torch.bucketize(quantile, ends[1:-1], right=True)
+        width = (self.last - self.first) / len(shares)
+        s = (self.first + width * (band + (quantile - ends[band]) / shares[band])).exp()
+        return s, s**power * width / shares[band]
+
+
+class Errors:
+    r"""Weighted squared errors of the noise, pair by pair, the same pairs for all classes.
+
+    With ``antithetic`` each is the mean over :math:`\epsilon` and :math:`-\epsilon`: whatever part
+    of the difference between classes is linear in the noise cancels, which is most of its
+    variance.
+
+    Args:
+        model: the class-conditional score model.
+        x: images.
+        levels: where noise levels are drawn, all evenly unless given.
+        pairs: of noise and level.
+        seed: of both.
+        batch: most pairs of image and class in the network at once.
+        power: of the noise level, ``s ** power`` weights its error.
+        antithetic: use each noise with both signs, two evaluations a pair.
+        y: class indices to compare, all unless given.
+
+    Source: antithetic variates, Hammersley & Morton 1956.
+    """
+
+    def __init__(
+        self,
+        model: ClassModel,
+        x: Images,
+        levels: Levels | None,
+        pairs: int,
+        seed: int,
+        batch: int,
+        power: float | int = 0,
+        antithetic: bool = False,
+        y: Int[Tensor, " _classes"] | None = None,
+    ):
+        self.model, self.x, self.batch = model, in_type_of(model, x), batch
+        self.y = (torch.arange(len(model.labels)) if y is None else y).to(x.device)
+        self.levels = levels or Levels.even(model.sde)
+        self.rng = torch.Generator().manual_seed(seed)
+        self.s, weight = self.levels.draw(pairs, self.rng, power)
+        self.weight, self.signs = weight.tolist(), (1, -1) if antithetic else (1,)
+
+    def __call__(self, r: int, wanted: Bool[Tensor, "batch classes"] | None = None) -> PerClass:
+        """One number per image and class, not a number where it was not wanted; call in order."""
+        if wanted is None:
+            wanted = torch.ones((len(self.x), len(self.y)), dtype=torch.bool, device=self.x.device)
+        noise = torch.randn(self.x.shape[1:], generator=self.rng, dtype=torch.float64).to(self.x)
+        total = sum(self._squared(r, sign * noise, wanted) for sign in self.signs)
+        return self.weight[r] * total / len(self.signs)
+
+    @torch.no_grad()
+    def _squared(self, r: int, noise: Tensor, wanted: Bool[Tensor, "batch classes"]) -> PerClass:
+        t = self.model.sde.time_of(self.s[r])
+        alpha = float(self.model.sde.alpha_sigma(t)[0])
+        squared = torch.full(wanted.shape, math.nan, dtype=torch.float64, device=self.x.device)
+        for part in wanted.nonzero().split(self.batch):
+            image, column = part.unbind(1)
+            x_t = alpha * (self.x[image] + float(self.s[r]) * noise)
+            times = x_t.new_full((len(part),), float(t))
+            off = self.model(x_t, times, self.y[column]) - noise
+            squared[image, column] = off.double().square().flatten(1).sum(1)
+        return squared
+
+
+def bound(
+    model: ClassModel,
+    x: Images,
+    classes: Sequence[str] | None = None,
+    *,
+    pairs: int = 128,
+    seed: int = 0,
+    batch: int = 128,
+) -> LogDensity:
+    r"""Lower bound of the log-density of every image under every class, in nats.
+
+    Args:
+        model: the class-conditional score model; never guided.
+        x: images in [-1, 1]; 8-bit ones should go through `dequantise` first.
+        classes: labels to score, in this order; all that the model knows by default.
+        pairs: of noise and level, network evaluations for each image and class.
+        seed: of the noise and the levels.
+        batch: most pairs of image and class in the network at once, which bounds the memory.
+
+    Returns:
+        One sample for each pair. The even levels make the error less than it is stated.
+
+    Raises:
+        UserError: a label that the model was not trained with.
+    """
+    y = None if classes is None else model.index(classes)
+    errors = Errors(model, x, None, pairs, seed, batch, y=y)
+    cost = torch.stack([errors(r) for r in range(pairs)], 2)
+    d, s_1 = math.prod(x.shape[1:]), math.exp(errors.levels.last)
+    blurred = 0.5 * d * (math.log(2 * math.pi * math.e) + 2 * errors.levels.first)
+    prior = errors.x.double().square().flatten(1).sum(1) / (2 * s_1**2)
+    return LogDensity(-cost - blurred - prior[:, None, None], evaluations=pairs)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What `decide` found.
+
+    Attributes:
+        log_ratio: log-likelihood of each class against the winner's, in nats (of the weighted
+            integral where ``power`` is not 0); 0 for the winner; for a class that was dropped,
+            against the class in front at that time, as it stood then.
+        error: standard error of ``log_ratio``.
+        evaluations: network evaluations that each image took, over all classes.
+        sure: images with one class left; the others used up their pairs.
+    """
+
+    log_ratio: PerClass
+    error: PerClass
+    evaluations: Int[Tensor, " batch"]
+    sure: Bool[Tensor, " batch"]
+
+    @property
+    def winner(self) -> Labels:
+        """The class in front."""
+        return self.log_ratio.argmax(1)
+
+
+def decide(
+    model: ClassModel,
+    x: Images,
+    *,
+    pairs: int = 24,
+    first: int = 4,
+    confidence: float | int = 0.99,
+    antithetic: bool = True,
+    levels: Levels | None = None,
+    power: float | int = 0.5,
+    offsets: Offsets | None = None,
+    seed: int = 0,
+    batch: int = 128,
+) -> Decision:
+    r"""The class that denoises each image best, with as few evaluations as its decision takes.
+
+    Pair by pair, each class that is still in the race denoises the same noisy image. A class
+    leaves when its weighted error exceeds that of the class in front by more than the one-sided
+    Student limit of their paired difference.
+
+    Args:
+        model: the class-conditional score model; never guided.
+        x: images in [-1, 1].
+        pairs: most pairs of noise and level, an image with a doubtful decision uses all.
+        first: pairs before the first class may be dropped; a single pair drops none, since its
+            error is not known.
+        confidence: of each comparison that drops a class, 0.5 to 1; with 1 none is dropped.
+        antithetic: every pair uses its noise with both signs and takes two evaluations for each
+            class, which pays where the noise, not the level, is what differences vary with.
+        levels: where to look; `informative_levels` finds the best, all evenly unless given.
+        power: errors are weighted by ``s ** power``; 0 is the likelihood, which counts the
+            finest grain as much as the whole, larger numbers look more at the coarse.
+        offsets: subtracted from the errors, see `common_errors`.
+        seed: of the noise and the levels.
+        batch: most pairs of image and class in the network at once, which bounds the memory.
+    """
+    errors, k = Errors(model, x, levels, pairs, seed, batch, power, antithetic), len(model.labels)
+    cost = torch.full((len(x), k, pairs), math.nan, dtype=torch.float64, device=x.device)
+    racing = torch.ones((len(x), k), dtype=torch.bool, device=x.device)
+    mean, error = cost.new_zeros((2, len(x), k))
+    for r in range(pairs):
+        cost[..., r] = errors(r, racing)
+        if offsets is not None:
+            cost[..., r] -= offsets[:, r].to(cost)
+        if r + 1 >= min(first, pairs):
+            # a class that was dropped keeps what it was dropped for
+            now, spread = _behind(cost[..., : r + 1])
+            mean, error = torch.where(racing, now, mean), torch.where(racing, spread, error)
+            racing &= ~(mean > float(stats.t.ppf(confidence, max(r, 1))) * error)
+        racing &= racing.sum(1, keepdim=True) > 1
+        if not racing.any():
+            break
+    evaluations = len(errors.signs) * cost.isfinite().sum((1, 2))
+    return Decision(-mean, error, evaluations, ~racing.any(1))
+
+
+def _behind(cost: Pairs) -> tuple[PerClass, PerClass]:
+    """How far each class is behind the one in front, and the standard error of that.
+
+    In front is the class with the least cost among those that saw every pair. The error of a
+    single pair is not known and counts as infinite.
+    """
+    n = cost.shape[2]
+    front = cost.mean(2).nan_to_num(math.inf).argmin(1)
+    gap = cost - cost.gather(1, front[:, None, None].expand(-1, 1, n))
+    spread = gap.std(2) if n > 1 else torch.full_like(gap[..., 0], math.inf)
+    return gap.mean(2), spread / n**0.5
+
+
+def common_errors(
+    model: ClassModel,
+    x: Images,
+    *,
+    pairs: int = 24,
+    antithetic: bool = True,
+    levels: Levels | None = None,
+    power: float | int = 0.5,
+    seed: int = 0,
+    batch: int = 128,
+) -> Offsets:
+    """By how much each class is worse than the others on all images together, pair by pair.
+
+    `decide` draws the same noises for all images, so what a noise does to a class as such, and
+    what a class is ahead by whatever the image, can be measured on other images and subtracted.
+
+    Args:
+        model: as for `decide`, and so for all that follow.
+        x: images of all classes, about equally frequent; no label is asked for.
+        pairs: of noise and level.
+        antithetic: use each noise with both signs.
+        levels: where to look.
+        power: of the noise level that weights errors.
+        seed: of the noise and the levels.
+        batch: most pairs of image and class in the network at once.
+
+    Returns:
+        The mean of their errors, less its mean over the classes; for ``offsets`` of `decide`.
+    """
+    errors = Errors(model, x, levels, pairs, seed, batch, power, antithetic)
+    mean = torch.stack([errors(r).mean(0) for r in range(pairs)], 1)
+    return mean - mean.mean(0)
+
+
+def informative_levels(
+    model: ClassModel,
+    x: Images,
+    *,
+    per_band: int = 2,
+    power: float | int = 0.5,
+    seed: int = 0,
+    batch: int = 128,
+) -> Levels:
+    r"""Noise levels in proportion to how much classes differ there, from a few images.
+
+    A mean over levels drawn with density :math:`q` has the least variance where :math:`q` follows
+    the root mean square of what is averaged: the weighted difference between two classes. A tenth
+    of the draws stays even, so that no level is ever left out.
+
+    Args:
+        model: the class-conditional score model, of two classes or more.
+        x: images it was trained on will do; their labels are not used.
+        per_band: pairs measured in each of the `BANDS`, of two evaluations.
+        power: as in `decide`.
+        seed: of the noise.
+        batch: as in `decide`.
+    """
+    errors = Errors(model, x, None, BANDS * per_band, seed, batch, power, antithetic=True)
+    # what all images have in common tells nothing about any of them
+    shares = _by_band(errors, lambda error: (error - error.mean(0)).var(1).mean()).sqrt()
+    shares = 0.9 * shares / shares.sum().clamp(min=1e-300) + 0.1 / BANDS  # all 0: same classes
+    shares = tuple((shares / shares.sum()).tolist())
+    return Levels(errors.levels.first, errors.levels.last, shares)
+
+
+def _by_band(errors: Errors, statistic: Callable[[PerClass], Tensor]) -> Float[Tensor, "*_ bands"]:
+    """Mean of a statistic over the pairs in each band."""
+    first, last = errors.levels.first, errors.levels.last
+    bands = ((errors.s.log() - first) / (last - first) * BANDS).long().clamp(0, BANDS - 1)
+    values = torch.stack([statistic(errors(r)) for r in range(len(bands))], -1).cpu()
+    total = values.new_zeros((*values.shape[:-1], BANDS)).index_add(-1, bands, values)
+    return total / bands.bincount(minlength=BANDS).clamp(min=1)
+
+
+def leads(
+    model: ClassModel, x: Images, y: Labels, *, seed: int = 0, batch: int = 128
+) -> Float[Tensor, "batch bands"]:
+    r"""How much better the true class denoises each image than the others, band by band.
+
+    .. math:: \ell_{ib} = \frac1{k-1} \sum_{c \ne y_i} (e_{icb} - \bar e_{cb})
+              - (e_{i y_i b} - \bar e_{y_i b})
+
+    with the mean squared errors :math:`e` of the noise in a band and their means over the images,
+    so that a class that is denoised better on the whole is not taken for the right one.
+
+    Args:
+        model: the class-conditional score model, of two classes or more.
+        x: images it was not trained on.
+        y: their classes, as indices of ``model.labels``; about equally frequent.
+        seed: of the noise.
+        batch: as in `decide`.
+    """
+    errors = Errors(model, x, None, 2 * BANDS, seed, batch, antithetic=True)
+    error = _by_band(errors, lambda error: error)
+    error = error - error.mean(0)
+    own = error.gather(1, y.cpu()[:, None, None].expand(-1, 1, BANDS))[:, 0]
+    return (error.sum(1) - own) / (len(model.labels) - 1) - own
+
+
+def best_band(sde: SDE, lead: Float[Tensor, "images bands"]) -> Levels:
+    r"""The band of noise levels in which held-out images tell the true class most surely.
+
+    .. math:: \arg\max_b \; \mathrm{mean}_i\, \ell_{ib} / \mathrm{sd}_i\, \ell_{ib}
+
+    With few labels that is more than a sum over bands can know: layout shows at coarse levels,
+    texture at fine, and what a network learnt elsewhere it has learnt by heart.
+
+    Args:
+        sde: of the model.
+        lead: of `leads`, of two images at least.
+    """
+    # the finest, where the true class leads in none
+    surety = lead.mean(0).clamp(min=0) / lead.std(0).clamp(min=1e-12)
+    even, best, n = Levels.even(sde), int(surety.argmax()), lead.shape[1]
+    width = (even.last - even.first) / n
+    return Levels(even.first + best * width, even.first + (best + 1) * width)

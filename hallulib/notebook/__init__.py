@@ -1,0 +1,1 @@
+"""The machine of the book: parameters, figures, numbers and grids of chapters."""

@@ -1,0 +1,68 @@
+"""The numbers of a chapter, each written down with what it takes to trust it."""
+
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from hallulib.storage import store
+
+
+def results_folder() -> Path:
+    """Where chapters write down their numbers; each cell of a grid has a folder of its own."""
+    return Path(os.environ.get("HALLULIB_RESULTS", store.runs_folder() / "results"))
+
+
+class Ledger:
+    """The numbers that a chapter measured.
+
+    Args:
+        chapter: folder below `results_folder` for one JSON file per number.
+        seed: of the chapter.
+        settings: parameters of the chapter that its numbers depend on.
+    """
+
+    def __init__(self, chapter: str, *, seed: int, **settings):
+        self.chapter, self.seed, self.settings = chapter, seed, settings
+        self.measured: dict[str, dict] = {}
+        self._since = time.monotonic()
+
+    def keep(
+        self,
+        name: str,
+        value: float,
+        *,
+        n: int,
+        low: float | None = None,
+        high: float | None = None,
+        **settings,
+    ) -> None:
+        """Write down a number; the seconds it took run from the one before.
+
+        Args:
+            name: of the number.
+            value: the number.
+            n: how many things it was measured on.
+            low: lower end of its 95 % interval, where it has one.
+            high: upper end.
+            settings: of this measurement alone.
+        """
+        ends = {"value": value, "low": low, "high": high}
+        # JSON has no NaN
+        number = {end: None if v is None or v != v else float(v) for end, v in ends.items()}
+        self.measured[name] = number | {"n": n}
+        now = time.monotonic()
+        origin = {"seed": self.seed, "settings": self.settings | settings}
+        origin |= {"seconds": round(now - self._since, 2), "made_with": store.provenance()}
+        path = results_folder() / self.chapter / f"{name}.json"
+        store.write_json(path, self.measured[name] | origin)
+        self._since = now
+
+    def values(self) -> dict[str, float]:
+        """Name and value of every number, to be glued into the text."""
+        return {name: number["value"] for name, number in self.measured.items()}
+
+    def table(self) -> pd.DataFrame:
+        """One row per number: value, ends of its interval, n."""
+        return pd.DataFrame(self.measured).T.rename_axis("number").astype(float)

@@ -1,0 +1,154 @@
+r"""One-shot diagnosis as a scikit-learn estimator: a few images of each class, and more of them.
+
+``fit`` is a test episode: the generator of a finished joint training learns the support and
+hallucinates more of each class, and the prototypes
+
+.. math:: p_k = \frac{\sum_i v_{ki} + w \sum_{j \le n} \hat v_{kj}}{m_k + n w}
+
+answer for any number of queries.
+
+Source:
+    Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.base import ClassifierMixin
+from torch import Tensor
+
+from hallulib import UserError
+from hallulib.evidence.calibration import finite, log_odds
+from hallulib.oneshot import experiment, prototypes
+from hallulib.oneshot.episodes import unasked
+from hallulib.oneshot.hallucinate import Hallucinator
+from hallulib.storage import store
+from hallulib.storage.estimator import ImageEstimator
+from hallulib.storage.settings import Count, of_kind
+
+
+class OneShotClassifier(ClassifierMixin, ImageEstimator):
+    """Classify images from one or a few examples per class, with hallucinated ones beside them.
+
+    Forms of images: see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and
+    loads; their side and channels must be those of the joint training.
+
+    Args:
+        pretrained: folder of a finished :func:`hallulib.oneshot.experiment.run`, or the name of
+            one that ships with the library.
+        n_hallucinated: images made for each class; 0 uses the support alone. A number that was
+            trained for has a classifier of its own, others take that of the support alone.
+        channels: of images that come as rows.
+        device: a GPU if there is one.
+        random_state: of all that is made, a whole number.
+
+    Attributes:
+        classes_: the labels, sorted.
+        hallucinated_: (classes, n_hallucinated, channels, side, side), in [-1, 1].
+        network_: the classifier that embeds images.
+        prototypes_: (classes, d), one vector per class.
+
+    Example:
+        >>> from hallulib import data
+        >>> x = data.open("phantom", 32).select("test", labelled="isup").tensor(range(8)).numpy()
+        >>> some = OneShotClassifier(n_hallucinated=1).fit(x[:2], ["low", "high"])
+        >>> some.predict_proba(x[2:]).shape, some.hallucinated_.shape
+        ((6, 2), (2, 1, 1, 32, 32))
+    """
+
+    keeps = {"network_": (prototypes.save, prototypes.load)}
+    pretrained: of_kind(Path | str, "the folder of a run is needed")
+    n_hallucinated: Count
+
+    # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
+    def __init__(
+        self,
+        pretrained="one-shot-phantom",
+        *,
+        n_hallucinated=2,
+        channels=1,
+        device=None,
+        random_state=0,
+    ):
+        self.pretrained = pretrained
+        self.n_hallucinated = n_hallucinated
+        self.channels = channels
+        self.device = device
+        self.random_state = random_state
+
+    def fit(self, X, y) -> "OneShotClassifier":
+        """Learn the support and make more of it.
+
+        Classes that the generator knows by name keep what the joint training taught it of them.
+
+        Args:
+            X: the support, one image of each class at least.
+            y: their labels, numbers or strings.
+
+        Raises:
+            UserError: the folder is no finished joint training of a score model, or the images
+                are of another size.
+            ValueError: scikit-learn's own checks of X and y.
+        """
+        x, position = self._first(X, y)
+        names = tuple(map(str, self.classes_))
+        trial, source, networks = experiment.load(self._folder(), names, self._on())
+        if tuple(x.shape[1:]) != source.model.network.shape:
+            raise UserError(
+                f"images are {tuple(x.shape[1:])} (channels, height, width); {self.pretrained} "
+                f"was trained on {source.model.network.shape}"
+            )
+        self.network_ = networks.get(self.n_hallucinated, networks[0])
+        # classes with fewer images show some again, which then count nothing
+        rows = [np.flatnonzero(position == c) for c in range(len(names))]
+        most = max(map(len, rows))
+        own = torch.tensor([[float(i < len(r)) for i in range(most)] for r in rows])
+        support = x[np.stack([np.resize(r, most) for r in rows])].to(self._on())
+        made = self._hallucinate(source, names, support)
+        with torch.no_grad():
+            vectors = [self.network_.embed(part.flatten(0, 1)) for part in (support, made)]
+        real, new = (v.unflatten(0, (len(names), -1)) for v in vectors)
+        extra = own.new_full((len(names), self.n_hallucinated), float(trial.fit.weight))
+        weights = torch.cat([own, extra], 1).to(real)
+        self.prototypes_ = prototypes.prototypes(torch.cat([real, new], 1), weights).cpu()
+        self.hallucinated_ = made.cpu().numpy()
+        return self
+
+    def _hallucinate(
+        self, source: Hallucinator, names: tuple[str, ...], support: Tensor
+    ) -> Tensor:
+        """More images of each class, from the generator after it has learnt the support."""
+        if not self.n_hallucinated:
+            return support[:, :0]
+        episode = unasked(names)
+        source.adapt(episode, support, self._seed)
+        return source.make(episode, support, self.n_hallucinated, self._seed)
+
+    def _folder(self) -> Path:
+        """The run that is asked for: a folder, or a name among those that ship."""
+        folder = Path(self.pretrained)
+        shipped = store.SHIPPED / folder
+        is_name = folder == Path(folder.name)  # a path that is wrong must not find another model
+        return shipped if is_name and not folder.exists() and shipped.exists() else folder
+
+    def predict_proba(self, X) -> np.ndarray:
+        """Probability of each class, in the order of ``classes_``."""
+        return self._logits(X).softmax(-1).numpy()
+
+    def decision_function(self, X) -> np.ndarray:
+        """Log-odds of each class against all others; with two classes, of the second alone."""
+        odds = log_odds(self._logits(X).double()).numpy()
+        return odds[:, 1] if len(self.classes_) == 2 else odds
+
+    def predict(self, X) -> np.ndarray:
+        """The class of highest probability."""
+        best = self._logits(X).argmax(1).numpy()
+        return self.classes_[best]
+
+    @torch.no_grad()
+    def _logits(self, X) -> Tensor:
+        x, network = self._further(X), self.network_
+        means = self.prototypes_[:, None].to(self._on())
+        parts = [network.logits(network.embed(p.to(self._on())), means) for p in x.split(256)]
+        return finite(torch.cat(parts).cpu())

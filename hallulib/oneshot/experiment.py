@@ -1,0 +1,481 @@
+"""The one-shot experiment whole: joint training, controls and AUROC of every test episode.
+
+One call goes from an image set to a table with one row per test episode and one column per
+method, all methods on the same episodes. It is kept as a run: found again by its settings, resumed
+where it was stopped, its weights and its table checked by checksum.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hallulib import UserError
+from hallulib.data.changes import CHANGES
+from hallulib.data.checks import UNITS
+from hallulib.data.imageset import ImageSet
+from hallulib.diffusion import train, unet
+from hallulib.diffusion.unet import relabelled
+from hallulib.oneshot import joint, prototypes
+from hallulib.oneshot.episodes import Episodes, TooFew
+from hallulib.oneshot.hallucinate import (
+    Changed,
+    ClassMemory,
+    Hallucinator,
+    Oracle,
+    Pool,
+    Recipe,
+    Source,
+)
+from hallulib.oneshot.joint import Fit, Method, evaluate
+from hallulib.oneshot.prototypes import PrototypeClassifier
+from hallulib.storage import disk, parallel, store
+from hallulib.storage.settings import Count, Positive, Seed, Several, Width, check, one_of, vary
+
+GENERATORS = ("score_model", "oracle", "memory", *CHANGES)
+SPLITS_OF = {"train": 1, "val": 2, "test": 3}  # each split has episodes of its own
+TABLE, PART = "auroc.csv", ".part.csv"
+Classifiers = Mapping[int, PrototypeClassifier]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All settings of the experiment but the images, so that two runs with equal ones are equal.
+
+    Attributes:
+        train_scheme: label column of the training episodes.
+        test_scheme: of the validation and test episodes; the same is the paper's *coarse* task,
+            a coarser one (train on Gleason scores, test on ISUP grades) its *fine* task.
+        n_way, k_shot, n_query: of every episode; fewer ways than classes draws classes.
+        n_spare: real images kept aside for the oracle.
+        counts: numbers of extra supports; each has a classifier trained with as many, and 0
+            is the baseline.
+        generator: where extra supports come from: ``"score_model"``, or one of the controls.
+        pretraining: steps of the score model's pretraining.
+        pretraining_width: of its network.
+        forget: forget the class vectors of the pretraining, as if it had seen no labels.
+        pool: images per class that are made once and drawn from, where the recipe allows; 0
+            makes the supports of every episode anew.
+        kind, metric, width, reduce_to: of the classifiers, see
+            :func:`hallulib.oneshot.prototypes.build`.
+        steps: training episodes.
+        decays: parts of them after which the learning rate is divided by 10.
+        per_epoch: episodes between two validations.
+        n_validation: validation episodes.
+        n_episodes: test episodes.
+        seed: of everything but the pretraining, which many trials share.
+        recipe: how supports are hallucinated.
+        fit: how classifiers learn.
+
+    Raises:
+        UserError: an unknown name or an impossible number.
+    """
+
+    train_scheme: str
+    test_scheme: str
+    n_way: Several = 4
+    k_shot: Positive = 1
+    n_query: Positive = 5
+    n_spare: Count = 2
+    counts: tuple[int, ...] = (0, 1, 2)
+    generator: one_of(GENERATORS) = "score_model"
+    pretraining: Count = 4000
+    pretraining_width: Width = 24
+    forget: bool = False
+    pool: Count = 0
+    kind: one_of(prototypes.KINDS) = "bdc"
+    metric: one_of(prototypes.METRICS) = "cosine"
+    width: Positive = 12
+    reduce_to: Positive = 64
+    steps: Count = 300
+    decays: tuple[float, ...] = (0.6, 0.85)
+    per_epoch: Positive = 50
+    n_validation: Count = 20
+    n_episodes: Several = 1000
+    seed: Seed = 0
+    recipe: Recipe = field(default_factory=Recipe)
+    fit: Fit = field(default_factory=Fit)
+
+    def __post_init__(self):
+        check(self)
+        if 0 not in self.counts or max(self.counts) < 1 or min(self.counts) < 0:
+            raise UserError(f"counts are {self.counts}; 0 and some number above it are needed")
+        if not all(0 <= part <= 1 for part in self.decays):
+            raise UserError(f"decays are {self.decays}; parts of the training, 0 to 1, are needed")
+        steps, start = self.recipe.adapt_steps, self.recipe.start_time
+        if self.pool and self.generator == "score_model" and (steps or start < 1):
+            raise UserError(
+                f"a pool of images found with adapt_steps={steps} start_time={start}; its images"
+                " are to depend on nothing but the class: adapt_steps=0 start_time=1 is needed"
+            )
+
+    def episodes(self, images: ImageSet, split: str) -> Episodes:
+        """The episodes of a split: the same for every trial with the same task and seed.
+
+        Args:
+            images: an open image set.
+            split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Raises:
+            UserError: the split does not have what the episodes need.
+        """
+        scheme = self.train_scheme if split == "train" else self.test_scheme
+        deal = {name: getattr(self, name) for name in ("n_way", "k_shot", "n_query", "n_spare")}
+        deal |= dict(split=split, seed=10 * self.seed + SPLITS_OF[split])
+        return Episodes(images, scheme, **deal)
+
+    def settings(self) -> dict:
+        """All of it as what JSON can hold."""
+        return asdict(self) | {"counts": list(self.counts), "decays": list(self.decays)}
+
+    @classmethod
+    def of(cls, told: dict[str, object]) -> "Trial":
+        """The trial of a run that was told these settings and else the defaults.
+
+        Raises:
+            UserError: a setting is unknown, or a value impossible.
+        """
+        own = {k: v for k, v in told.items() if k.split(".")[0] not in ("data", "size")}
+        return vary(cls("", ""), own)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left.
+
+    Attributes:
+        trial: its settings.
+        folder: with ``run.json``, ``losses.csv``, ``auroc.csv`` and the weights in half precision.
+        auroc: one row per test episode, one column per method; ``"baseline"`` is one.
+        source: the generator as it was measured.
+        classifiers: number of extra supports -> classifier.
+    """
+
+    trial: Trial
+    folder: Path
+    auroc: pd.DataFrame
+    source: Source
+    classifiers: dict[int, PrototypeClassifier]
+
+
+def run(images: ImageSet, trial: Trial, *, from_scratch: bool = False) -> Result:
+    """The experiment with these settings: found, or done now and resumed where it was stopped.
+
+    Args:
+        images: an open image set.
+        trial: all settings.
+        from_scratch: do it again even if it is there.
+
+    Raises:
+        UserError: the image set does not have what the episodes need, or a setting is impossible.
+    """
+    check_served(images, trial)  # what is missing is told before hours of training
+    folder = store.load_or_train(
+        f"one-shot-{images.name}",
+        lambda folder, **_: _do(images, trial, folder),
+        defaults=Trial,
+        together=True,
+        from_scratch=from_scratch,
+        data=images.identity,
+        size=images.size,
+        **trial.settings(),
+    )
+    source, classifiers = start(images, trial, pretrained=bool(trial.pool))
+    _load(folder, source, classifiers)
+    return Result(trial, folder, pd.read_csv(folder / TABLE), source, classifiers)
+
+
+def check_served(images: ImageSet, trial: Trial) -> None:
+    """Refuses a trial whose episodes some split cannot serve, and says what it could serve.
+
+    Raises:
+        UserError: the image set does not have what the episodes need.
+    """
+    fault = _too_few(images, trial)
+    if fault is None:
+        return
+    spares = [trial.n_spare] if trial.generator == "oracle" else range(trial.n_spare, -1, -1)
+    tasks = itertools.product(range(trial.n_query, 0, -1), spares)
+    less = (replace(trial, n_query=n_query, n_spare=n_spare) for n_query, n_spare in tasks)
+    most = next((task for task in less if _too_few(images, task) is None), None)
+    way = f"one query for each class is too many too: more {UNITS[images.unit][1]} of that class,"
+    way += " or a larger share of them for that split, are needed"
+    if most is not None:
+        way = f"n_query={most.n_query} n_spare={most.n_spare} is the most that all splits can"
+        way += " serve, and the parameter VARY of a chapter sets it"
+    raise UserError(f"{fault}; {way}")
+
+
+def _too_few(images: ImageSet, trial: Trial) -> TooFew | None:
+    """What is wrong with the first split that cannot serve the episodes of a trial."""
+    try:
+        for split in SPLITS_OF:
+            trial.episodes(images, split)
+    except TooFew as fault:
+        return fault
+    return None
+
+
+def _do(images: ImageSet, trial: Trial, folder: Path) -> None:
+    """Train, keep the weights, and measure what is kept, in half precision."""
+    source, classifiers = _train(images, trial, folder)
+    if parallel.is_main():
+        _save(folder, source, classifiers, images)
+    parallel.wait()
+    _load(folder, source, classifiers)
+    todo = list(_todo(images, trial, source, classifiers))
+    parts = [folder / f"{measurement.name}{PART}" for measurement in todo]
+    bar = tqdm(
+        total=len(todo) * trial.n_episodes, desc="test episodes", disable=not parallel.is_main()
+    )
+    for i, (measurement, part) in enumerate(zip(todo, parts, strict=True)):
+        for done in _measure(images, trial, measurement, part):
+            bar.update(i * trial.n_episodes + done - bar.n)
+    bar.close()
+    if parallel.is_main():
+        _write(folder / TABLE, pd.concat(map(pd.read_csv, parts), axis=1))
+        for part in parts:
+            disk.drop(part)
+
+
+def start(
+    images: ImageSet, trial: Trial, *, pretrained: bool = True
+) -> tuple[Source, dict[int, PrototypeClassifier]]:
+    """The generator and the classifiers of a trial before the joint training.
+
+    Args:
+        images: an open image set.
+        trial: its settings.
+        pretrained: begin with the pretrained score model, which is trained now if it is not
+            there; without it the weights are random, to be replaced by those of a finished run.
+
+    Raises:
+        UserError: the image set has no such label column, or a setting is impossible.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    classifiers = _fresh(trial, images.channels, device)
+    return _source(images, trial, pretrained, device), classifiers
+
+
+def _fresh(trial: Trial, channels: int, device: str) -> dict[int, PrototypeClassifier]:
+    """A classifier for each number of extra supports, all of the same initial weights."""
+    shape = dict(channels=channels, width=trial.width, reduce_to=trial.reduce_to)
+    how = dict(metric=trial.metric, seed=trial.seed)
+    return {n: prototypes.build(trial.kind, **shape, **how).to(device) for n in trial.counts}
+
+
+def _source(images: ImageSet, trial: Trial, pretrained: bool, device: str) -> Source:
+    if trial.generator == "oracle":
+        return Oracle(images)
+    if trial.generator == "memory":
+        return ClassMemory(images, trial.test_scheme)
+    if trial.generator in CHANGES:
+        return Changed(trial.generator)
+    width = trial.pretraining_width
+    if pretrained:
+        asked = dict(steps=trial.pretraining, width=width, device=device)
+        model, _ = train.pretrained(images, scheme=images.schemes[0], **asked)
+    else:
+        model = unet.build(size=images.size, channels=images.channels, width=width).to(device)
+    schemes = dict.fromkeys([trial.train_scheme, trial.test_scheme])
+    labels = [label for scheme in schemes for label in images.classes(scheme)]
+    forget = trial.forget or len(schemes) > 1  # the labels of the test are not known before it
+    hallucinator = Hallucinator(relabelled(model, labels, forget), trial.recipe)
+    return Pool(hallucinator, trial.pool, seed=trial.seed) if trial.pool else hallucinator
+
+
+def _train(images: ImageSet, trial: Trial, folder: Path) -> tuple[Source, Classifiers]:
+    """The generator and the classifiers after the joint training, each with its best weights."""
+    source, classifiers = start(images, trial)
+    own = ("steps", "fit", "n_validation", "per_epoch", "decays", "seed")
+    loop = joint.meta_train(
+        source,
+        classifiers,
+        images,
+        trial.episodes(images, "train"),
+        validation=trial.episodes(images, "val"),
+        folder=folder,
+        settings=trial.settings(),
+        **{name: getattr(trial, name) for name in own},
+    )
+    state = store.finished(loop, trial.steps, f"joint training on {images.name}")
+    for classifier, best in zip(classifiers.values(), state.best, strict=True):
+        classifier.load_state_dict(best)
+    return source, classifiers
+
+
+class _Measurement(NamedTuple):
+    """Columns of the table that share one source of extra supports."""
+
+    name: str
+    methods: dict[str, Method]
+    source: Source
+    permute: bool = False
+
+
+def _todo(
+    images: ImageSet, trial: Trial, source: Source, classifiers: Classifiers
+) -> Iterator[_Measurement]:
+    """The trial's own measurement, after those that it is compared with."""
+    extra, baseline = [n for n in trial.counts if n], classifiers[0]
+    method = Method(0, baseline)
+    yield _Measurement("baseline", {"baseline": method}, Source())
+    yield _Measurement("permuted labels", {"permuted labels": method}, Source(), permute=True)
+    for name, control in _controls(images, trial):
+        methods = {f"{name} +{n}": Method(n, baseline) for n in extra}
+        yield _Measurement(name, methods, control)
+    own = {f"+{n}": Method(n, classifiers[n]) for n in extra}
+    own |= {f"+{n} at test only": Method(n, baseline) for n in extra}
+    yield _Measurement("generator", own, source)
+
+
+def _controls(images: ImageSet, trial: Trial) -> Iterator[tuple[str, Source]]:
+    """What a generator is compared with, given to the classifier of the baseline."""
+    most = max(trial.counts)
+    if trial.n_spare >= most:
+        yield "oracle", Oracle(images)
+    if trial.train_scheme == trial.test_scheme:
+        memory = ClassMemory(images, trial.test_scheme)
+        if min(map(len, memory.rows.values())) >= most:
+            yield "memory", memory
+    for change in ("flips", "shifts"):
+        yield change, Changed(change)
+
+
+def _measure(
+    images: ImageSet, trial: Trial, measurement: _Measurement, part: Path
+) -> Iterator[int]:
+    """Write the AUROC of all episodes, after each few; yields how many are done.
+
+    What an interrupted call has written is not measured again.
+    """
+    names = list(measurement.methods)
+    done = pd.read_csv(part) if part.exists() else pd.DataFrame(columns=names, dtype=float)
+    for new in evaluate(
+        list(measurement.methods.values()),
+        measurement.source,
+        images,
+        trial.episodes(images, "test"),
+        trial.n_episodes,
+        first=len(done),
+        weight=trial.fit.weight,
+        permute=measurement.permute,
+        seed=trial.seed,
+    ):
+        done = pd.DataFrame(np.concatenate([done.to_numpy(), new]), columns=names)
+        if parallel.is_main():
+            _write(part, done)
+        yield len(done)
+
+
+def _write(file: Path, table: pd.DataFrame) -> None:
+    """Write a table beside its place and rename it into it."""
+    with disk.whole(file) as partial:
+        table.to_csv(partial, index=False)
+
+
+def _save(folder: Path, source: Source, classifiers: Classifiers, images: ImageSet) -> None:
+    """Weights in half precision: what is shipped must be small."""
+    labels = source.model.labels if isinstance(source, Hallucinator) else ()
+    # one entry: safetensors writes several in any order, and equal runs have equal bytes
+    metadata = {"images": json.dumps({"channels": images.channels, "labels": labels})}
+    # what Adam remembers matters where test episodes are learnt
+    forgotten = "adam." if source.per_class else ()
+    state = source.state_dict()
+    parts = {"generator": {k: v for k, v in state.items() if not k.startswith(forgotten)}}
+    parts |= {f"plus_{n}": c.state_dict() for n, c in classifiers.items()}
+    with disk.whole_files(folder) as partial:
+        for name, tensors in parts.items():
+            halved = {k: v.to(_precision(k, v)).contiguous() for k, v in tensors.items()}
+            save_file(halved, partial / f"{name}.safetensors", metadata)
+
+
+def _precision(name: str, tensor: Tensor) -> torch.dtype:
+    if tensor.dtype != torch.float32 or name.endswith(".step"):  # counts, rates
+        return tensor.dtype
+    # squares of gradients are too small for half precision
+    return torch.bfloat16 if name.startswith("adam.") else torch.half
+
+
+def load(
+    folder: Path, names: tuple[str, ...], device: str
+) -> tuple[Trial, Hallucinator, dict[int, PrototypeClassifier]]:
+    """What a joint training left, its generator ready for classes of these names.
+
+    Args:
+        folder: of a finished `run`.
+        names: of the classes; those it knows keep what the joint training taught it of them.
+        device: for the networks.
+
+    Raises:
+        UserError: the folder is not one, or its supports came from no score model.
+    """
+    try:
+        if not (folder / store.CARD).exists():
+            raise FileNotFoundError(store.CARD)
+        settings = store.told(folder, Trial)
+        trial = Trial.of(settings)
+        if trial.generator != "score_model" or trial.pool:
+            raise UserError(
+                f"{folder} was trained with generator={trial.generator} pool={trial.pool}; "
+                "generator=score_model pool=0 is needed"
+            )
+        with safe_open(folder / "generator.safetensors", "pt") as file:
+            trained_on = json.loads(file.metadata()["images"])
+        channels, width = trained_on["channels"], trial.pretraining_width
+        model = unet.build(size=settings["size"], channels=channels, width=width).to(device)
+        source = Hallucinator(relabelled(model, names), trial.recipe)
+        classifiers = _fresh(trial, channels, device)
+        _load(folder, source, classifiers, trained_on["labels"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
+        raise UserError(
+            f"{folder} is not a finished joint training "
+            f"({type(fault).__name__}: {str(fault).splitlines()[0]}); the folder of a "
+            "hallulib.oneshot.experiment.run is needed"
+        ) from fault
+    return trial, source, classifiers
+
+
+def _load(
+    folder: Path, source: Source, classifiers: Classifiers, labels: list[str] | None = None
+) -> None:
+    """Give a source and classifiers their weights; labels: of the source, where it has others."""
+    saved = load_file(folder / "generator.safetensors")
+    if saved:
+        halves = torch.half, torch.bfloat16
+        full = {k: v.float() if v.dtype in halves else v for k, v in saved.items()}
+        full = full if labels is None else _renamed(full, source, labels)
+        source.load_state_dict(source.state_dict() | full)
+    for n, classifier in classifiers.items():
+        classifier.load_state_dict(load_file(folder / f"plus_{n}.safetensors"))
+        classifier.eval()
+
+
+def _renamed(
+    saved: dict[str, Tensor], source: Hallucinator, labels: list[str]
+) -> dict[str, Tensor]:
+    """What a generator has learnt, its class vectors those of the labels of another.
+
+    A label it knows keeps its vector and what Adam remembers of it; new ones start at zero, as
+    does the null class, which is the last.
+    """
+    weight = source.model.network.classes.weight
+    place = [p is weight for p in source.optimizer.param_groups[0]["params"]].index(True)
+    of_classes = {"model.network.classes.weight"}
+    of_classes |= {f"adam.{place}.exp_avg", f"adam.{place}.exp_avg_sq"}
+    rows = {i: labels.index(name) for i, name in enumerate(source.model.labels) if name in labels}
+    renamed = dict(saved)
+    for key in of_classes & saved.keys():
+        renamed[key] = saved[key].new_zeros(weight.shape)
+        renamed[key][list(rows)] = saved[key][list(rows.values())]
+    return renamed

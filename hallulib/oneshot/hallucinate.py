@@ -1,0 +1,343 @@
+r"""Where extra supports come from: a score model that learns an episode, or its controls.
+
+A `Source` is asked for n more images of each class of an episode. Real images are the ceiling of
+any generator (`Oracle`), remembered and changed ones are the cheap way (`ClassMemory`, `Changed`).
+A `Hallucinator` learns the support,
+
+.. math:: \theta \leftarrow \theta - \eta\,\nabla_\theta\,\mathrm{E}_{t, \epsilon}\,
+          \lVert v_\theta(x_t, t, y) - v \rVert^2 \quad \text{on the support and its classes } y,
+
+and makes more of it.
+
+Source:
+    Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; guidance: Ho & Salimans 2022.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hallulib import UserError
+from hallulib.data.changes import CHANGES
+from hallulib.data.imageset import ImageSet
+from hallulib.diffusion.sample import SAMPLERS, draw
+from hallulib.diffusion.score import ScoreModel, denoising_loss, stratified_times
+from hallulib.diffusion.unet import ADAPTS, adaptable
+from hallulib.oneshot.episodes import Episode, unasked
+from hallulib.shapes import Images, Labels, Shots
+from hallulib.storage import parallel
+from hallulib.storage.checkpoint import Stateful
+from hallulib.storage.settings import Amount, Count, Positive, Share, ShareAbove0, check, one_of
+
+
+class Source(Stateful):
+    """Makes more supports; a source that has nothing to learn only needs ``make``.
+
+    Attributes:
+        per_class: whether the images of a class depend on its own support alone, so that the
+            classes of many episodes can be made in one call.
+    """
+
+    per_class = True
+
+    def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
+        """``n`` more images of each class; the first of them do not depend on ``n``.
+
+        Args:
+            episode: the classes, and the positions of all images of the task.
+            support: the real images of each class, in [-1, 1].
+            n: images per class.
+            seed: of every draw.
+
+        Raises:
+            UserError: it has not so many images of a class.
+        """
+        raise NotImplementedError
+
+    def learn(
+        self, episode: Episode, support: Shots, query: Images, seed: int
+    ) -> Float[Tensor, ""]:
+        """Learn from a training episode.
+
+        Args:
+            episode: the classes, and the classes of the queries.
+            support: the real images of each class, in [-1, 1].
+            query: (n_queries, ...) images that a test episode would not show; ``make`` is to
+                help with such ones.
+            seed: of every draw.
+
+        Returns:
+            The loss, or nan where nothing is learnt.
+        """
+        return torch.tensor(torch.nan)
+
+    def adapt(self, episode: Episode, support: Shots, seed: int) -> None:
+        """Learn from the support of an episode outside of the training, before ``make``."""
+
+    def undone(self) -> contextlib.AbstractContextManager:
+        """A context at whose end everything is as it was before."""
+        return contextlib.nullcontext()
+
+
+class Oracle(Source):
+    """Other real images of the class, from the episode's own split: the ceiling of any generator.
+
+    Args:
+        images: the image set that the episodes were drawn from, with spare images.
+    """
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
+        """The episode's spare images.
+
+        Raises:
+            UserError: the episode has fewer.
+        """
+        found = episode.spare.shape[1]
+        if found < n:
+            raise UserError(f"an oracle needs {n} spare images per class; the episode has {found}")
+        rows = episode.spare[:, :n]
+        return self.images.tensor(rows.ravel()).unflatten(0, rows.shape).to(support)
+
+
+class ClassMemory(Source):
+    """Real images that the class has in the split ``train``: what a generator could remember.
+
+    Args:
+        images: the whole image set.
+        scheme: the label column of the episodes.
+    """
+
+    def __init__(self, images: ImageSet, scheme: str):
+        self.images = images
+        labels = images.table[scheme].where(images.table["split"] == "train", "")
+        self.rows = {c: np.flatnonzero(labels == c) for c in images.classes(scheme)}
+
+    def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
+        """Training images of each class, drawn without replacement.
+
+        Raises:
+            UserError: a class has fewer.
+        """
+        rng, chosen = np.random.default_rng(seed), []
+        for name in episode.classes:
+            rows = self.rows.get(name, ())
+            if len(rows) < n:
+                raise UserError(
+                    f"{self.images.name}: a memory of class {name!r} needs {n} images in the split"
+                    f" train; there are {len(rows)}"
+                )
+            chosen.append(rng.permutation(rows)[:n])
+        rows = np.stack(chosen)
+        return self.images.tensor(rows.ravel()).unflatten(0, rows.shape).to(support)
+
+
+class Changed(Source):
+    """Copies of the support, each changed at random: flips, shifts, jitter, mixup, or all.
+
+    Args:
+        change: a name in ``CHANGES``.
+    """
+
+    def __init__(self, change: str):
+        self.change = CHANGES[change]
+        self.per_class = change != "mixup"
+
+    def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
+        """The j-th copy is one of the j-th support, counted round and round."""
+        rngs = [torch.Generator().manual_seed(seed + j) for j in range(n)]
+        rounds = [support[:, j % support.shape[1]] for j in range(n)]
+        pairs = zip(rounds, rngs, strict=True)
+        return torch.stack([self.change(shot, support, rng) for shot, rng in pairs], 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How supports are hallucinated: the choices that the paper leaves open.
+
+    Attributes:
+        adapt: weights that learn: ``"all"``, or the ``"classes"`` vectors alone.
+        adapt_steps: Adam's steps per episode, at test too; 0 keeps the generator as it is.
+        lr: of Adam; the paper's "20^-4" is read as 2e-4.
+        copies: noised copies of each support image in such a step.
+        p_uncond: chance that the class is dropped there, which guidance needs.
+        guidance_scale: see :func:`hallulib.diffusion.score.guided`; 1 is plain conditional
+            sampling.
+        start_time: 1 generates from noise, less from the support noised to that time.
+        sampler: a name in :data:`hallulib.diffusion.sample.SAMPLERS`.
+        sampler_steps: of the sampler.
+
+    Raises:
+        UserError: an unknown name or an impossible number.
+    """
+
+    adapt: one_of(ADAPTS) = "all"
+    adapt_steps: Count = 1
+    lr: Amount = 2e-4
+    copies: Positive = 2
+    p_uncond: Share = 0.1
+    guidance_scale: Amount = 2.0
+    start_time: ShareAbove0 = 1.0
+    sampler: one_of(SAMPLERS) = "dpm_solver"
+    sampler_steps: Positive = 5
+
+    def __post_init__(self):
+        check(self)
+
+
+class Hallucinator(Source):
+    """A score model that learns from episodes and makes more of their supports.
+
+    Args:
+        model: the pretrained score model; changed in place.
+        recipe: how it learns and generates.
+    """
+
+    def __init__(self, model: ScoreModel, recipe: Recipe):
+        # a quarter faster, on a CPU too
+        self.model = model.eval().to(memory_format=torch.channels_last)
+        self.recipe = recipe
+        self.optimizer = torch.optim.Adam(adaptable(model, recipe.adapt), lr=recipe.lr)
+        # where a test episode is learnt, it has to be made by itself
+        self.per_class = recipe.adapt_steps == 0
+
+    def learn(
+        self, episode: Episode, support: Shots, query: Images, seed: int
+    ) -> Float[Tensor, ""]:
+        """The steps of `adapt`, which stay."""
+        return self.adapt(episode, support, seed)
+
+    def adapt(self, episode: Episode, support: Shots, seed: int) -> Float[Tensor, ""]:
+        """Steps on the support alone, images and their classes.
+
+        Returns:
+            The denoising loss before the last step, nan without steps.
+
+        Raises:
+            UserError: a class that the model does not know.
+        """
+        loss, rng = torch.tensor(torch.nan), torch.Generator(self._device).manual_seed(seed)
+        copies = self.recipe.copies
+        x_0 = support.flatten(0, 1).repeat_interleave(copies, 0)
+        y = self._classes(episode).repeat_interleave(support.shape[1] * copies)
+        for _ in range(self.recipe.adapt_steps):
+            loss = self._step(x_0, y, rng)
+        return loss
+
+    @torch.no_grad()
+    def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
+        """Images of each class, hallucinated by the present weights.
+
+        The first images do not depend on ``n`` with ``heun`` and ``dpm_solver``, on a CPU; the
+        other samplers draw noise for all images on the way.
+
+        Raises:
+            UserError: a class that the model does not know.
+        """
+        recipe, (n_way, k_shot) = self.recipe, support.shape[:2]
+        starts = None
+        if recipe.start_time < 1:
+            starts = support[:, torch.arange(n) % k_shot].transpose(0, 1).flatten(0, 1)
+        made = draw(
+            self.model,
+            self._classes(episode).repeat(n),
+            sampler=recipe.sampler,
+            steps=recipe.sampler_steps,
+            guidance_scale=recipe.guidance_scale,
+            images=starts,
+            start_time=recipe.start_time,
+            seed=seed,
+        )
+        # drawn shot by shot: the first shots stay the same when more are asked for
+        return made.unflatten(0, (n, n_way)).transpose(0, 1)
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Whatever is learnt inside is undone at the end: no test episode leaks into the next."""
+        before = {name: value.clone() for name, value in self.state_dict().items()}
+        try:
+            yield
+        finally:
+            self.load_state_dict(before)
+
+    def parts(self) -> dict[str, object]:
+        """All that training changes."""
+        return {"model": self.model, "adam": self.optimizer}
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.network.classes.weight.device
+
+    def _classes(self, episode: Episode) -> Labels:
+        return self.model.index(episode.classes).to(self._device)
+
+    def _step(self, x_0: Images, y: Labels, rng: torch.Generator) -> Float[Tensor, ""]:
+        """One step of Adam on the denoising loss, classes dropped now and then."""
+        t = stratified_times(len(x_0), self.model.sde.t_train, rng)
+        # strata follow the order of the images: each image gets times from all over
+        t = t[torch.randperm(len(t), generator=rng, device=t.device)]
+        eps = torch.randn(x_0.shape, generator=rng, device=x_0.device)
+        dropped = torch.rand(len(x_0), generator=rng, device=x_0.device) < self.recipe.p_uncond
+        y = y.masked_fill(dropped, self.model.null)
+        self.optimizer.zero_grad()
+        mine, counts = parallel.share(len(x_0))
+        loss = denoising_loss(self.model, x_0[mine], t[mine], eps[mine], y[mine]).mean()
+        loss.backward()
+        weights = self.optimizer.param_groups[0]["params"]
+        loss = parallel.combine(weights, loss, counts)
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        self.optimizer.step()
+        return loss
+
+
+class Pool(Source):
+    """Draws from images that a hallucinator makes once, when they are first needed.
+
+    Where episodes are not learnt and images start from noise, hallucinations of all episodes are
+    independent draws from one law for each class, so thousands of episodes can share a pool at
+    the cost of making it once.
+
+    Args:
+        hallucinator: it makes images from noise, without adaptation.
+        size: images per class.
+        seed: of the images.
+    """
+
+    def __init__(self, hallucinator: Hallucinator, size: int, seed: int = 0):
+        self.hallucinator, self.size, self.seed = hallucinator, size, seed
+        self.images: Shots | None = None
+
+    def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
+        """Images of the pool, drawn without replacement for each class of the episode.
+
+        Raises:
+            UserError: the pool holds fewer than ``n``.
+        """
+        if n > self.size:
+            raise UserError(f"{n} images per class asked of a pool of {self.size}")
+        if self.images is None:
+            self.images = self._all(support)
+        rng, classes = np.random.default_rng(seed), self.hallucinator.model.index(episode.classes)
+        chosen = np.stack([rng.permutation(self.size)[:n] for _ in classes])
+        return self.images[classes[:, None], torch.as_tensor(chosen)].to(support)
+
+    def _all(self, like: Float[Tensor, "_ways _shots channels height width"]) -> Shots:
+        """All images of the pool, class by class."""
+        names = self.hallucinator.model.labels
+        blank = like.new_zeros(len(names), 1, *like.shape[2:])
+        return self.hallucinator.make(unasked(names), blank, self.size, self.seed)
+
+    def parts(self) -> dict[str, object]:
+        """The images, once they are there."""
+        return {} if self.images is None else {"images": self.images}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take on images that may be there or not."""
+        self.images = tensors.get("images")
