@@ -48,8 +48,9 @@ def listing(*functions: Callable) -> None:
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             del lines[first.lineno - 1 : first.end_lineno]
         code = "\n".join(lines)
-        name = f"{function.__module__}.{function.__qualname__}"
-        display(Markdown(f"`{name}`\n\n```python\n{code}\n```"))
+        place = function.__module__.replace(".", "/") + ".py"
+        told = f"`{function.__qualname__}` in `{place}`:"  # apart, so that a phone can break it
+        display(Markdown(f"{told}\n\n```python\n{code}\n```"))
 
 
 def style() -> None:
