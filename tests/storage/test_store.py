@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hallulib import UserError, data
 from hallulib.diffusion import train
+from hallulib.likelihood.experiment import Contest
 from hallulib.oneshot import experiment as oneshot
 from hallulib.storage import store
 
@@ -256,3 +257,14 @@ def test_they_are_found_by_the_cards_of_version_0_1_too(runs, shipped):
     assert store.load_or_train("one-shot-phantom", training, **how, **asked) == old
     assert training.calls == 0
     assert oneshot.Trial.of(store.told(old, oneshot.Trial)) == trial
+
+
+def test_a_contest_with_ever_fewer_labels_is_found_by_its_card_of_before(runs):
+    own = asdict(Contest("isup", per_class=5)) | {"data": "toy", "size": 32}
+    gone = {"adapt": "all", "lr": 4e-4, "class_rate": 25, "confidence": 0.99, "power": 0.5}
+    old = old_run(runs / "few-labels", **own, **gone, weigh=2, weigh_up_to=20)
+    old_run(runs / "few-labels", **own, **gone, weigh=3, weigh_up_to=20)
+    training = Training()
+    assert store.load_or_train("few-labels", training, defaults=Contest, **own) == old
+    store.load_or_train("few-labels", training, defaults=Contest, **(own | {"per_class": 6}))
+    assert training.calls == 1
