@@ -30,6 +30,22 @@ UNITS = {  # what the column patient of a table names -> one of them, several
 }
 
 
+def read_patients_as(unit: str) -> str:
+    """What a text that says "patients" means for an image set whose groups are something else.
+
+    Example:
+        >>> read_patients_as("slide")
+        '; where this chapter says patients, read slides'
+        >>> read_patients_as("patient")
+        ''
+    """
+    if unit == "patient":
+        return ""
+    if unit == "unknown":
+        return "; patients are unknown, and each image is taken for one of its own"
+    return f"; where this chapter says patients, read {UNITS[unit][1]}"
+
+
 def count_units(unit: str, n: int) -> str:
     """How many there are, in words; of unknown patients nobody knows.
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from toy_set import ROWS, write
 
 from hallulib import UserError
-from hallulib.data import imageset
+from hallulib.data import checks, imageset
 
 
 @pytest.fixture
@@ -298,3 +298,10 @@ def test_a_copied_folder_is_the_same_set(tmp_path, toy):
     copy = imageset.open(tmp_path / "copy")
     assert np.array_equal(copy.images, toy.images)
     assert copy.table.equals(toy.table)
+
+
+@pytest.mark.parametrize("unit", checks.UNITS)
+def test_a_chapter_says_what_its_patients_are_wherever_they_are_none(unit):
+    told = checks.read_patients_as(unit)
+    assert (told == "") == (unit == "patient")
+    assert unit in ("patient", "unknown") or told.endswith(f"read {checks.UNITS[unit][1]}")
