@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -77,7 +78,7 @@ class Trial:
     encoder_width: settings.Width = 32
     steering: settings.Positive = 300
     gradient_scale: settings.Amount = 2.0
-    sampler: settings.one_of(SAMPLERS) = "dpm_solver"
+    sampler: Annotated[str, settings.one_of(SAMPLERS)] = "dpm_solver"
     sampler_steps: settings.Positive = 20
     ratio: settings.Above0 = 1.0
     candidates: settings.Positive = 4

@@ -1,6 +1,7 @@
 """Classification by likelihood as a scikit-learn estimator, which goes into pipelines as any."""
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from hallulib.storage.settings import (
     Folder,
     Positive,
     Width,
-    of_kind,
+    needed,
     one_of,
 )
 
@@ -120,8 +121,10 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         "model_": (unet.save, unet.load),
         "levels_": Levels,
     }
-    pretrained: of_kind(ScoreModel | Path | str | None, "a score model or its folder is needed")
-    adapt: one_of(ADAPTS)
+    pretrained: Annotated[
+        ScoreModel | Path | str | None, needed("a score model or its folder is needed")
+    ]
+    adapt: Annotated[str, one_of(ADAPTS)]
     shift: bool
     copies: Count
     steps: Count
@@ -129,7 +132,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
     lr: Amount
     class_rate: Amount
     width: Width
-    method: one_of(METHODS)
+    method: Annotated[str, one_of(METHODS)]
     effort: Positive
     confidence: Confidence
     power: Amount

@@ -12,6 +12,7 @@ Source:
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from hallulib.oneshot.episodes import unasked
 from hallulib.oneshot.hallucinate import Hallucinator
 from hallulib.storage import store
 from hallulib.storage.estimator import ImageEstimator
-from hallulib.storage.settings import Count, of_kind
+from hallulib.storage.settings import Count, needed
 
 
 class OneShotClassifier(ClassifierMixin, ImageEstimator):
@@ -58,7 +59,7 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
     """
 
     keeps = {"network_": (prototypes.save, prototypes.load)}
-    pretrained: of_kind(Path | str, "the folder of a run is needed")
+    pretrained: Annotated[Path | str, needed("the folder of a run is needed")]
     n_hallucinated: Count
 
     # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -88,13 +88,13 @@ class Trial:
     n_query: Positive = 5
     n_spare: Count = 2
     counts: tuple[int, ...] = (0, 1, 2)
-    generator: one_of(GENERATORS) = "score_model"
+    generator: Annotated[str, one_of(GENERATORS)] = "score_model"
     pretraining: Count = 4000
     pretraining_width: Width = 24
     forget: bool = False
     pool: Count = 0
-    kind: one_of(prototypes.KINDS) = "bdc"
-    metric: one_of(prototypes.METRICS) = "cosine"
+    kind: Annotated[str, one_of(prototypes.KINDS)] = "bdc"
+    metric: Annotated[str, one_of(prototypes.METRICS)] = "cosine"
     width: Positive = 12
     reduce_to: Positive = 64
     steps: Count = 300

@@ -16,6 +16,7 @@ Source:
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -178,14 +179,14 @@ class Recipe:
         UserError: an unknown name or an impossible number.
     """
 
-    adapt: one_of(ADAPTS) = "all"
+    adapt: Annotated[str, one_of(ADAPTS)] = "all"
     adapt_steps: Count = 1
     lr: Amount = 2e-4
     copies: Positive = 2
     p_uncond: Share = 0.1
     guidance_scale: Amount = 2.0
     start_time: ShareAbove0 = 1.0
-    sampler: one_of(SAMPLERS) = "dpm_solver"
+    sampler: Annotated[str, one_of(SAMPLERS)] = "dpm_solver"
     sampler_steps: Positive = 5
 
     def __post_init__(self):

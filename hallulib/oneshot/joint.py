@@ -19,7 +19,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -63,11 +63,11 @@ class Fit:
         UserError: an unknown name or an impossible number.
     """
 
-    loss: one_of(("aucm", "cross_entropy")) = "aucm"
+    loss: Annotated[str, one_of(("aucm", "cross_entropy"))] = "aucm"
     lr: Amount = 1e-3
     weight_decay: Amount = 1e-2
-    mode: one_of(("adam", "sgd")) = "adam"
-    inner: one_of(("exact", "running")) = "exact"
+    mode: Annotated[str, one_of(("adam", "sgd"))] = "adam"
+    inner: Annotated[str, one_of(("exact", "running"))] = "exact"
     margin: Above0 = 1.0
     weight: Amount = 1.0
 

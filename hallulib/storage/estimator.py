@@ -6,6 +6,7 @@ import shutil
 import warnings
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from torch import Tensor
 from hallulib import UserError
 from hallulib.shapes import Images
 from hallulib.storage import disk, store
-from hallulib.storage.settings import Positive, Seed, check, of_kind
+from hallulib.storage.settings import Positive, Seed, check, needed
 
 Others = Float[Tensor, "_others channels height width"]  # fewer or more than the labelled ones
 STATE, TENSORS = "estimator.json", "estimator.safetensors"
@@ -47,7 +48,7 @@ class ImageEstimator(BaseEstimator):
 
     keeps = {}
     channels: Positive
-    device: of_kind(torch.device | str | None, "'cpu', 'cuda' or None is needed")
+    device: Annotated[torch.device | str | None, needed("'cpu', 'cuda' or None is needed")]
     random_state: Seed
 
     def _first(self, X, y) -> tuple[Images, np.ndarray]:

@@ -6,7 +6,7 @@ import re
 import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -17,30 +17,30 @@ Settings = TypeVar("Settings")
 Real = float | int
 
 
-def of_kind(kind: object, needed: str, **bounds: object) -> object:
-    """A kind of setting, and the end of the sentence about what is none."""
-    return Annotated[kind, Field(description=needed, **bounds)]
+def needed(sentence: str, **bounds: object) -> Any:
+    """What a setting must be besides its type, and the end of the sentence about what is not."""
+    return Field(description=sentence, **bounds)
 
 
-def one_of(names: Collection[str]) -> object:
-    """The kind of a setting that is one of these names."""
-    return of_kind(str, f"known: {', '.join(names)}", pattern=f"^({'|'.join(names)})$")
+def one_of(names: Collection[str]) -> Any:
+    """Of a setting that is one of these names."""
+    return needed(f"known: {', '.join(names)}", pattern=f"^({'|'.join(names)})$")
 
 
-Count = of_kind(int, "at least 0 is needed", ge=0)
-Positive = of_kind(int, "at least 1 is needed", ge=1)
-Several = of_kind(int, "at least 2 is needed", ge=2)
+Count = Annotated[int, needed("at least 0 is needed", ge=0)]
+Positive = Annotated[int, needed("at least 1 is needed", ge=1)]
+Several = Annotated[int, needed("at least 2 is needed", ge=2)]
 # of networks that norm groups of channels
-Width = of_kind(int, "a multiple of 8 is needed", ge=8, multiple_of=8)
+Width = Annotated[int, needed("a multiple of 8 is needed", ge=8, multiple_of=8)]
 # NumPy, PyTorch and scikit-learn all take these
-Seed = of_kind(int, "at least 0 is needed, and at most 2**32 - 1", ge=0, le=2**32 - 1)
-Amount = of_kind(Real, "at least 0 is needed", ge=0)
-Above0 = of_kind(Real, "a number above 0 is needed", gt=0)
-Share = of_kind(Real, "0 to 1 is needed", ge=0, le=1)
-ShareAbove0 = of_kind(Real, "above 0 to 1 is needed", gt=0, le=1)
-ShareBelow1 = of_kind(Real, "0 to below 1 is needed", ge=0, lt=1)
-Confidence = of_kind(Real, "0.5 to 1 is needed", ge=0.5, le=1)
-Folder = of_kind(Path | str | None, "a folder or None is needed")
+Seed = Annotated[int, needed("at least 0 is needed, and at most 2**32 - 1", ge=0, le=2**32 - 1)]
+Amount = Annotated[Real, needed("at least 0 is needed", ge=0)]
+Above0 = Annotated[Real, needed("a number above 0 is needed", gt=0)]
+Share = Annotated[Real, needed("0 to 1 is needed", ge=0, le=1)]
+ShareAbove0 = Annotated[Real, needed("above 0 to 1 is needed", gt=0, le=1)]
+ShareBelow1 = Annotated[Real, needed("0 to below 1 is needed", ge=0, lt=1)]
+Confidence = Annotated[Real, needed("0.5 to 1 is needed", ge=0.5, le=1)]
+Folder = Annotated[Path | str | None, needed("a folder or None is needed")]
 # where the kind itself is another
 NEEDED = {
     "int_type": "a whole number is needed",
@@ -77,8 +77,8 @@ def check(settings: object) -> None:
     except ValidationError as faults:
         fault = faults.errors()[0]
         name = fault["loc"][0]
-        needed = NEEDED.get(fault["type"], kinds.model_fields[name].description)
-        raise UserError(f"{name} is {values[name]!r}; {needed}") from None
+        wanted = NEEDED.get(fault["type"], kinds.model_fields[name].description)
+        raise UserError(f"{name} is {values[name]!r}; {wanted}") from None
 
 
 @functools.cache
