@@ -172,7 +172,12 @@ def execute(
         extra_arguments=["--IPKernelApp.log_level=40"],
     )
     try:
-        return papermill.execute_notebook(chapter, out, values, **settings)
+        for last in (False, False, True):
+            try:
+                return papermill.execute_notebook(chapter, out, values, **settings)
+            except RuntimeError as error:  # another program took a port that was just found free
+                if last or isinstance(error, DeadKernelError):
+                    raise
     except papermill.PapermillExecutionError as error:
         if error.ename == "UserError":
             raise UserError(f"{chapter.stem}: {error.evalue}") from None

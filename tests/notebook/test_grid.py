@@ -10,6 +10,7 @@ import nbformat
 import pytest
 import toy_runs
 from distributed import Client
+from jupyter_client.connect import LocalPortCache
 from killing import alive, in_session, start, wait_until
 
 from conftest import ROOT
@@ -255,6 +256,11 @@ def test_whatever_stops_a_cell_is_told_in_one_sentence(tiny, address, code, sent
     assert grid.load(tiny.cells) == [cell]
 
 
+def _both(kernels, tiny):
+    """Whether one cell waits and the other is finished."""
+    return kernels.exists() and list(tiny.folder.glob("*.json"))
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
@@ -273,7 +279,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
     ]
     with start(command, background=stop == signal.SIGTERM, cwd=ROOT) as process:
         try:
-            wait_until(lambda: kernels.exists() and list(tiny.folder.glob("*.json")))
+            wait_until(lambda: _both(kernels, tiny) or process.poll() is not None)
+            assert process.returncode is None, process.stderr.read().decode()
             # Ctrl-C in a terminal reaches all processes of the group
             os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
             told = process.stderr.read().decode()
@@ -289,6 +296,23 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
     assert tiny.run("--address", address) == 0
     assert tiny.ran() == ["1", "2", "2"]
     assert not tiny.folder.exists()
+
+
+def test_a_kernel_that_lost_its_port_to_another_program_is_started_again(tiny, monkeypatch):
+    """A port is found free, and bound seconds later: on a busy machine not always first."""
+    tiny.ask("cells: [{STEPS: 1}]")
+    free, asked = LocalPortCache.find_available_port, []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def find(*args):
+            asked.append(other.getsockname()[1] if len(asked) in (0, 5) else free(*args))
+            return asked[-1]
+
+        monkeypatch.setattr(LocalPortCache, "find_available_port", find)
+        executed = grid.execute(tiny.chapter, tiny.home / "out.ipynb", {"STEPS": 1})
+    assert len(asked) == 15  # five of a kernel, which died twice
+    assert tiny.ran() == ["1"]
+    assert executed.cells[-1].outputs
 
 
 def test_an_address_without_a_scheduler_is_named(tiny, capsys):
