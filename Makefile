@@ -25,7 +25,7 @@ _build/html/index.html:
 	@$(MAKE) --no-print-directory book
 
 test: $(READY)  ## all tests: library, chapters at test size, the published pages in a browser
-	@exec $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 chapters: $(READY)  ## only the chapters at test size
 	@exec $(BIN)/python -m pytest -m chapter
@@ -46,9 +46,10 @@ weights: $(READY)  ## train the weights that ship with the library anew (two hou
 		run = oneshot.run(images, oneshot.Trial('isup', 'isup'), from_scratch=True).folder; \
 		print(store.ship(run, 'one-shot-phantom'))"
 
-lint: $(READY)  ## style of code and notebooks, outputs in notebooks
+lint: $(READY)  ## style of code and notebooks, types of the library, outputs in notebooks
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 	@$(BIN)/nbstripout --keep-id --verify book/*.ipynb book/grids/*.ipynb
 
 lock: $(READY)  ## renew requirements.lock and environment.yml from requirements.in

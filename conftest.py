@@ -31,8 +31,15 @@ def pytest_configure():
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+LEFT = []  # what workers had started when they were cut short, and which has no parent then
+
+
+def pytest_keyboard_interrupt():
+    LEFT.extend(psutil.Process().children(recursive=True))
+
+
 def pytest_unconfigure():
-    for process in psutil.Process().children(recursive=True):  # of tests that were cut short
+    for process in [*LEFT, *psutil.Process().children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
@@ -41,6 +48,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "executed" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(LIMIT_OF_CHAPTERS))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files side by side; those of the book by one worker, which executes the chapters once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "tests/book" if file.startswith("tests/book/") else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

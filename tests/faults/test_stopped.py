@@ -94,8 +94,9 @@ def test_what_executes_chapters_may_take_longer(request, executed):
     assert float(request.config.getini("timeout")) < limit
 
 
-def test_sigterm_ends_tests_of_the_background_with_their_fixtures(tmp_path):
-    command, begun = hanging(tmp_path, "test_hanging.py"), tmp_path / "begun"
+@pytest.mark.parametrize("workers", ["-n0", "-n2"])
+def test_sigterm_ends_tests_of_the_background_with_their_fixtures(workers, tmp_path):
+    command, begun = hanging(tmp_path, workers, "test_hanging.py"), tmp_path / "begun"
     path = os.environ | {"PYTHONPATH": str(ROOT)}
     with start(
         command, background=True, cwd=tmp_path, env=path, stdout=subprocess.PIPE
@@ -104,6 +105,7 @@ def test_sigterm_ends_tests_of_the_background_with_their_fixtures(tmp_path):
         process.terminate()
         assert "KeyboardInterrupt" in process.communicate()[0].decode()
     wait_until(lambda: not alive(int(begun.read_text())), 20)
+    wait_until(lambda: not in_session(process.pid), 20)  # no worker either
 
 
 @pytest.mark.parametrize(
