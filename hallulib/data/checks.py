@@ -69,7 +69,7 @@ def area_average(images: np.ndarray, size: int) -> np.ndarray:
         size: n, at most N.
 
     Returns:
-        uint8 (batch, ..., n, n), rounded to the nearest, halves to even.
+        uint8 (batch, ..., n, n), halves rounded to even.
 
     Example:
         >>> area_average(np.array([[[0, 4], [2, 6]]], np.uint8), 1)
@@ -98,7 +98,7 @@ def check_memory(n: int, channels: int, size: int, where: str, *, each: int = 1)
         n: images.
         channels: of each.
         size: its height and width, pixels.
-        where: whose images they are, for the sentence.
+        where: whose they are, for the sentence.
         each: bytes that a value of a pixel needs.
     """
     needed = n * channels * size**2 * each
@@ -182,13 +182,7 @@ def check_images(images: np.ndarray, file: str) -> None:
 
 
 def check_table(table: pd.DataFrame, card: Mapping, where: str) -> None:
-    """Checks columns, labels, splits, patients and counts of a table against its card.
-
-    Args:
-        table: strings, one row per image.
-        card: with ``labels`` and, if known, ``counts``.
-        where: the set, for the sentence.
-    """
+    """Checks columns, labels, splits, patients and counts of a table (of strings) by its card."""
     file, schemes = f"{where}/table.csv", list(card["labels"])
     needed = ["patient", "split", *schemes]
     if list(table.columns[: len(needed)]) != needed:

@@ -135,8 +135,8 @@ class ImageSet:
             rows: positions, in any order.
 
         Raises:
-            UserError: a split or scheme is unknown, nothing is left, or scattered rows do not fit
-                into the memory.
+            UserError: a split or scheme is unknown, nothing is left, or it does not fit into the
+                memory.
         """
         keep = np.ones(len(self), bool)
         if split is not None:
@@ -202,11 +202,8 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
             ``"phantom"`` (prostate), ``"histology"``, or one that an installed package adds to the
             entry points ``hallulib.image_sets``, a function of ``size`` that gives images, table
             and card.
-        size: side in pixels; smaller than stored is area-averaged in memory, larger is refused.
-            Embedded sets are rendered at this size (64 by default).
-
-    Returns:
-        The set, its images memory-mapped unless they had to be made smaller.
+        size: side in pixels; images of a folder stay memory-mapped unless it is smaller than
+            stored, and are then area-averaged; embedded sets are drawn at it (64 by default).
 
     Raises:
         UserError: the set is missing, damaged or inconsistent, ``size`` cannot be reached, or
@@ -253,9 +250,6 @@ def split_patients(
         strata: label of each image.
         fractions: split -> share of the images, each >= 0, summing to 1.
         seed: of the order within a stratum.
-
-    Returns:
-        The split of each patient.
 
     Raises:
         UserError: the fractions are not shares of known splits.
