@@ -341,7 +341,7 @@ def _cells(place):
 
 
 def write(file: Path, cells: list[Cell]) -> None:
-    """Write cells as one file of JSON, to be read and reviewed: a line per number and series."""
+    """Write cells as one file of JSON that can be reviewed: a line per number and series."""
     text = json.dumps(cells, indent=1, ensure_ascii=False)
     # line breaks stand between values alone: in a text JSON writes them as \n
     flat = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda m: re.sub(r"\n *", " ", m[0]), text)

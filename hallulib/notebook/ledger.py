@@ -38,11 +38,11 @@ class Ledger:
         """Write down a number; the seconds it took run from the one before.
 
         Args:
-            name: of the number.
+            name: of its file.
             value: NaN becomes null in the file, as JSON has none.
             n: how many things it was measured on.
-            low: lower end of its 95 % interval, where it has one.
-            high: upper end.
+            low: end of its 95 % interval, where it has one.
+            high: the other end.
             **settings: of this measurement alone.
         """
         ends = {"value": value, "low": low, "high": high}

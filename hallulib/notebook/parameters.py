@@ -92,7 +92,7 @@ def _assigned(source: str) -> Iterator[tuple[str, ast.expr]]:
 def _needed(rule: Rule, value: Any) -> str:
     """What a value must be by the rule that it breaks, or nothing."""
     if isinstance(rule, type):
-        suits = isinstance(value, rule) and (not isinstance(value, str) or value.strip() != "")
+        suits = isinstance(value, rule) and str(value).strip() != ""
         text = "text that is not empty (papermill: -r instead of -p keeps digits as text)"
         told = text if rule is str else "True or False"
     elif isinstance(rule, tuple):
@@ -140,15 +140,15 @@ def own_values(chapter: Path) -> dict[str, Any]:
 def declared(chapter: Path) -> dict[str, Rule]:
     """The rules in the chapter's call of ``parameters.check`` that are plain expressions."""
     named: dict[str, Rule] = {"str": str, "bool": bool, "parameters.SEEDS": SEEDS}
-    sources = [c.source for c in nbformat.read(chapter, 4).cells if c.cell_type == "code"]
+    code = (c.source for c in nbformat.read(chapter, 4).cells if c.cell_type == "code")
+    trees = [ast.parse(source) for source in code if "parameters.check(" in source]
     rules: dict[str, Rule] = {}
-    for source in (s for s in sources if "parameters.check(" in s):
-        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
-            if ast.unparse(call.func) == "parameters.check":
-                for word in call.keywords:
-                    text = ast.unparse(word.value)
-                    with contextlib.suppress(ValueError):  # it is known when the chapter runs
-                        rules[str(word.arg)] = named.get(text) or ast.literal_eval(text)
+    for call in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "parameters.check":
+            for word in call.keywords:
+                text = ast.unparse(word.value)
+                with contextlib.suppress(ValueError):  # known only when the chapter runs
+                    rules[str(word.arg)] = named.get(text) or ast.literal_eval(text)
     return rules
 
 
