@@ -160,6 +160,39 @@ def build(source: Path, target: Path, chosen: dict[str, dict]) -> None:
     publish(pages, target / "html")
 
 
+def choose(file: Path | None, pairs: list, source: Path) -> dict[str, dict]:
+    """The parameters chosen for each chapter, checked before anything runs.
+
+    Args:
+        file: YAML with ``NAME: value`` for all chapters that have NAME, and under the name of a
+            chapter a mapping for that chapter alone.
+        pairs: ``[name, text]`` from the command line; they win over the file.
+        source: folder of the chapters.
+
+    Raises:
+        UserError: if a name is a parameter of no chapter, or a value is impossible.
+    """
+    given = parameters.read_yaml(file) if file else {}
+    given |= {name: parameters.parse_yaml(text, f"-p {name}") for name, text in pairs}
+    alone = {name: value for name, value in given.items() if isinstance(value, dict)}
+    shared = {name: value for name, value in given.items() if name not in alone}
+    own = {chapter: parameters.own_values(chapter) for chapter in chapters(source)}
+    stems = [chapter.stem for chapter in own]
+    for name in alone.keys() - set(stems):
+        raise UserError(f"{file} has settings for {name}; the chapters are {', '.join(stems)}")
+    anywhere = dict.fromkeys(name for values in own.values() for name in values)
+    for known, names in [(anywhere, shared), *((own[c], alone.get(c.stem, ())) for c in own)]:
+        for name in names:
+            if name not in known:
+                raise UserError(parameters.unknown(str(name), known))
+    chosen = {}
+    for chapter, values in own.items():
+        common = {name: value for name, value in shared.items() if name in values}
+        chosen[chapter.stem] = common | alone.get(chapter.stem, {})
+        parameters.check_before(chapter.stem, parameters.declared(chapter), chosen[chapter.stem])
+    return chosen
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 0, 1 if a chapter failed, or as `hallulib.__main__.run`."""
     parser = argparse.ArgumentParser(description="Execute the chapters and publish the book.")
@@ -176,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _bring_up(params: Path | None, pairs: list, source: Path, target: Path) -> int:
     start = time.monotonic()
     try:
-        build(source, target, parameters.of_chapters(params, pairs, source))
+        build(source, target, choose(params, pairs, source))
     except papermill.PapermillExecutionError as error:
         print(error, file=sys.stderr)
         return 1

@@ -19,8 +19,7 @@ from data_prep import tiles
 from data_prep.staging import File, Study
 from data_prep.writer import Report, prepare
 from hallulib import UserError
-from hallulib.data.area import area_average
-from hallulib.data.checks import map_array
+from hallulib.data.checks import area_average, map_array
 
 BLOCK = 256  # images of one array read and staged together, at most
 LARGEST = 2**25  # bytes of an array read at once, unless its chunks are larger

@@ -17,7 +17,7 @@ from data_prep.crop import HIGH, LOW, to_bytes
 from data_prep.dicom import read_tags, silent
 from data_prep.volumes import Fault
 from hallulib import UserError
-from hallulib.data.area import area_average
+from hallulib.data.checks import area_average
 
 COARSE = 512  # longer side, at most, of the copy in which the breast is looked for
 DARK = 0.25  # of the way from background to Otsu's threshold: skin and fat belong to the breast

@@ -103,7 +103,7 @@ class Square:
         return self.side**2 - height * width
 
     def average(self, size: int) -> np.ndarray:
-        """The square made smaller, to the byte as `hallulib.data.area.area_average` would.
+        """The square made smaller, to the byte as `hallulib.data.checks.area_average` would.
 
         Averaged along the longer axis first, so that memory is bounded by the pixels of the
         picture, however long it is.

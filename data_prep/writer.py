@@ -38,7 +38,7 @@ from data_prep.staging import (
     stage,
 )
 from hallulib import UserError
-from hallulib.data.checks import count_units
+from hallulib.data.checks import check_table, count_units
 from hallulib.storage.disk import writing
 
 __all__ = ["Item", "Report", "Study", "by_fraction", "prepare", "versions"]
@@ -188,7 +188,7 @@ def _assemble(out: Path, new: Path, items, staged, card, splits, notes) -> Repor
     report = Report(out, **counts, **told, **about)
     card |= {"counts": counts | {"splits": report.splits}, "report": report.counts}
     card |= {"warnings": warnings}
-    imageset.check_table(table, card, out.name)
+    check_table(table, card, out.name)
     with writing(out):
         _write(new, staged, (len(table), *shape), table, card)
         imageset.open(new)

@@ -47,7 +47,7 @@ from data_prep.drawn import law
 from data_prep.drawn.glands import FIELD_OF_VIEW
 from data_prep.drawn.stain import SMALLEST, render
 from hallulib import UserError
-from hallulib.data import memory
+from hallulib.data.checks import check_memory
 
 TISSUE = ("stroma", "lymphocytes", "normal", "tumour")
 FREQUENCY = np.full(len(TISSUE), 1 / len(TISSUE))
@@ -186,7 +186,7 @@ def histology(
             f"The histology set was asked for size {size}, seed {seed} and counts {counts}; it "
             "needs a size of at least 16 and nothing negative."
         )
-    memory.check(sum(counts.values()), 3, size, "histology")
+    check_memory(sum(counts.values()), 3, size, "histology")
     slides = [s for split, n in counts.items() for s in _slides(seed, split, n)]
     ends = np.cumsum([0] + [len(s["seeds"]) for s in slides])
     images = np.empty((ends[-1], 3, size, size), np.uint8)

@@ -48,7 +48,7 @@ from data_prep.drawn import law
 from data_prep.drawn.anatomy import FIELD_OF_VIEW, SLICE_SPACING, WAVES, WINDOW, half_axes, render
 from data_prep.drawn.brush import n_waves
 from hallulib import UserError
-from hallulib.data import memory
+from hallulib.data.checks import check_memory
 
 GS = ("3+4", "4+3", "4+4", "3+5", "5+3", "4+5", "5+4", "5+5")
 FREQUENCY = np.array([0.50, 0.25, 0.08, 0.02, 0.01, 0.09, 0.04, 0.01])
@@ -163,7 +163,7 @@ def prostate(
             f"The phantom was asked for size {size}, seed {seed} and counts {counts}; it needs a "
             "size of at least 16 and nothing negative."
         )
-    memory.check(sum(counts.values()), 1, size, "phantom")
+    check_memory(sum(counts.values()), 1, size, "phantom")
     patients = [p for split in SPLITS for p in _patients(seed, split, counts[split])]
     ends = np.cumsum([0] + [len(p["z"]) for p in patients])
     images = np.empty((ends[-1], 1, size, size), np.uint8)

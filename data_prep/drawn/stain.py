@@ -34,7 +34,7 @@ from data_prep.drawn.glands import (
     glands,
     nuclei,
 )
-from hallulib.data.area import area_average
+from hallulib.data.checks import area_average
 
 DYES = np.array([[0.65, 0.70, 0.29], [0.2159, 0.8012, 0.5581]])  # H and E: red, green, blue
 DYES = (DYES / np.linalg.norm(DYES, axis=1, keepdims=True)).astype(np.float32)

@@ -1,30 +1,28 @@
-"""What makes an image set whole: the checks behind `hallulib.data.imageset.open` and the writers.
+"""What readers and writers of image sets share, free of torch: words, checks, smaller images.
 
-Each check raises a `UserError` whose one sentence names the file, the fault and what is needed.
+Each check may raise a `UserError` whose one sentence names the file, the fault and what is needed.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
+import psutil
+from annotated_types import Gt, Len
+from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from hallulib import UserError
 
 SPLITS = ("unlabelled", "train", "val", "test")
-CARD = ("name", "origin", "licence", "spacing_mm", "processing", "labels", "counts", "sha256")
-TEXTS, TABLES = ("name", "origin", "licence"), ("processing", "labels", "counts", "sha256")
+LITTLE = 2**28  # bytes of memory that are there; asking takes a tenth of a millisecond
 UNITS = {  # what the column patient of a table names -> one of them, several
-    "patient": ("patient", "patients"),
-    "exam": ("exam", "exams"),
-    "eye": ("eye", "eyes"),
-    "lesion": ("lesion", "lesions"),
-    "specimen": ("specimen", "specimens"),
-    "slide": ("slide", "slides"),
-    "field": ("field", "fields"),
+    **{one: (one, f"{one}s") for one in ("patient", "exam", "eye", "lesion")},
+    **{one: (one, f"{one}s") for one in ("specimen", "slide", "field")},
     "near-copies": ("group of near copies", "groups of near copies"),
     "unknown": ("unknown patient", "unknown patients"),  # every image is its own
 }
@@ -57,101 +55,158 @@ def count_units(unit: str, n: int) -> str:
     return several if unit == "unknown" else f"{n} {one if n == 1 else several}"
 
 
+def area_average(images: np.ndarray, size: int) -> np.ndarray:
+    r"""Makes square images smaller; a new pixel is the mean of the area that it covers.
+
+    .. math:: y = \frac{1}{N^2} W x W^\top,
+        \quad W_{ij} = \left|[i N, (i + 1) N] \cap [j n, (j + 1) n]\right|
+
+    from N to n pixels a side: block means when n divides N, anti-aliased otherwise. The weights
+    are whole numbers, so the sums are exact and the result is the same on every machine.
+
+    Args:
+        images: uint8 (batch, ..., N, N).
+        size: n, at most N.
+
+    Returns:
+        uint8 (batch, ..., n, n), halves rounded to even.
+
+    Example:
+        >>> area_average(np.array([[[0, 4], [2, 6]]], np.uint8), 1)
+        array([[[3]]], dtype=uint8)
+    """
+    old = images.shape[-1]
+    edges = np.arange(size + 1)[:, None] * old
+    weights = np.diff(np.clip(edges - np.arange(old) * size, 0, size), axis=0).astype(float)
+    reduced = np.empty((*images.shape[:-2], size, size), np.uint8)
+    step = max(1, 2**22 // max(1, images[:1].size))  # bounds the copy in float64 to 32 MB
+    for start in range(0, len(images), step):
+        part = images[start : start + step].astype(float)
+        reduced[start : start + step] = np.rint(weights @ part @ weights.T / old**2)
+    return reduced
+
+
+def free_memory() -> int:
+    """Bytes that this machine can give away without putting anything on its disk."""
+    return psutil.virtual_memory().available
+
+
+def check_memory(n: int, channels: int, size: int, where: str, *, each: int = 1) -> None:
+    """Refuses images that do not fit into the memory, before it is filled with them.
+
+    Args:
+        n: images.
+        channels: of each.
+        size: its height and width, pixels.
+        where: whose they are, for the sentence.
+        each: bytes that a value of a pixel needs.
+    """
+    needed = n * channels * size**2 * each
+    if needed <= LITTLE or needed <= (free := free_memory()):
+        return
+    fits = math.isqrt(free // (n * channels * each))
+    raise UserError(
+        f"{where}: {n:,} images of {size} x {size} pixels need {needed / 1e9:.3g} GB of memory and"
+        f" {free / 1e9:.3g} GB are free; a size of at most {fits}, fewer images or more memory"
+        " is needed"
+    )
+
+
 def map_array(file: Path | str) -> np.ndarray:
     """An .npy file as a memory map: what it declares must fit its size, and nothing is read.
 
     Raises:
         ValueError: it is no whole .npy file of plain values.
-        OSError: there is no such file.
     """
     try:
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(file, mode="r")
     except OSError:
         raise
     except Exception as error:  # a damaged header makes NumPy throw nearly anything
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    if not isinstance(found, np.ndarray):
-        found.close()
-        raise ValueError("several arrays in one file")
-    return found
+
+
+def _differ(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise ValueError("each value once is needed")
+    return values
+
+
+class _Processing(BaseModel):
+    steps: list = []
+
+
+class _Scheme(BaseModel):
+    values: Annotated[list[Annotated[str, Len(1)]], Len(1), AfterValidator(_differ)]
+
+
+class Card(BaseModel):
+    """What a card must hold; writers add more."""
+
+    model_config = ConfigDict(strict=True)
+    name: str
+    origin: str
+    licence: str
+    spacing_mm: list[Annotated[FiniteFloat, Gt(0)]] | None
+    processing: _Processing
+    labels: dict[str, _Scheme]
+    counts: dict
+    sha256: dict
 
 
 def read_card(file: Path) -> dict:
-    """Reads a card and checks its keys, label values and spacing.
-
-    Raises:
-        UserError: it is not JSON or something is missing or impossible.
-    """
+    """Reads a card and checks what it holds."""
     try:
         card = json.loads(file.read_text("utf-8"))
+        Card.model_validate(card)
+    except ValidationError as faults:
+        fault = faults.errors()[0]
+        place = ".".join(map(str, fault["loc"])) or "all of it"
+        told = f"{place} is missing or wrong ({fault['msg']})"
+        raise UserError(f"{file}: {told}; prepare the set again") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file}: not readable JSON ({error}); prepare the set again") from error
-    missing = [key for key in CARD if key not in card] if isinstance(card, dict) else CARD
-    if missing:
-        raise UserError(f"{file}: {', '.join(missing)} missing; a card needs {', '.join(CARD)}")
-    for kind, told, keys in ((str, "a text", TEXTS), (dict, "a table", TABLES)):
-        strange = [key for key in keys if not isinstance(card[key], kind)]
-        if strange:
-            found = type(card[strange[0]]).__name__
-            raise UserError(f"{file}: {strange[0]} is of type {found}; {told} is needed")
-    if not isinstance(card["processing"].get("steps", []), list):
-        raise UserError(f"{file}: the steps of processing are no list; [texts] are needed")
-    _check_unit(card, file)
-    spacing = card["spacing_mm"]
-    try:
-        good = all(_are_values(about["values"]) for about in card["labels"].values())
-        good &= spacing is None or all(math.isfinite(s) and s > 0 for s in spacing)
-    except (AttributeError, KeyError, TypeError, OverflowError):
-        good = False
-    if not good:
-        raise UserError(
-            f"{file}: labels or spacing_mm cannot be read; {{scheme: {{values: [texts]}}}}, each"
-            " value once, and null or lengths above 0 are needed"
-        )
+    if card.get("unit", "patient") not in list(UNITS):  # a list: what JSON holds may not hash
+        raise UserError(f"{file}: unit is {card['unit']!r}; one of {', '.join(UNITS)} is needed")
     return card
 
 
 def check_images(images: np.ndarray, file: str) -> None:
-    """Checks type and shape; uint8 has no missing or infinite value, so nothing is read.
-
-    Raises:
-        UserError: not uint8 (N, C, H, H) with N, H > 0 and C 1 or 3.
-    """
-    if images.dtype != np.uint8 or images.ndim != 4:
-        found = f"{images.dtype} of shape {images.shape}"
-        raise UserError(f"{file}: {found}; uint8 (images, channels, height, width) is needed")
-    n, channels, height, width = images.shape
-    if not n or channels not in (1, 3) or height != width or not height:
+    """Checks type and shape; uint8 has no missing or infinite value, so nothing is read."""
+    square = images.ndim == 4 and 0 < images.shape[2] == images.shape[3]
+    if images.dtype != np.uint8 or not square or not len(images) or images.shape[1] not in (1, 3):
         raise UserError(
-            f"{file}: shape {images.shape}; square images of 1 or 3 channels are needed"
+            f"{file}: {images.dtype} of shape {images.shape}; square images of 1 or 3 channels,"
+            " uint8 (images, channels, height, width), are needed"
         )
 
 
 def check_table(table: pd.DataFrame, card: Mapping, where: str) -> None:
-    """Checks columns, labels, splits, patients and counts of a table against its card.
-
-    Args:
-        table: strings, one row per image.
-        card: with ``labels`` and, if known, ``counts``.
-        where: the set, for the message.
-
-    Raises:
-        UserError: the first fault found.
-    """
+    """Checks columns, labels, splits, patients and counts of a table (of strings) by its card."""
     file, schemes = f"{where}/table.csv", list(card["labels"])
     needed = ["patient", "split", *schemes]
     if list(table.columns[: len(needed)]) != needed:
         raise UserError(f"{file}: columns are {list(table.columns)}; must begin with {needed}")
-    nobody = table["patient"] == ""
-    if nobody.any():
-        raise UserError(f"{file}: row {_first(nobody)} has no patient; every image needs one")
-    _check_values(table["split"], SPLITS, file)
-    for scheme, about in card["labels"].items():
-        _check_values(table[scheme], ("", *about["values"]), file)
-    _check_labelled(table, schemes, file)
+    known = {"split": SPLITS} | {s: ("", *about["values"]) for s, about in card["labels"].items()}
+    for name, values in known.items():
+        strange = ~table[name].isin(values)
+        if strange.any():
+            row, told = strange.argmax(), ", ".join(map(repr, values))
+            raise UserError(
+                f"{file}: row {row} has {name} {table[name].iloc[row]!r}; known: {told}"
+            )
+    unlabelled = table["split"] == "unlabelled"
+    labelled = (table[schemes] != "").any(axis=1) if schemes else ~unlabelled
+    for wrong, told in (
+        (table["patient"] == "", "without a patient; every image needs one"),
+        (unlabelled & labelled, "in split unlabelled but has a label; it must have none"),
+        (~unlabelled & ~labelled, "without a label in a labelled split; it belongs in unlabelled"),
+    ):
+        if wrong.any():
+            raise UserError(f"{file}: row {wrong.argmax()} is {told}")
     check_disjoint(table, card.get("unit", "patient"), file)
-    found = {"images": len(table), "patients": table["patient"].nunique()}
-    for name, n in found.items():
+    counted = {"images": len(table), "patients": table["patient"].nunique()}
+    for name, n in counted.items():
         told = card.get("counts", {}).get(name, n)
         if told != n:
             raise UserError(
@@ -160,20 +215,11 @@ def check_table(table: pd.DataFrame, card: Mapping, where: str) -> None:
 
 
 def check_disjoint(table: pd.DataFrame, unit: str, where: str) -> None:
-    """Checks that nobody is in two splits.
-
-    Args:
-        table: with ``patient`` and ``split``.
-        unit: what is called patient there.
-        where: the file, for the message.
-
-    Raises:
-        UserError: names the first who is, and the splits.
-    """
+    """Checks that nobody is in two splits; ``unit`` is what is called patient there."""
     pairs = table[["patient", "split"]].drop_duplicates()
     twice = pairs["patient"].duplicated()
     if twice.any():
-        patient, noun = pairs["patient"].iloc[_first(twice)], UNITS[unit][0]
+        patient, noun = pairs["patient"].iloc[twice.argmax()], UNITS[unit][0]
         splits = " and ".join(pairs.loc[pairs["patient"] == patient, "split"])
         article = "an" if noun[0] in "aeu" else "a"
         raise UserError(
@@ -182,11 +228,7 @@ def check_disjoint(table: pd.DataFrame, unit: str, where: str) -> None:
 
 
 def check_sums(folder: Path, sha256: Mapping[str, str]) -> None:
-    """Compares the files with their SHA-256, in bounded memory.
-
-    Raises:
-        UserError: a file is not the one that was prepared.
-    """
+    """Compares the files with their SHA-256, in bounded memory."""
     for name in ("table.csv", "images.npy"):
         with (folder / name).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -195,43 +237,3 @@ def check_sums(folder: Path, sha256: Mapping[str, str]) -> None:
                 f"{folder}/{name}: SHA-256 differs from card.json, so it was changed or damaged"
                 " after it was prepared; prepare the set again"
             )
-
-
-def _check_unit(card: Mapping, file: Path) -> None:
-    if card.get("unit", "patient") not in list(UNITS):  # a list: what JSON holds may not hash
-        told = ", ".join(UNITS)
-        raise UserError(f"{file}: unit is {card['unit']!r}; one of {told} is needed")
-
-
-def _are_values(values: Sequence[str]) -> bool:
-    texts = isinstance(values, list) and all(isinstance(v, str) and v for v in values)
-    return texts and len(set(values)) == len(values) > 0
-
-
-def _check_values(column: pd.Series, known: Sequence[str], file: str) -> None:
-    strange = ~column.isin(known)
-    if strange.any():
-        row = _first(strange)
-        told = ", ".join(repr(value) for value in known)
-        raise UserError(f"{file}: row {row} has {column.name} {column.iloc[row]!r}; known: {told}")
-
-
-def _check_labelled(table: pd.DataFrame, schemes: list[str], file: str) -> None:
-    labelled = (table[schemes] != "").any(axis=1) if schemes else table["split"] != "unlabelled"
-    unlabelled = table["split"] == "unlabelled"
-    for wrong, told in (
-        (
-            unlabelled & labelled,
-            "in split unlabelled but has a label; it must have none",
-        ),
-        (
-            ~unlabelled & ~labelled,
-            "in a labelled split without a label; it belongs in unlabelled",
-        ),
-    ):
-        if wrong.any():
-            raise UserError(f"{file}: row {_first(wrong)} is {told}")
-
-
-def _first(mask: pd.Series) -> int:
-    return int(np.flatnonzero(mask)[0])

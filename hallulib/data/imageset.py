@@ -9,7 +9,7 @@ origin, licence, spacing, processing, label order, counts, SHA-256 of the other 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,18 +20,8 @@ import torch
 from jaxtyping import Int
 
 from hallulib import UserError
-from hallulib.data import memory
-from hallulib.data.area import area_average
-from hallulib.data.checks import (
-    SPLITS,
-    UNITS,
-    check_images,
-    check_sums,
-    check_table,
-    count_units,
-    map_array,
-    read_card,
-)
+from hallulib.data import checks
+from hallulib.data.checks import SPLITS
 from hallulib.shapes import Images, Labels, PerImage
 
 FILES = ("images.npy", "table.csv", "card.json")
@@ -44,8 +34,8 @@ class ImageSet:
 
     Args:
         images: uint8 (N, C, H, H), C 1 or 3; memory-mapped when opened from a folder.
-        table: strings: ``patient``, ``split``, label columns ("" = unlabelled), coordinates.
-        card: origin, licence, processing, label order; see the module.
+        table: strings, "" where there is no label; see the module.
+        card: see the module.
         path: the folder, or None for an embedded set.
         opened: the table as `open` read it.
     """
@@ -72,7 +62,7 @@ class ImageSet:
     @property
     def units(self) -> str:
         """How many of them there are, in words: "18 patients", "60 fields", "unknown patients"."""
-        return count_units(self.unit, self.table["patient"].nunique())
+        return checks.count_units(self.unit, self.table["patient"].nunique())
 
     @property
     def channels(self) -> int:
@@ -103,36 +93,26 @@ class ImageSet:
         return {"of": whole, "table": rows}
 
     def classes(self, scheme: str) -> tuple[str, ...]:
-        """The label values of a scheme, in the order of the card.
-
-        Raises:
-            UserError: the scheme is unknown.
-        """
+        """The label values of a scheme, in the order of the card; `UserError` if it has none."""
         if scheme not in self.card["labels"]:
             known = ", ".join(self.schemes) or "none"
             raise UserError(f"{self.name}: no label scheme {scheme!r}; known schemes: {known}")
         return tuple(self.card["labels"][scheme]["values"])
 
     def labels(self, scheme: str) -> Labels:
-        """Index of each image's label in ``classes(scheme)``, int64; -1 where it has none.
-
-        Raises:
-            UserError: the scheme is unknown.
-        """
+        """Index of each image's label in ``classes(scheme)``, int64; -1 where it has none."""
         order = {value: index for index, value in enumerate(self.classes(scheme))}
         return torch.tensor([order.get(v, -1) for v in self.table[scheme]], dtype=torch.int64)
 
     def tensor(self, rows: Sequence[int] | np.ndarray | slice | None = None) -> Images:
-        """Images as float32 in [-1, 1]: ``x = u / 127.5 - 1``; nothing else rescales.
-
-        Args:
-            rows: positions to read, in this order; all by default.
+        """Images at ``rows``, or all, as float32 in [-1, 1]: ``u / 127.5 - 1``; no other scaling.
 
         Raises:
             UserError: they do not fit into the memory.
         """
         n = len(self) if rows is None else len(np.arange(len(self))[rows])
-        memory.check(n, self.channels, self.size, self.name, each=5)  # a copy, and as float32
+        each = 5  # bytes of a value: a copy, and as float32
+        checks.check_memory(n, self.channels, self.size, self.name, each=each)
         taken = self.images if rows is None else self.images[rows]
         # a copy: torch must not write through to the file
         return torch.from_numpy(np.array(taken)).to(torch.float32).div_(127.5).sub_(1)
@@ -149,14 +129,14 @@ class ImageSet:
         Neighbouring rows stay memory-mapped, scattered ones are copied to memory.
 
         Args:
-            split: one split or several.
-            labelled: keep images with a label in this scheme.
-            patients: keep images of these patients.
-            rows: keep these positions (their order is ignored).
+            split: one or several.
+            labelled: a scheme in which they have a label.
+            patients: whose they are.
+            rows: positions, in any order.
 
         Raises:
-            UserError: a split or scheme is unknown, nothing is left, or scattered rows do not fit
-                into the memory.
+            UserError: a split or scheme is unknown, nothing is left, or it does not fit into the
+                memory.
         """
         keep = np.ones(len(self), bool)
         if split is not None:
@@ -172,54 +152,42 @@ class ImageSet:
             keep &= self.table["patient"].isin([str(p) for p in patients]).to_numpy()
         if rows is not None:
             keep &= np.isin(np.arange(len(self)), rows)
-        if not keep.any():
+        taken = np.flatnonzero(keep)
+        if not len(taken):
             raise UserError(
                 f"{self.name}: no image with split {split or 'any'} and label scheme"
                 f" {labelled or 'any'} among those asked for; summary() lists what there is"
             )
-        return self._take(np.flatnonzero(keep))
+        if taken[-1] - taken[0] + 1 == len(taken):
+            images = self.images[taken[0] : taken[-1] + 1]
+        else:
+            checks.check_memory(len(taken), self.channels, self.size, self.name)
+            images = self.images[taken]
+        return replace(self, images=images, table=self.table.iloc[taken].reset_index(drop=True))
 
     def unlabelled(self) -> Images:
-        """What may be learnt from without labels: that split, or ``train`` where it is empty.
-
-        Raises:
-            UserError: neither split has an image.
-        """
-        for split in ("unlabelled", "train"):
-            if (self.table["split"] == split).any():
-                return self.select(split).tensor()
-        raise UserError(f"{self.name} has no image in the splits unlabelled and train")
+        """What may be learnt from without labels: that split, or ``train`` where it is empty."""
+        any_unlabelled = (self.table["split"] == "unlabelled").any()
+        return self.select("unlabelled" if any_unlabelled else "train").tensor()
 
     def for_training(self, scheme: str | None) -> tuple[Images, Labels, PerImage]:
         """Unlabelled and training images, class indices (-1 unlabelled), how often to draw each.
 
         Raises:
-            UserError: the scheme is unknown, or neither split has an image.
+            UserError: neither split has an image.
         """
-        rows = self.table["split"].isin(["unlabelled", "train"]).to_numpy().nonzero()[0]
-        if not len(rows):
-            raise UserError(f"{self.name} has no image in the splits unlabelled and train")
-        chosen = self.select(rows=rows)
+        chosen = self.select(["unlabelled", "train"])
         y = chosen.labels(scheme) if scheme else torch.full((len(chosen),), -1)
         labelled = y >= 0
         weights = torch.where(labelled, 1 / labelled.sum(), 1 / (~labelled).sum())
         return chosen.tensor(), y, weights
-
-    def _take(self, rows: np.ndarray) -> "ImageSet":
-        first, last = int(rows[0]), int(rows[-1])
-        neighbours = last - first + 1 == len(rows)
-        if not neighbours:
-            memory.check(len(rows), self.channels, self.size, self.name)
-        images = self.images[first : last + 1] if neighbours else self.images[rows]
-        table = self.table.iloc[rows].reset_index(drop=True)
-        return replace(self, images=images, table=table)
 
     def summary(self) -> pd.DataFrame:
         """Images and units per split and class of the first scheme ("" = unlabelled)."""
         scheme = self.schemes[0] if self.schemes else None
         label = self.table[scheme] if scheme else ""
         frame = self.table[["split", "patient"]].assign(label=label)
-        counts = {"images": "size", UNITS[self.unit][1]: "nunique"}
+        counts = {"images": "size", checks.UNITS[self.unit][1]: "nunique"}
         found = frame.groupby(["split", "label"])["patient"].agg(**counts)
         classes = ("", *(self.classes(scheme) if scheme else ()))
         kept = [(s, c) for s in SPLITS for c in classes if (s, c) in found.index]
@@ -234,11 +202,8 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
             ``"phantom"`` (prostate), ``"histology"``, or one that an installed package adds to the
             entry points ``hallulib.image_sets``, a function of ``size`` that gives images, table
             and card.
-        size: side in pixels; smaller than stored is area-averaged in memory, larger is refused.
-            Embedded sets are rendered at this size (64 by default).
-
-    Returns:
-        The set, its images memory-mapped unless they had to be made smaller.
+        size: side in pixels; images of a folder stay memory-mapped unless it is smaller than
+            stored, and are then area-averaged; embedded sets are drawn at it (64 by default).
 
     Raises:
         UserError: the set is missing, damaged or inconsistent, ``size`` cannot be reached, or
@@ -257,19 +222,18 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
 
 
 def check(image_set: ImageSet) -> None:
-    """Checks shapes, type, counts, labels, splits and, for a folder, the checksums by streaming.
+    """Raises a `UserError` for the first fault in images, card and table, and in a folder's sums.
 
-    Raises:
-        UserError: the first fault found, in one sentence that names the file.
+    The files of a folder are read once, in bounded memory, for their checksums.
     """
     where = str(image_set.path or image_set.card.get("name", "image set"))
     n, rows = len(image_set.images), len(image_set.table)
-    check_images(image_set.images, f"{where}/images.npy")
+    checks.check_images(image_set.images, f"{where}/images.npy")
     if rows != n:
         raise UserError(f"{where}/table.csv: {rows} rows for {n} images; one row each is needed")
-    check_table(image_set.table, image_set.card, where)
+    checks.check_table(image_set.table, image_set.card, where)
     if image_set.path is not None:
-        check_sums(image_set.path, image_set.card["sha256"])
+        checks.check_sums(image_set.path, image_set.card["sha256"])
 
 
 def split_patients(
@@ -282,13 +246,10 @@ def split_patients(
     as splits leaves no split empty.
 
     Args:
-        patients: patient of each image.
+        patients: of each image; their order does not matter.
         strata: label of each image.
         fractions: split -> share of the images, each >= 0, summing to 1.
-        seed: of the order; the division does not depend on the order of the rows.
-
-    Returns:
-        The split of each patient.
+        seed: of the order within a stratum.
 
     Raises:
         UserError: the fractions are not shares of known splits.
@@ -297,16 +258,20 @@ def split_patients(
         >>> split_patients(["a", "b", "b"], ["x", "x", "y"], {"train": 0.5, "test": 0.5}, seed=0)
         {'a': 'train', 'b': 'train'}
     """
-    told, known = dict(fractions), ", ".join(SPLITS)
-    if not set(fractions) <= set(SPLITS) or min(fractions.values(), default=-1) < 0:
-        raise UserError(f"fractions are {told}; shares >= 0 of {known} are needed")
-    if not math.isclose(sum(fractions.values()), 1, abs_tol=1e-6):
-        raise UserError(f"fractions {told} sum to {sum(fractions.values()):g}; 1 is needed")
+    possible = set(fractions) <= set(SPLITS) and all(s >= 0 for s in fractions.values())
+    if not possible or not math.isclose(sum(fractions.values()), 1, abs_tol=1e-6):
+        told = f"shares >= 0 of {', '.join(SPLITS)} that sum to 1"
+        raise UserError(f"fractions are {dict(fractions)}; {told} are needed")
     shares = {split: share for split, share in fractions.items() if share > 0}
     weight, rng = Counter(patients), np.random.default_rng(seed)
-    decided = {}
-    for _, members in sorted(_strata(patients, strata).items()):
-        order = [sorted(members)[i] for i in rng.permutation(len(members))]
+    pairs = set(zip(patients, strata, strict=True))
+    n_with = Counter(label for _, label in pairs)
+    # of the labels of a patient the rarest comes last and stays
+    stratum = dict(sorted(pairs, key=lambda pair: (n_with[pair[1]], pair[1]), reverse=True))
+    decided: dict[str, str] = {}
+    for label in sorted(set(stratum.values())):
+        members = sorted(patient for patient in stratum if stratum[patient] == label)
+        order = [members[i] for i in rng.permutation(len(members))]
         decided |= _deal(order, weight, shares)
     return decided
 
@@ -321,7 +286,7 @@ def choose(
     Args:
         labels: class indices, -1 where there is none.
         per_class: images of each class; 0 takes a share of them.
-        seed: of the order in which images of a class are taken.
+        seed: of the order within a class.
         share: of the images of each class, at least two; all unless given.
     """
     y, rng = labels.numpy(), np.random.default_rng(seed)
@@ -332,31 +297,18 @@ def choose(
     return np.sort(np.concatenate(kept))
 
 
-def _strata(patients: Sequence[str], strata: Sequence[str]) -> dict[str, list[str]]:
-    pairs = set(zip(patients, strata, strict=True))
-    patients_with = Counter(label for _, label in pairs)
-    rarest: dict[str, str] = {}
-    for patient, label in sorted(pairs, key=lambda pair: (patients_with[pair[1]], pair[1])):
-        rarest.setdefault(patient, label)
-    groups: dict[str, list[str]] = {}
-    for patient, label in rarest.items():
-        groups.setdefault(label, []).append(patient)
-    return groups
-
-
 def _deal(
     order: Sequence[str], weight: Mapping[str, int], shares: Mapping[str, float]
 ) -> dict[str, str]:
+    """The split of each patient of a stratum, in this order: the one that lacks most images."""
     total = sum(weight[patient] for patient in order)
     lacking = {split: share * total for split, share in shares.items()}
     empty = set(shares) if len(order) >= len(shares) else set()
     decided = {}
     for index, patient in enumerate(order):
         # the last patients are kept for splits that have none yet
-        kept = empty if len(order) - index <= len(empty) else set()
-        decided[patient] = split = max(
-            (s for s in lacking if not kept or s in kept), key=lacking.get
-        )
+        open_to = [s for s in lacking if s in empty or len(order) - index > len(empty)]
+        decided[patient] = split = max(open_to, key=lacking.__getitem__)
         lacking[split] -= weight[patient]
         empty.discard(split)
     return decided
@@ -369,18 +321,18 @@ def _reduced(image_set: ImageSet, size: int) -> ImageSet:
             f"{image_set.path or image_set.name}: images are {old} pixels wide and size is {size};"
             " enlarging invents detail, so prepare the set at that size instead"
         )
-    memory.check(len(image_set), image_set.channels, size, image_set.name)
+    checks.check_memory(len(image_set), image_set.channels, size, image_set.name)
     card, processing = dict(image_set.card), image_set.card["processing"]
     if card["spacing_mm"]:
         card["spacing_mm"] = [s * old / size for s in card["spacing_mm"]]
     step = f"area-averaged from {old} to {size} pixels"
     card["processing"] = processing | {"steps": [*processing.get("steps", []), step]}
-    return replace(image_set, images=area_average(image_set.images, size), card=card)
+    return replace(image_set, images=checks.area_average(image_set.images, size), card=card)
 
 
 def _load(folder: Path) -> ImageSet:
-    embedded = ", ".join(sorted(entry_points(group=DRAWN).names))
     if not folder.is_dir():
+        embedded = ", ".join(sorted(entry_points(group=DRAWN).names))
         raise UserError(
             f"{folder}: no such image set; {embedded} or a folder with"
             f" {', '.join(FILES)} is needed"
@@ -391,15 +343,12 @@ def _load(folder: Path) -> ImageSet:
             f"{folder}: {', '.join(missing)} not found; an image set is made from a folder"
             f" of images by python -m data_prep folder {folder} OUT"
         )
-    card = read_card(folder / "card.json")
-    images = _read(folder / "images.npy", map_array)
-    table = _read(folder / "table.csv", lambda f: pd.read_csv(f, dtype=str, keep_default_na=False))
-    return ImageSet(images, table, card, folder)
-
-
-def _read(file: Path, load: Callable):
+    card, file = checks.read_card(folder / "card.json"), folder / "images.npy"
     try:
-        return load(file)
+        images = checks.map_array(file)
+        file = folder / "table.csv"
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
     except (ValueError, OSError, EOFError) as error:  # pandas' parser errors are ValueErrors
         told = " ".join(str(error).split())
         raise UserError(f"{file}: cannot be read ({told}); prepare the set again") from error
+    return ImageSet(images, table, card, folder)

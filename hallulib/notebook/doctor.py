@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import nbformat
+import psutil
 import torch
 from packaging.requirements import Requirement
 
@@ -25,18 +26,14 @@ GB = 1e9
 
 
 def pins(lock: Path) -> dict[str, str]:
-    """Name and version of the packages that a lock file asks for on this machine.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Name and version of the packages that a lock file asks for on this machine."""
     try:
         lines = lock.read_text().splitlines()
     except OSError as error:
         raise UserError(f"cannot read the pinned versions in {lock}: {error.strerror}") from None
     found = [Requirement(line.removesuffix("\\")) for line in lines if line[:1].isalnum()]
-    kept = [pin for pin in found if not pin.marker or pin.marker.evaluate({"extra": ""})]
-    return {pin.name: str(pin.specifier).removeprefix("==") for pin in kept}
+    here = [pin for pin in found if not pin.marker or pin.marker.evaluate({"extra": ""})]
+    return {pin.name: str(pin.specifier).removeprefix("==") for pin in here}
 
 
 def faults() -> Iterator[str]:
@@ -54,8 +51,7 @@ def _packages() -> Iterator[str]:
             # a build for another device has a suffix, as in 2.14.1+cpu
             found = importlib.metadata.version(name).split("+")[0]
         except importlib.metadata.PackageNotFoundError:
-            yield f"the package {name} is missing; {wanted} is pinned in {LOCK.name}: make env"
-            continue
+            found = "missing"
         if found != wanted:
             yield f"the package {name} is {found}; {wanted} is pinned in {LOCK.name}: make env"
 
@@ -80,24 +76,24 @@ def _runs() -> Iterator[str]:
 
 def findings() -> dict[str, str]:
     """What is installed here."""
-    made = store.provenance()
-    found = {"python": f"{made['python']} on {platform.system()} {platform.machine()}"}
-    found |= {name: made[name] for name in ("hallulib", "torch", "diffusers")}
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    found["memory"] = f"{pages / GB:.0f} GB"
-    found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    found["device"] = made["device"]
+    made, bfloat16 = store.provenance(), "not used without a GPU"
+    compiled = bfloat16
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-        found["device"] += f", {memory / GB:.0f} GB, {torch.cuda.device_count()} of them"
-        found["bfloat16"] = "used" if torch.cuda.is_bf16_supported(False) else "emulated: slow"
-        found["compile"] = _compiles()
-    else:
-        found["bfloat16"] = found["compile"] = "not used without a GPU"
+        made["device"] += f", {memory / GB:.0f} GB, {torch.cuda.device_count()} of them"
+        bfloat16 = "used" if torch.cuda.is_bf16_supported(False) else "emulated: slow"
+        compiled = _compiles()
     folder = store.runs_folder().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    found["runs"] = f"{folder}, {shutil.disk_usage(there).free / GB:.0f} GB free"
-    return found
+    return {
+        "python": f"{made.pop('python')} on {platform.system()} {platform.machine()}",
+        **made,
+        "memory": f"{psutil.virtual_memory().total / GB:.0f} GB",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "bfloat16": bfloat16,
+        "compile": compiled,
+        "runs": f"{folder}, {shutil.disk_usage(there).free / GB:.0f} GB free",
+    }
 
 
 def _compiles() -> str:

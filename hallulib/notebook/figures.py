@@ -43,14 +43,15 @@ class BookRenderer(PlotlyRenderer):
 def listing(*functions: Callable) -> None:
     """Show functions of the library as they stand there, without their docstrings."""
     for function in functions:
-        lines = textwrap.dedent(inspect.getsource(function)).splitlines()
-        first = ast.parse("\n".join(lines)).body[0].body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        code = textwrap.dedent(inspect.getsource(function))
+        tree = next(n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.FunctionDef))
+        lines, first = code.splitlines(), tree.body[0]
+        if ast.get_docstring(tree) is not None:
             del lines[first.lineno - 1 : first.end_lineno]
-        code = "\n".join(lines)
         place = function.__module__.replace(".", "/") + ".py"
-        told = f"`{function.__qualname__}` in `{place}`:"  # apart, so that a phone can break it
-        display(Markdown(f"{told}\n\n```python\n{code}\n```"))
+        # apart, so that a phone can break the line
+        told = [f"`{function.__qualname__}` in `{place}`:", "", "```python", *lines, "```"]
+        display(Markdown("\n".join(told)))
 
 
 def style() -> None:
@@ -89,7 +90,7 @@ def images(
     """A grid of images on one fixed scale: -1 black, 1 white, beyond that cut off.
 
     Args:
-        x: grey (1 channel) or colour (3 channels) images in [-1, 1], read row by row.
+        x: grey or colour images in [-1, 1], read row by row.
         titles: one for each column, or one for each image.
         rows: one label for each row.
         columns: images in a row; by default at most 8.
@@ -130,10 +131,9 @@ def explore(view: Callable[..., go.Figure], /, **grid: Any) -> None:
     combination of the grid's values; no kernel and no network are needed.
 
     Args:
-        view: draws the figure; called with one value of each parameter.
+        view: draws the figure for one value of each parameter.
         **grid: for each parameter its values, the first shown first, or ``(label, values)`` with
             a label for the reader that carries the unit: ``t=("time t", [0, 0.25, 0.5])``.
-            Numbers get a slider over all values, other values one over just these.
     """
     entries = {n: entry if isinstance(entry, tuple) else (n, entry) for n, entry in grid.items()}
     labels = {name: label for name, (label, _) in entries.items()}
@@ -150,16 +150,8 @@ def explore(view: Callable[..., go.Figure], /, **grid: Any) -> None:
 
 def _html(figure, **options):
     # no script of the figure's own: the page loads plotly.js once, from the book itself
-    return pio.to_html(
-        figure,
-        include_plotlyjs=False,
-        include_mathjax=False,
-        full_html=False,
-        auto_play=False,
-        validate=False,
-        config=CONFIG,
-        **options,
-    )
+    whole = {"include_plotlyjs": False, "full_html": False, "validate": False}
+    return pio.to_html(figure, config=CONFIG, **whole, **options)
 
 
 def _mosaic(x, columns, line, step, captions):
@@ -186,12 +178,11 @@ def _png(pixels):
 def _axes(figure, shape, columns, rows):
     height, width, _ = shape
     plain = {"showgrid": False, "showline": False, "ticks": "", "constrain": "domain"}
-    for update, (places, labels), look in [
-        (figure.update_xaxes, columns, {"range": [-0.5, width - 0.5], "side": "top"}),
-        (figure.update_yaxes, rows, {"range": [height - 0.5, -0.5], "scaleanchor": "x"}),
-    ]:
-        update(tickvals=places, ticktext=labels, showticklabels=labels is not None, **plain | look)
-    figure.update_xaxes(constraintoward="center").update_yaxes(constraintoward="top")
+    across = {"range": [-0.5, width - 0.5], "side": "top", "constraintoward": "center"}
+    down = {"range": [height - 0.5, -0.5], "scaleanchor": "x", "constraintoward": "top"}
+    for axis, (places, labels), look in [("xaxis", columns, across), ("yaxis", rows, down)]:
+        told = {"tickvals": places, "ticktext": labels, "showticklabels": labels is not None}
+        figure.layout[axis].update(told | plain | look)
     figure.update_layout(margin={"l": 12, "r": 12, "t": 12, "b": 12})
 
 
@@ -206,8 +197,7 @@ def _live(view, labels, values, first):
 
     # Outputs are assigned, never captured (`with area:`, interact): nbclient may hang on those.
     def show(data):
-        output = {"output_type": "display_data", "data": data, "metadata": {}}
-        area.outputs = (output,)
+        area.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
     def redraw(_):
         try:
@@ -254,8 +244,7 @@ def _published(labels, values, figures):
     first = next(iter(figures.values()))
     # A layout that all figures share is stored once: it holds the whole template.
     stored = {
-        key: {"data": figure["data"]}
-        | ({} if figure["layout"] == first["layout"] else {"layout": figure["layout"]})
+        key: {k: part for k, part in figure.items() if k == "data" or part != first[k]}
         for key, figure in figures.items()
     }
     script = f"explore('{uid}', {to_json_plotly(stored)});"

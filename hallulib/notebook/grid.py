@@ -7,13 +7,11 @@ A grid file names a chapter and the values of its parameters::
     grid: {STEPS: [10, 100], RATE: [1e-4, 1e-3]}    # every combination
     cells: [{STEPS: 0}]          # and single ones; they win over ``common``
 
-Each cell of the grid is one papermill run of the chapter, and `dask.distributed` deals the cells
-to processes of this machine or to the workers of a cluster, which need the project and its
-environment at the same paths. What the chapter glued as the texts of JSON ``measured`` and
-``series`` is kept, while the grid runs, in one small file per cell; at its end all cells are
-written as one file. A finished cell never runs twice, and a grid that was stopped goes on where
-it was. What else a number depends on stands in its ``made_with``: after a change of the library
-or of the chapter, give another file.
+Each cell is one papermill run of the chapter, and `dask.distributed` deals the cells to processes
+of this machine or to the workers of a cluster, which need the project and its environment at the
+same paths. What the chapter glued as the texts of JSON ``measured`` and ``series`` is kept in one
+small file per cell, and in one for all at the end. A finished cell never runs twice: after a
+change of the library or of the chapter, give another file.
 """
 
 import ast
@@ -28,7 +26,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,11 +82,9 @@ class Grid(BaseModel):
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The parameters of each cell of a grid, with the chapter's own values filled in.
+    """All parameters of each cell, one that occurs twice listed once.
 
-    Returns:
-        One mapping per cell: the combinations of ``grid``, its last name changing fastest, then
-        ``cells``. A cell that occurs twice is listed once.
+    The combinations of ``grid`` come first, its last name changing fastest, then ``cells``.
 
     Raises:
         UserError: the file is no grid, a name is no parameter of the chapter, or a value is
@@ -97,7 +93,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     return list(_plan(file)[1].values())
 
 
-def _plan(file):
+def _plan(file: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     """The notebook of a grid, and the parameters of its cells by key."""
     given = parameters.read_yaml(file)
     try:
@@ -105,7 +101,13 @@ def _plan(file):
         notebook, plan = grid.notebook(), {}
         own, rules = parameters.own_values(notebook), parameters.declared(notebook)
         for chosen in grid.choices():
-            values = fill(own, chosen)
+            values = dict(own)
+            for name, value in chosen.items():
+                if name not in own:
+                    raise UserError(parameters.unknown(str(name), own))
+                # 1 and 1.0 are one learning rate
+                whole = isinstance(own[name], float) and type(value) is int
+                values[name] = float(value) if whole else value
             parameters.check_before(notebook.stem, rules, values)
             plan[_key(notebook.stem, values)] = values
     except ValidationError as faults:
@@ -120,26 +122,6 @@ def _plan(file):
 def _key(chapter: str, values: dict) -> str:
     canonical = json.dumps([chapter, values], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def fill(own: Mapping[str, Any], chosen: Mapping) -> dict[str, Any]:
-    """All parameters of a chapter: what was chosen, and for the rest its own values.
-
-    Raises:
-        UserError: a name is unknown.
-
-    Example:
-        >>> fill({"STEPS": 5, "RATE": 0.1}, {"RATE": 1})
-        {'STEPS': 5, 'RATE': 1.0}
-    """
-    filled = dict(own)
-    for name, value in chosen.items():
-        if name not in own:
-            raise UserError(parameters.unknown(str(name), own))
-        # 1 and 1.0 are one learning rate
-        whole = isinstance(own[name], float) and type(value) is int
-        filled[name] = float(value) if whole else value
-    return filled
 
 
 def execute(
@@ -193,9 +175,6 @@ def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> Cell:
     """Run one cell where this is called and write it to ``file``; ``error`` tells what failed.
 
     The executed notebook stays beside the file if the cell failed.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     # papermill changes the folder of the whole process and back: with several threads in a
     # worker, none may go back to another one than the root
@@ -224,18 +203,18 @@ def _write(notebook, values, file, outcome):
 
 def _glued(notebook):
     """What the chapter glued as texts of JSON, found in the outputs of its executed copy."""
-    texts = {}
+    glued = {}
     for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
         label = output.get("metadata", {}).get("scrapbook", {})
         if label.get("name") in ("measured", "series"):
             text = output["data"][label["mime_prefix"] + "text/plain"]
-            texts[label["name"]] = ast.literal_eval(text)
-    if "measured" not in texts:
+            glued[label["name"]] = json.loads(ast.literal_eval(text))
+    if "measured" not in glued:
         raise UserError(
             "a chapter of a grid must glue measured, a mapping from each number to its value, "
             "low, high and n, as a text of JSON"
         )
-    return {name: json.loads(text) for name, text in texts.items()}
+    return glued
 
 
 def _sentence(error):
@@ -249,12 +228,11 @@ def run(file: Path, out: Path, *, address: str | None = None, workers: int = 2) 
     """Finish a grid: run what ``out`` does not hold yet, and yield every cell of the grid.
 
     First come the cells that were finished before, then each other one when it ends; one that
-    fails is yielded too, with its ``error``, and tried again by the next call. The state of the
-    work is shown on the standard error. At the end ``out`` holds the cells in the order of the
-    grid, and after them whatever else it held.
+    fails is yielded too, with its ``error``, and tried again by the next call. At the end ``out``
+    holds the cells in the order of the grid, and after them whatever else it held.
 
     Args:
-        file: the grid, as `read` takes it.
+        file: the grid.
         out: JSON file of all cells. Until it is written those that ended lie beside it, in a
             folder of that name with ``.cells`` in place of ``.json``.
         address: of a dask scheduler to join, such as ``tcp://host:8786``. Without it, a cluster
@@ -269,22 +247,18 @@ def run(file: Path, out: Path, *, address: str | None = None, workers: int = 2) 
     notebook, plan = _plan(file)
     out = out.resolve()
     folder = out.with_suffix(".cells")
-    cells = dict.fromkeys(plan) | {
-        _key(cell["chapter"], cell["parameters"]): cell
-        for place in (out, folder)
-        if place.exists()
-        for cell in _cells(place)
-    }
-    todo = [key for key in plan if not cells[key] or cells[key]["error"] is not None]
-    yield from (cells[key] for key in plan if key not in todo)
+    stored = [cell for place in (out, folder) if place.exists() for cell in _cells(place)]
+    cells = {_key(cell["chapter"], cell["parameters"]): cell for cell in stored}
+    todo = [key for key in plan if key not in cells or cells[key]["error"] is not None]
     jobs = {key: (notebook, plan[key], folder / f"{key}.json") for key in todo}
-    bar = {"total": len(plan), "initial": len(plan) - len(todo), "desc": file.stem}
+    yield from (cells[key] for key in plan if key not in jobs)
+    bar = {"total": len(plan), "initial": len(plan) - len(jobs), "desc": file.stem}
     with ExitStack() as stack:
-        ended = _compute(_connect(address, min(workers, len(todo)), stack), jobs) if todo else ()
-        for key, cell in tqdm(ended, file=sys.stderr, disable=not todo, **bar):
+        ended = _compute(_connect(address, min(workers, len(jobs)), stack), jobs) if jobs else ()
+        for key, cell in tqdm(ended, file=sys.stderr, disable=not jobs, **bar):
             cells[key] = cell
             yield cell
-    write(out, list(cells.values()))
+    write(out, [cells[key] for key in dict.fromkeys([*plan, *cells])])
     if all(cells[key]["error"] is None for key in plan):  # else the executed notebooks stay
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -345,19 +319,17 @@ def _compute(client, jobs):
 def load(place: Path) -> list[Cell]:
     """The cells in a file, in their order there, or of a grid that still runs, in its folder.
 
-    Returns:
-        One mapping per cell: ``chapter``, ``parameters``, ``measured`` (number: its value, low,
-        high and n), ``series`` (method: one number per episode; episode i is the same in all
-        cells with the same seed, so cells can be compared in pairs), ``seconds``,
-        ``made_with``, and ``error``, None if the cell finished.
+    Each holds ``chapter``, ``parameters``, ``measured`` (number: its value, low, high and n),
+    ``series`` (method: one number per episode; episode i is the same in all cells with the same
+    seed, so cells can be compared in pairs), ``seconds``, ``made_with``, and ``error``, None if
+    the cell finished.
 
     Raises:
         UserError: there is no cell, or a file holds something else.
     """
-    cells = _cells(place)
-    if not cells:
-        raise UserError(f"{place} holds no cell of a grid; python -m hallulib grid makes some")
-    return cells
+    if cells := _cells(place):
+        return cells
+    raise UserError(f"{place} holds no cell of a grid; python -m hallulib grid makes some")
 
 
 def _cells(place):
@@ -368,14 +340,13 @@ def _cells(place):
             cells += held if isinstance(held, list) else [held]
             {_key(cell["chapter"], cell["parameters"]): cell["error"] for cell in cells}
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{file} is no cell of a grid; delete it and run the grid again"
-            ) from error
+            told = f"{file} is no cell of a grid; delete it and run the grid again"
+            raise UserError(told) from error
     return cells
 
 
 def write(file: Path, cells: list[Cell]) -> None:
-    """Write cells as one file of JSON, to be read and reviewed: a line per number and series."""
+    """Write cells as one file of JSON that can be reviewed: a line per number and series."""
     text = json.dumps(cells, indent=1, ensure_ascii=False)
     # line breaks stand between values alone: in a text JSON writes them as \n
     flat = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda m: re.sub(r"\n *", " ", m[0]), text)
@@ -386,21 +357,14 @@ def write(file: Path, cells: list[Cell]) -> None:
 def collect(place: Path) -> pd.DataFrame:
     """The table of a grid: one row per cell, in the order of `load`.
 
-    Returns:
-        Columns ``chapter``, each parameter under its name, each number ``x`` as ``x.value``,
-        ``x.low``, ``x.high`` and ``x.n``, then ``seconds`` and ``error``. A cell that failed has
-        its sentence in ``error`` and no number.
-
-    Raises:
-        UserError: as `load`.
+    Its columns are ``chapter``, each parameter under its name, each number ``x`` as ``x.value``,
+    ``x.low``, ``x.high`` and ``x.n``, then ``seconds`` and ``error``. A cell that failed has its
+    sentence in ``error`` and no number.
     """
-    rows = [
-        {"chapter": cell["chapter"]}
-        | cell["parameters"]
-        | cell["measured"]
-        | {end: cell[end] for end in ("seconds", "error")}
-        for cell in load(place)
-    ]
+    rows = []
+    for cell in load(place):
+        ends = {"seconds": cell["seconds"], "error": cell["error"]}
+        rows.append({"chapter": cell["chapter"]} | cell["parameters"] | cell["measured"] | ends)
     return pd.json_normalize(rows)
 
 

@@ -9,22 +9,19 @@ import pandas as pd
 from hallulib.storage import store
 
 
-def results_folder() -> Path:
-    """Where chapters write down their numbers; each cell of a grid has a folder of its own."""
-    return Path(os.environ.get("HALLULIB_RESULTS", store.runs_folder() / "results"))
-
-
 class Ledger:
     """The numbers that a chapter measured.
 
     Args:
-        chapter: folder below `results_folder` for one JSON file per number.
+        chapter: the name of its folder of one JSON file per number.
         seed: of the chapter.
-        settings: parameters of the chapter that its numbers depend on.
+        **settings: parameters of the chapter that its numbers depend on.
     """
 
-    def __init__(self, chapter: str, *, seed: int, **settings):
-        self.chapter, self.seed, self.settings = chapter, seed, settings
+    def __init__(self, chapter: str, *, seed: int, **settings: object):
+        # each cell of a grid has a folder of its own
+        results = os.environ.get("HALLULIB_RESULTS", store.runs_folder() / "results")
+        self.folder, self.seed, self.settings = Path(results) / chapter, seed, settings
         self.measured: dict[str, dict] = {}
         self._since = time.monotonic()
 
@@ -36,27 +33,25 @@ class Ledger:
         n: int,
         low: float | None = None,
         high: float | None = None,
-        **settings,
+        **settings: object,
     ) -> None:
         """Write down a number; the seconds it took run from the one before.
 
         Args:
-            name: of the number.
-            value: the number.
+            name: of its file.
+            value: NaN becomes null in the file, as JSON has none.
             n: how many things it was measured on.
-            low: lower end of its 95 % interval, where it has one.
-            high: upper end.
-            settings: of this measurement alone.
+            low: end of its 95 % interval, where it has one.
+            high: the other end.
+            **settings: of this measurement alone.
         """
         ends = {"value": value, "low": low, "high": high}
-        # JSON has no NaN
         number = {end: None if v is None or v != v else float(v) for end, v in ends.items()}
         self.measured[name] = number | {"n": n}
         now = time.monotonic()
         origin = {"seed": self.seed, "settings": self.settings | settings}
         origin |= {"seconds": round(now - self._since, 2), "made_with": store.provenance()}
-        path = results_folder() / self.chapter / f"{name}.json"
-        store.write_json(path, self.measured[name] | origin)
+        store.write_json(self.folder / f"{name}.json", self.measured[name] | origin)
         self._since = now
 
     def values(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ parameters and rules out of the notebook, and so refuses a wrong value before an
 """
 
 import ast
+import contextlib
 import difflib
 import math
 import os
@@ -21,10 +22,8 @@ from hallulib import UserError
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 SEEDS = (0, 2**32 - 1)  # all that torch, NumPy and scikit-learn take
-Rule = type | tuple | set | frozenset | list
-
-# Only plain values can be parameters: a class such as VPSDE has a capital name too.
-_PLAIN = (str, int, float, bool, list, dict, type(None))
+PLAIN = (str, int, float, list, dict, type(None))  # a class such as VPSDE is no parameter
+Rule = type[str] | type[bool] | tuple | set | frozenset | list
 
 
 def check(namespace: Mapping[str, Any], **declared: Rule) -> None:
@@ -56,14 +55,19 @@ def check(namespace: Mapping[str, Any], **declared: Rule) -> None:
     """
     if Path.cwd() in (BOOK, BOOK / "grids"):
         os.chdir(ROOT)
-    for name in sorted(_capitals(namespace) | _injected(namespace)):
+    plain = {name for name, value in namespace.items() if isinstance(value, PLAIN)}
+    capitals = {name for name in plain if re.fullmatch("[A-Z][A-Z0-9_]*", name)}
+    # papermill inserts a cell, and IPython keeps the sources of all cells in In
+    cells = (source for source in namespace.get("In", ()) if source.startswith("# Parameters\n"))
+    injected = {name for source in cells for name, _ in _assigned(source)}
+    for name in sorted(capitals | injected):
         if name not in declared:
             raise UserError(unknown(name, declared))
     for name, rule in declared.items():
         if name not in namespace:
             raise UserError(f"parameter {name} is checked but not set in the parameters cell")
-        if not _allows(rule, namespace[name]):
-            raise UserError(f"parameter {name} = {namespace[name]!r} must be {_describe(rule)}")
+        if needed := _needed(rule, namespace[name]):
+            raise UserError(f"parameter {name} = {namespace[name]!r} must be {needed}")
 
 
 def unknown(name: str, known: Collection[str]) -> str:
@@ -78,17 +82,6 @@ def unknown(name: str, known: Collection[str]) -> str:
     return f"unknown parameter {name}; {hint}known: {', '.join(known)}"
 
 
-def _capitals(namespace: Mapping[str, Any]) -> set[str]:
-    plain = (name for name, value in namespace.items() if isinstance(value, _PLAIN))
-    return {name for name in plain if re.fullmatch(r"[A-Z][A-Z0-9_]*", name)}
-
-
-def _injected(namespace: Mapping[str, Any]) -> set[str]:
-    """Names set in the cell that papermill inserts; IPython keeps all sources in In."""
-    sources = (s for s in namespace.get("In", ()) if s.startswith("# Parameters\n"))
-    return {name for source in sources for name, _ in _assigned(source)}
-
-
 def _assigned(source: str) -> Iterator[tuple[str, ast.expr]]:
     """Name and expression of each plain assignment."""
     for line in ast.parse(source).body:
@@ -96,39 +89,29 @@ def _assigned(source: str) -> Iterator[tuple[str, ast.expr]]:
             yield line.targets[0].id, line.value
 
 
-def _allows(rule: Rule, value: Any) -> bool:
-    if rule is str:
-        return isinstance(value, str) and value.strip() != ""
-    if isinstance(rule, tuple):
+def _needed(rule: Rule, value: Any) -> str:
+    """What a value must be by the rule that it breaks, or nothing."""
+    if isinstance(rule, type):
+        suits = isinstance(value, rule) and str(value).strip() != ""
+        text = "text that is not empty (papermill: -r instead of -p keeps digits as text)"
+        told = text if rule is str else "True or False"
+    elif isinstance(rule, tuple):
         low, high = rule
-        number = isinstance(value, int if _whole(rule) else (int, float))
-        if not number or isinstance(value, bool) or not math.isfinite(value):
-            return False
-        return (low is None or low <= value) and (high is None or value <= high)
-    # True == 1 == 1.0 in Python, but not for a reader
-    allowed = (True, False) if rule is bool else rule
-    return any(type(value) is type(one) and value == one for one in allowed)
-
-
-def _whole(ends: tuple) -> bool:
-    return all(isinstance(end, int) for end in ends if end is not None)
-
-
-def _describe(rule: Rule) -> str:
-    if rule is str:
-        return "text that is not empty (papermill: -r instead of -p keeps digits as text)"
-    if rule is bool:
-        return "True or False"
-    if isinstance(rule, tuple):
-        return ("a whole number" if _whole(rule) else "a finite number") + _span(*rule)
-    values = sorted(rule, key=repr) if isinstance(rule, set | frozenset) else rule
-    return "one of " + ", ".join(map(repr, values))
-
-
-def _span(low: int | float | None, high: int | float | None) -> str:
-    if low is None:
-        return "" if high is None else f" of at most {high}"
-    return f" of at least {low}" if high is None else f" from {low} to {high}"
+        whole = all(isinstance(end, int) for end in rule if end is not None)
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        least, most = -math.inf if low is None else low, math.inf if high is None else high
+        suits = number and -math.inf < value < math.inf and least <= value <= most
+        told = "a whole number" if whole else "a finite number"
+        if low is not None:
+            told += f" of at least {low}" if high is None else f" from {low} to {high}"
+        elif high is not None:
+            told += f" of at most {high}"
+    else:
+        # True == 1 == 1.0 in Python, but not for a reader
+        suits = any(type(value) is type(one) and value == one for one in rule)
+        values = rule if isinstance(rule, list) else sorted(rule, key=repr)
+        told = "one of " + ", ".join(map(repr, values))
+    return "" if suits else told
 
 
 def chapters(source: Path) -> list[Path]:
@@ -156,68 +139,26 @@ def own_values(chapter: Path) -> dict[str, Any]:
 
 def declared(chapter: Path) -> dict[str, Rule]:
     """The rules in the chapter's call of ``parameters.check`` that are plain expressions."""
-    sources = [c.source for c in nbformat.read(chapter, 4).cells if c.cell_type == "code"]
-    rules = {}
-    for source in (s for s in sources if "parameters.check(" in s):
-        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
-            if ast.unparse(call.func) == "parameters.check":
-                rules |= {word.arg: _plain(word.value) for word in call.keywords}
-    return {name: rule for name, rule in rules.items() if rule is not None}
-
-
-def _plain(expression: ast.expr) -> Rule | None:
-    named = {"str": str, "bool": bool, "parameters.SEEDS": SEEDS}
-    try:
-        return named.get(ast.unparse(expression)) or ast.literal_eval(expression)
-    except ValueError:
-        return None
+    named: dict[str, Rule] = {"str": str, "bool": bool, "parameters.SEEDS": SEEDS}
+    code = (c.source for c in nbformat.read(chapter, 4).cells if c.cell_type == "code")
+    trees = [ast.parse(source) for source in code if "parameters.check(" in source]
+    rules: dict[str, Rule] = {}
+    for call in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "parameters.check":
+            for word in call.keywords:
+                text = ast.unparse(word.value)
+                with contextlib.suppress(ValueError):  # known only when the chapter runs
+                    rules[str(word.arg)] = named.get(text) or ast.literal_eval(text)
+    return rules
 
 
 def check_before(chapter: str, rules: Mapping[str, Rule], chosen: Mapping[str, Any]) -> None:
-    """Apply the `declared` rules of a chapter to some of its parameters.
-
-    Raises:
-        UserError: naming the chapter, the parameter, what was found and what is allowed.
-    """
+    """Apply the `declared` rules of a chapter to some of its parameters, as `check` does."""
     named = {name: rules[name] for name in chosen if name in rules}
     try:
         check({name: chosen[name] for name in named}, **named)
     except UserError as error:
         raise UserError(f"{chapter}: {error}") from None
-
-
-def of_chapters(file: Path | None, pairs: list, source: Path) -> dict[str, dict]:
-    """The parameters chosen for each chapter, checked before anything runs.
-
-    Args:
-        file: YAML with ``NAME: value`` for all chapters that have NAME, and under the name of a
-            chapter a mapping for that chapter alone.
-        pairs: ``[name, text]`` from the command line; they win over the file.
-        source: folder of the chapters.
-
-    Raises:
-        UserError: if a name is a parameter of no chapter, or a value is impossible.
-    """
-    given = read_yaml(file) if file else {}
-    given |= {name: parse_yaml(text, f"-p {name}") for name, text in pairs}
-    alone = {name: value for name, value in given.items() if isinstance(value, dict)}
-    shared = {name: value for name, value in given.items() if name not in alone}
-    own = {chapter.stem: own_values(chapter) for chapter in chapters(source)}
-    for name in alone.keys() - own.keys():
-        raise UserError(f"{file} has settings for {name}; the chapters are {', '.join(own)}")
-    all_names = dict.fromkeys(name for values in own.values() for name in values)
-    for known, names in [(all_names, shared), *((own[name], alone[name]) for name in alone)]:
-        for name in names:
-            if name not in known:
-                raise UserError(unknown(str(name), known))
-    chosen = {
-        chapter: {name: value for name, value in shared.items() if name in values}
-        | alone.get(chapter, {})
-        for chapter, values in own.items()
-    }
-    for chapter in chapters(source):
-        check_before(chapter.stem, declared(chapter), chosen[chapter.stem])
-    return chosen
 
 
 # YAML 1.1, which PyYAML reads, takes 010 for 8, 1:04 for 64, no for False and 1e-3 for text, and
@@ -226,31 +167,20 @@ def of_chapters(file: Path | None, pairs: list, source: Path) -> dict[str, dict]
 DEEPEST = 20  # lists in lists
 _DIGITS = "[0-9]+(?:_[0-9]+)*"
 _WHOLE = "(?:0|[1-9][0-9]*(?:_[0-9]+)*)"  # 010 is a name: eight to some readers, ten to others
-_FORMS = {
-    "null": "(?:~|null|Null|NULL)?",
-    "bool": "true|True|TRUE|false|False|FALSE",
-    "int": f"[-+]?{_WHOLE}",
-    "float": rf"[-+]?(?:{_WHOLE}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-}
+_FORMS = (
+    ("null", "(?:~|null|Null|NULL)?"),
+    ("bool", "true|True|TRUE|false|False|FALSE"),
+    ("int", f"[-+]?{_WHOLE}"),
+    ("float", rf"[-+]?(?:{_WHOLE}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"),
+)
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}  # PyYAML's own; those of _FORMS take their place
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Refuse what stands for more, or for something else, than is written there."""
-        event = self.peek_event()
-        # sixty lines of aliases of aliases stand for more values than any memory holds
-        if isinstance(event, yaml.AliasEvent) or self.depth > DEEPEST:
-            raise ValueError(f"an alias, *NAME, or lists {DEEPEST} deep; plain values needed")
-        if event.tag is not None:
-            raise ValueError(f"a tag, {event.tag}; plain values needed")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+    # by the first letter of a value, None for any: these forms alone, and none of PyYAML's own
+    yaml_implicit_resolvers = {
+        None: [(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{form})\Z")) for tag, form in _FORMS]
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Refuse a name that is set twice."""
@@ -264,18 +194,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-for _tag, _form in _FORMS.items():
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_form})\Z"), first=None
-    )
-
-
 def read_yaml(file: Path) -> dict:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
+    """The mapping in a YAML file, read as by `parse_yaml`."""
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -287,11 +207,11 @@ def read_yaml(file: Path) -> dict:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The plain value of a text: no alias, no tag, no name set twice.
+    """The plain value of a text of YAML: no alias, no tag, no name set twice.
 
     Args:
         text: YAML.
-        where: what it is called in messages.
+        where: it comes from, for the sentence.
 
     Raises:
         UserError: it is something else.
@@ -300,7 +220,16 @@ def parse_yaml(text: str, where: str) -> Any:
         >>> parse_yaml("{STEPS: 1_000, RATE: 1e-3, DATASET: 010, AT: 1:04}", "here")
         {'STEPS': 1000, 'RATE': 0.001, 'DATASET': '010', 'AT': '1:04'}
     """
+    depth = 0
     try:
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            # sixty lines of aliases of aliases stand for more values than any memory holds
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                raise ValueError(f"an alias, *NAME, or lists {DEEPEST} deep; plain values needed")
+            if getattr(event, "tag", None) is not None:
+                raise ValueError(f"a tag, {event.tag}; plain values needed")
         return _Loader(text).get_single_data()
     except Exception as error:  # PyYAML and int throw nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__

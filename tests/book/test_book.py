@@ -96,7 +96,7 @@ def test_papermill_needs_no_option_to_run_a_chapter(name):
 def test_the_named_parameter_sets_fit_the_chapters(file):
     if not CHAPTERS:
         pytest.skip("book/ has no chapter yet")
-    assert any(parameters.of_chapters(file, [], BOOK).values())
+    assert any(build.choose(file, [], BOOK).values())
 
 
 def chapter_on_own_images(tmp_path, monkeypatch, **parameters):
@@ -267,7 +267,7 @@ def test_a_parameter_file_that_does_not_exist_is_named(book, capsys):
 def test_a_setting_for_one_chapter_wins_over_the_one_for_all(book):
     file = book.parent / "set.yaml"
     file.write_text("02_two: {STEPS: 9}\nSTEPS: 8\nRATE: 1e-3\n")
-    chosen = parameters.of_chapters(file, [["SCHEME", "grade2"]], book)
+    chosen = build.choose(file, [["SCHEME", "grade2"]], book)
     shared = {"RATE": 0.001, "SCHEME": "grade2"}
     assert chosen == {"01_one": {"STEPS": 8} | shared, "02_two": {"STEPS": 9} | shared}
 

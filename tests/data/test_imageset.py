@@ -92,17 +92,23 @@ def test_an_impossible_question_is_answered_with_what_there_is(toy, ask, told):
 FAULTS = {
     "float images": (dict(images=np.full((5, 1, 4, 4), np.nan)), "images.npy: float64"),
     "no channel axis": (dict(images=np.zeros((5, 4, 4), np.uint8)), "images.npy: uint8 of shape"),
-    "not square": (dict(images=np.zeros((5, 1, 4, 5), np.uint8)), "images.npy: shape"),
+    "not square": (dict(images=np.zeros((5, 1, 4, 5), np.uint8)), "images.npy: uint8 of shape"),
     "two channels": (dict(images=np.zeros((5, 2, 4, 4), np.uint8)), "1 or 3 channels"),
-    "no image": (dict(images=np.zeros((0, 1, 4, 4), np.uint8), rows=[]), "images.npy: shape"),
+    "no image": (dict(images=np.zeros((0, 1, 4, 4), np.uint8), rows=[]), "of shape (0, 1, 4, 4)"),
     "too few rows": (dict(images=np.zeros((6, 1, 4, 4), np.uint8)), "table.csv: 5 rows for 6"),
     "counts": (dict(counts={"images": 9, "patients": 4}), "card.json: counts 9 images"),
-    "spacing": (dict(spacing_mm=[0.5, float("nan")]), "card.json: labels or spacing_mm"),
-    "equal labels": (dict(labels={"grade": {"values": ["a", "a"]}}), "card.json: labels"),
+    "spacing": (
+        dict(spacing_mm=[0.5, float("nan")]),
+        "card.json: spacing_mm.1 is missing or wrong",
+    ),
+    "equal labels": (
+        dict(labels={"grade": {"values": ["a", "a"]}}),
+        "card.json: labels.grade.values is",
+    ),
     "other columns": (dict(labels={"isup": {"values": ["low"]}}), "table.csv: columns are"),
     "unknown split": (dict(rows=[("p", "dev", "low", "0")]), "has split 'dev'; known"),
     "unknown label": (dict(rows=[("p", "train", "worse", "0")]), "has grade 'worse'; known"),
-    "no patient": (dict(rows=[("", "train", "low", "0")]), "has no patient"),
+    "no patient": (dict(rows=[("", "train", "low", "0")]), "is without a patient"),
     "labelled": (dict(rows=[("p", "unlabelled", "low", "0")]), "row 0 is in split unlabelled"),
     "unlabelled": (dict(rows=[("p", "train", "", "0")]), "without a label"),
     "another unit": (dict(unit="person"), "card.json: unit is 'person'; one of patient, exam"),
@@ -211,9 +217,9 @@ def test_a_size_that_cannot_be_reached_is_refused(tmp_path, size):
 def test_area_averaging_keeps_constants_and_the_mean(old, new, level, seed):
     new = min(old, new)
     flat = np.full((1, 1, old, old), level, np.uint8)
-    assert (imageset.area_average(flat, new) == level).all()
+    assert (checks.area_average(flat, new) == level).all()
     noise = np.random.default_rng(seed).integers(0, 256, (2, 3, old, old)).astype(np.uint8)
-    reduced = imageset.area_average(noise, new)
+    reduced = checks.area_average(noise, new)
     assert abs(reduced.mean() - noise.mean()) <= 0.5
     if new == old:
         assert np.array_equal(reduced, noise)
@@ -221,9 +227,7 @@ def test_area_averaging_keeps_constants_and_the_mean(old, new, level, seed):
 
 def test_area_averaging_does_not_alias():
     stripes = np.tile(np.array([0, 255], np.uint8), (1, 1, 48, 24))
-    assert (
-        np.ptp(imageset.area_average(stripes, 20)) < 60
-    )  # taking every other pixel would give 255
+    assert np.ptp(checks.area_average(stripes, 20)) < 60  # taking every other pixel would give 255
 
 
 COHORTS = st.lists(

@@ -10,7 +10,7 @@ from PIL import Image
 from toy_tiles import glass, prepared, refused, save, tissue, truncate, written
 
 from data_prep.archives.breakhis import SUBTYPES, list_images
-from hallulib.data import imageset
+from hallulib.data import checks
 
 SLIDES = {  # as in the archive: slides of one biopsy, and one slide under two subtypes
     "adenosis": ["14-22549AB", "14-22549CD", "14-22549G", "14-29960CD"],
@@ -92,7 +92,7 @@ def test_slides_of_one_biopsy_are_one_patient_and_in_one_split(whole, rows):
 def test_pixels_are_the_middle_of_the_files(whole, rows):
     for place in (0, 30, len(whole) - 1):
         stored = np.asarray(Image.open(rows["file"].iloc[place]))[:, 6:29]
-        expected = imageset.area_average(np.moveaxis(stored, 2, 0)[None], 16)[0]
+        expected = checks.area_average(np.moveaxis(stored, 2, 0)[None], 16)[0]
         assert np.array_equal(whole.images[place], expected)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from data_prep import pictures, plan
 from data_prep.__main__ import main
 from hallulib import UserError
-from hallulib.data import imageset
+from hallulib.data import checks, imageset
 
 RNG = np.random.default_rng(0)
 
@@ -88,7 +88,7 @@ def test_pixels_are_those_of_the_files_in_sorted_order(classes):
     opened = imageset.open(classes.parent / "set")
     files = sorted(classes.glob("*/*.png"))
     stored = np.stack([np.asarray(Image.open(file)) for file in files])[:, None]
-    assert np.array_equal(opened.images, imageset.area_average(stored, 8))
+    assert np.array_equal(opened.images, checks.area_average(stored, 8))
     assert list(opened.table["item"]) == [str(i + 1) for i in range(len(files))]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.arrays import Stream
-from hallulib.data import imageset
+from hallulib.data import checks, imageset
 
 BRAIN = Path(__file__).parents[3] / "shared" / "data" / "brain_mri" / "brain_mri_64.npz"
 RNG = np.random.default_rng(0)
@@ -191,7 +191,7 @@ def test_colour_arrays_keep_their_channels(tmp_path, arrays, capsys):
     arrays["images"] = images(60, 12, 3)
     np.savez_compressed(tmp_path / "a.npz", **arrays)
     run(capsys, "npz", tmp_path / "a.npz", tmp_path / "set", "--size=6", "--names=names")
-    expected = imageset.area_average(np.moveaxis(arrays["images"], 3, 1), 6)
+    expected = checks.area_average(np.moveaxis(arrays["images"], 3, 1), 6)
     assert np.array_equal(imageset.open(tmp_path / "set").images, expected)
 
 
@@ -281,7 +281,7 @@ def test_a_collection_keeps_its_splits_labels_and_licence(toy, capsys):
     assert opened.card["licence"] == "CC BY 4.0"
     assert "patients are not published" in opened.card["warnings"][0]
     stored = np.load(toy)["val_images"][:, None]
-    assert np.array_equal(opened.select("val").images, imageset.area_average(stored, 14))
+    assert np.array_equal(opened.select("val").images, checks.area_average(stored, 14))
 
 
 def test_pathmnist_is_nine_tissues_and_the_report_says_that_val_shares_patients(

@@ -9,7 +9,7 @@ from PIL import Image
 from toy_tiles import glass, prepared, refused, save, tissue, truncate, written
 
 from data_prep.archives.nct_crc import TISSUES
-from hallulib.data import imageset
+from hallulib.data import checks
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -51,7 +51,7 @@ def test_pixels_are_those_of_the_tiles(whole, archive):
     for place in range(0, len(files), 7):
         stored = np.moveaxis(np.asarray(Image.open(files[place])), 2, 0)
         row = list(whole.table["item"]).index(str(place + 1))
-        assert np.array_equal(whole.images[row], imageset.area_average(stored[None], 28)[0])
+        assert np.array_equal(whole.images[row], checks.area_average(stored[None], 28)[0])
     assert whole.unit == "unknown"
     assert whole.card["spacing_mm"] == [0.004, 0.004]  # 224 pixels of 0.5 um in 28
 

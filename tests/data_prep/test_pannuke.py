@@ -13,7 +13,7 @@ from toy_tiles import glass, prepared, refused, tissue, truncate
 
 from data_prep import arrays, tiles
 from data_prep.archives.pannuke import TISSUES
-from hallulib.data import imageset
+from hallulib.data import checks, imageset
 
 NAMES = {1: ["Breast", "Colon", "Breast", "HeadNeck"], 2: ["Colon", "Breast"], 3: ["Bile-duct"]}
 
@@ -57,7 +57,7 @@ def test_folds_become_splits_and_types_become_labels(whole):
 def test_pixels_are_those_of_the_arrays(whole, root):
     stored = [np.load(f) for f in sorted(root.glob("*/images/*/images.npy"))]
     planes = np.moveaxis(np.concatenate(stored).astype(np.uint8), 3, 1)
-    assert np.array_equal(whole.images, imageset.area_average(planes, 32))
+    assert np.array_equal(whole.images, checks.area_average(planes, 32))
 
 
 def test_the_type_of_the_arrays_changes_nothing(whole, tmp_path):

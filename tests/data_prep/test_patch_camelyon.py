@@ -9,7 +9,7 @@ from toy_tiles import glass, prepared, refused, tissue, truncate, written
 from data_prep import arrays
 from data_prep.archives.patch_camelyon import SPLITS
 from hallulib import UserError
-from hallulib.data import imageset
+from hallulib.data import checks, imageset
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
 
@@ -67,7 +67,7 @@ def test_labels_splits_and_pixels_are_those_of_the_files(whole):
     assert [SPLITS[name] for name, _ in items] == list(table["split"])
     assert list(table["tissue"]) == [("normal", "tumor")[int(i) % 2] for _, i in items]
     stored = np.stack([np.moveaxis(tile_of(name, int(i)), 2, 0) for name, i in items])
-    assert np.array_equal(whole.images, imageset.area_average(stored, SIZE))
+    assert np.array_equal(whole.images, checks.area_average(stored, SIZE))
 
 
 def test_a_slide_is_a_patient_and_is_not_named(whole):

@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep import files, pictures, tiles
 from data_prep.staging import File
 from hallulib import UserError
-from hallulib.data.area import area_average
+from hallulib.data.checks import area_average
 
 ORIENTATION, PHOTOMETRIC, COLOUR_MAP, SUBSAMPLING = 274, 262, 320, 530
 UPRIGHT = {  # EXIF 2.3: where row 0 and column 0 of the stored picture belong

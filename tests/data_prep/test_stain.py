@@ -5,7 +5,7 @@ import pytest
 
 from data_prep.drawn import stain
 from data_prep.drawn.glands import FIELD_OF_VIEW, distance_maps, glands, nuclei
-from hallulib.data.area import area_average
+from hallulib.data.checks import area_average
 
 TYPICAL = {
     "gland_share": 0.9,

@@ -58,6 +58,7 @@ def test_a_value_within_its_rule_passes(value, rule):
         (None, (1, 9)),
         (float("nan"), (0.0, 1.0)),
         (float("inf"), (0.0, None)),
+        (10**400, (0.0, 1.0)),  # beyond all floats
         ("0.5", (0.0, 1.0)),
         (2024, str),
         ("  ", str),

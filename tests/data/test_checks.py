@@ -10,7 +10,7 @@ from toy_set import write
 
 from data_prep.drawn import histology, prostate
 from hallulib import UserError
-from hallulib.data import imageset, memory
+from hallulib.data import checks, imageset
 
 SENTENCE = r"[\w ]+: [\d,]+ images of \d+ x \d+ pixels need \S+ GB of memory and \S+ GB are free; "
 SENTENCE += r"a size of at most (\d+), fewer images or more memory is needed"
@@ -28,25 +28,25 @@ def test_images_pass_if_they_fit_and_else_the_largest_size_that_fits_is_told(
     n, size, each, channels, free
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "free", lambda: free)
-        patch.setattr(memory, "LITTLE", 0)
+        patch.setattr(checks, "free_memory", lambda: free)
+        patch.setattr(checks, "LITTLE", 0)
         needed = lambda side: n * channels * side**2 * each
         if needed(size) <= free:
-            memory.check(n, channels, size, "here", each=each)
+            checks.check_memory(n, channels, size, "here", each=each)
         else:
-            fits = refused(lambda: memory.check(n, channels, size, "here", each=each))
+            fits = refused(lambda: checks.check_memory(n, channels, size, "here", each=each))
             assert needed(fits) <= free < needed(fits + 1)
 
 
 def test_a_little_is_not_asked_about(monkeypatch):
-    monkeypatch.setattr(memory, "free", None)
-    memory.check(1000, 1, 512, "here")
+    monkeypatch.setattr(checks, "free_memory", None)
+    checks.check_memory(1000, 1, 512, "here")
     with pytest.raises(TypeError):
-        memory.check(1025, 1, 512, "here")
+        checks.check_memory(1025, 1, 512, "here")
 
 
 def test_what_is_free_is_less_than_all_and_more_than_a_little():
-    assert memory.LITTLE / 4 < memory.free() < 2**50
+    assert checks.LITTLE / 4 < checks.free_memory() < 2**50
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -54,7 +54,7 @@ def test_what_is_free_is_less_than_all_and_more_than_a_little():
 def test_embedded_sets_that_do_not_fit_are_refused_before_they_are_drawn(name, size, monkeypatch):
     module, draw = DRAWN[name]
     monkeypatch.setattr(module, "render", None)
-    monkeypatch.setattr(memory, "free", lambda: 10**9)
+    monkeypatch.setattr(checks, "free_memory", lambda: 10**9)
     fits = refused(lambda: imageset.open(name, size))
     assert fits == refused(lambda: draw(size))
     assert 100 < fits < 512
@@ -67,14 +67,14 @@ def test_a_folder_is_opened_without_its_images_and_they_are_refused_where_they_a
 ):
     found = imageset.open(write(tmp_path / "set"))
     n, values = len(found), found.images[0].size
-    monkeypatch.setattr(memory, "LITTLE", 0)
-    monkeypatch.setattr(memory, "free", lambda: 5 * values * (n - 1))
+    monkeypatch.setattr(checks, "LITTLE", 0)
+    monkeypatch.setattr(checks, "free_memory", lambda: 5 * values * (n - 1))
     assert len(imageset.open(tmp_path / "set")) == n
     assert len(found.tensor(slice(1, None))) == len(found.tensor(np.arange(n) > 0)) == n - 1
     assert len(found.tensor(range(n - 1))) == n - 1
     for rows in (None, slice(None), range(n), np.ones(n, bool), [*range(n)]):
         assert refused(lambda rows=rows: found.tensor(rows)) < found.size
-    monkeypatch.setattr(memory, "free", lambda: 1)
+    monkeypatch.setattr(checks, "free_memory", lambda: 1)
     assert len(found.select(rows=[0, 1])) == 2  # neighbours stay in the file
     refused(lambda: found.select(rows=[0, 2]))
     refused(lambda: imageset.open(tmp_path / "set", found.size // 2))
