@@ -234,7 +234,8 @@ def test_the_nearest_image_is_the_nearest_by_brute_force_in_any_chunk():
 
 def test_a_copy_is_at_distance_zero_and_one_grey_level_away_at_one_grey_level(prostate):
     train, _ = prostate
-    assert nearest(train, train[11:12]) == (torch.tensor([11]), torch.tensor([0.0]))
+    found = nearest(train, train[11:12])
+    assert (found.index.tolist(), found.distance.tolist()) == ([11], [0])
     found = nearest(train, train[11:12] + 2 / 255)
     assert found.distance.item() == pytest.approx(2 / 255, rel=1e-4)
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -229,12 +230,13 @@ def test_training_goes_on_from_its_folder(tmp_path):
 def test_a_setting_that_makes_no_sense_is_refused(change, sentence):
     x, y = bars(8)
     with pytest.raises(UserError, match=sentence):
-        ScoreClassifier(**dict(steps=2, **TINY) | change).fit(x.reshape(8, 64), y)
+        ScoreClassifier(steps=2, **TINY).set_params(**change).fit(x.reshape(8, 64), y)
 
 
 def test_the_whole_numbers_of_numpy_are_whole_numbers():
     x, y = bars(8)
-    found = [ScoreClassifier(steps=2, random_state=s, **TINY).fit(x, y) for s in (3, np.int64(3))]
+    model = ScoreClassifier(steps=2, **TINY)
+    found = [clone(model).set_params(random_state=s).fit(x, y) for s in (3, np.int64(3))]
     np.testing.assert_array_equal(*[f.predict_proba(x) for f in found])
 
 
