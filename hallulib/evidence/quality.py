@@ -54,10 +54,9 @@ class Nearest:
 
 
 class Memorisation(NamedTuple):
-    """Share of samples nearer to training images than ``threshold``, and that expected if new."""
+    """Share of samples nearer to training images than ``threshold``."""
 
     share: float
-    expected: float
     threshold: float
     nearest: Nearest
 
@@ -285,4 +284,4 @@ def memorisation(
     copied = nearest(train, samples)
     threshold = torch.quantile(nearest(train, held_out).distance, quantile)
     share = (copied.distance < threshold).double().mean()
-    return Memorisation(float(share), quantile, float(threshold), copied)
+    return Memorisation(float(share), float(threshold), copied)

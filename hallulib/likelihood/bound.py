@@ -134,19 +134,9 @@ def bound(
 ) -> LogDensity:
     r"""Lower bound of the log-density of every image under every class, in nats.
 
-    Args:
-        model: never guided.
-        x: images in [-1, 1]; 8-bit ones should go through `dequantise` first.
-        classes: labels to score, in this order; all that the model knows by default.
-        pairs: of noise and level, network evaluations for each image and class.
-        seed: of the noise and the levels.
-        batch: most pairs of image and class in the network at once, which bounds the memory.
-
-    Returns:
-        One sample for each pair. The even levels make the error less than it is stated.
-
-    Raises:
-        UserError: a label that the model was not trained with.
+    There is one sample for each pair of noise and level, and one network evaluation for each image
+    and class; the even levels make the error less than it is stated. Other arguments are those of
+    :func:`hallulib.likelihood.density.log_density`.
     """
     y = None if classes is None else model.index(classes)
     errors = Errors(model, x, None, pairs, seed, batch, y=y)

@@ -330,11 +330,7 @@ class MovedGaussian:
     ) -> Float[Tensor, "new classes"]:
         """Log-density of each class for new images, in nats, up to what classes have in common.
 
-        Args:
-            x: labelled images.
-            y: their classes, 0 to k - 1, none of them empty.
-            new: images to tell apart.
-            s: noise level, in units of pixels.
+        Labelled images are of classes 0 to k - 1, none of them empty; s is in units of pixels.
         """
         means = torch.stack([x[y == c].flatten(1).double().mean(0) for c in y.unique()])
         offset = new.flatten(1).double()[:, None] - means

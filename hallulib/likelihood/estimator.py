@@ -149,10 +149,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
     def fit(self, X, y, unlabelled=None) -> "ScoreClassifier":
         """Train the score model: every class is drawn equally often.
 
-        Args:
-            X: labelled images.
-            y: their labels, numbers or strings.
-            unlabelled: images without labels, of the same kind; they fill half of every batch.
+        Labels are numbers or strings. Images without labels fill half of every batch.
 
         Raises:
             UserError: an unknown or impossible setting, images that do not suit the network, or
@@ -192,11 +189,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         return where | dict(pairs=max(1, self.effort // 2), antithetic=self.effort > 1)
 
     def calibrate(self, X, y) -> "ScoreClassifier":
-        """Set the temperature that makes the probabilities of other images most likely.
-
-        Args:
-            X: images that the model was not trained on.
-            y: their labels.
+        """Set the temperature that makes labels of images it was not trained on most likely.
 
         Raises:
             UserError: a label that was not in the training, or labels of one class.
@@ -360,9 +353,8 @@ class Contest:
 
     Attributes:
         scheme: label column.
-        per_class: labelled images per class; 0 keeps every label. A class that has fewer gives
-            all it has.
-        n_test: test images, about: equally many of each class, as far as it has so many.
+        per_class: labelled images per class, or all that it has; 0 keeps every label.
+        n_test: test images, about: equally many of each class, if it has so many.
         pretraining: steps of the score model without labels.
         steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
             teach it to remember the few there are.

@@ -244,7 +244,7 @@ def test_a_generator_that_copies_is_told_from_one_that_does_not():
     draw = lambda n, seed: normal(n, 256, seed, torch.float32).view(n, 1, 16, 16)
     train, held_out = draw(400, 0), draw(400, 1)
     fresh = memorisation(train, draw(400, 2), held_out)
-    assert fresh.share == pytest.approx(fresh.expected, abs=0.04)
+    assert fresh.share == pytest.approx(0.05, abs=0.04)
     copies = train[:100] + 0.02 * draw(100, 3)
     found = memorisation(train, torch.cat([copies, draw(100, 4)]), held_out)
     assert found.share == pytest.approx(0.525, abs=0.03)
