@@ -30,7 +30,7 @@ from hallulib import UserError
 from hallulib.augment.estimator import Pretrained, Trial, changed, judged, per_class, pretrained
 from hallulib.augment.selection import copy_threshold, take
 from hallulib.data.imageset import ImageSet, choose
-from hallulib.evidence.compare import read_scores
+from hallulib.evidence.metrics import read_scores
 from hallulib.evidence.resnet import read, train_resnet
 from hallulib.shapes import AnyImages, Images, Labels
 from hallulib.storage import disk, store

@@ -9,6 +9,7 @@ is returned is the mean over that chance, so the order of the classes never matt
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,21 +18,21 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from hallulib import UserError
+from hallulib.shapes import Labels, PerImage
 
 # of temperatures, in mean distances of a log-density from the mean of its row
 COLDEST, HOTTEST = 1e-2, 1e4
 
-LogDensities = Float[Tensor, "n k"]
-Probabilities = Float[Tensor, "n k"]
-Answers = Int[Tensor, " n"]
+LogDensities = Float[Tensor, "batch k"]
+Probabilities = Float[Tensor, "batch k"]
 Priors = Sequence[float] | Float[Tensor, " k"]
 
 
-class Reliability(NamedTuple):
+@dataclass(frozen=True)
+class Reliability:
     """Expected calibration error, and the bins of a reliability curve behind it.
 
-    ``confidence`` and ``accuracy`` are means of the rows in each bin, not a number in an empty
-    one; ``count`` is how many there are.
+    ``confidence`` and ``accuracy`` are means over the ``count`` rows of a bin, NaN without any.
     """
 
     error: float
@@ -41,10 +42,10 @@ class Reliability(NamedTuple):
 
 
 class RiskCoverage(NamedTuple):
-    """Shares of rows answered, from few to all, the share of wrong answers among them, and more.
+    """Shares of rows answered, from few to all, and of wrong answers among them.
 
-    ``threshold`` is the top probability from which on an answer is given; ``area`` under the
-    curve is the mean risk over coverages, AURC: 0 for no error at all.
+    An answer is given from the top probability ``threshold`` on; ``area`` under the curve is the
+    mean risk over coverages, AURC.
     """
 
     coverage: Float[Tensor, " levels"]
@@ -72,25 +73,23 @@ def posterior(
     return (log_density.double() / temperature + _log_priors(log_density, priors)).softmax(1)
 
 
-def fit_temperature(log_density: LogDensities, y: Answers, priors: Priors | None = None) -> float:
+def fit_temperature(log_density: LogDensities, y: Labels, priors: Priors | None = None) -> float:
     r"""The temperature that makes the true classes most likely.
 
     .. math:: \min_T \; -\frac1n \sum_i \log p_T(y_i \mid x_i)
 
     is convex in :math:`1/T`, so there is one minimum, at which its slope is zero. The search
     spans temperatures from 0.01 to 10000 times the mean distance of a log-density from the mean
-    of its row. Where all classes are told apart without error no temperature is best, and the
-    lowest of the range is returned; where the true class is the least likely on average, the
-    highest; where log-densities are equal, 1.
+    of its row. Where all classes are told apart without error the lowest is returned; where the
+    true class is the least likely on average, the highest; where log-densities are equal, 1.
 
     Args:
         log_density: nats or log-ratios of images that were *not* trained on.
         y: their true classes.
         priors: as in `posterior`, above 0 for each class that occurs.
 
-    Source:
-        Guo et al., *On Calibration of Modern Neural Networks*, 2017, section 4.2.
-        https://arxiv.org/abs/1706.04599
+    Source: Guo et al., *On Calibration of Modern Neural Networks*, 2017, section 4.2.
+    https://arxiv.org/abs/1706.04599
     """
     log_priors = _log_priors(log_density, priors)
     centred = log_density.double() - log_density.double().mean(1, keepdim=True)
@@ -106,16 +105,13 @@ def fit_temperature(log_density: LogDensities, y: Answers, priors: Priors | None
     return scale * math.exp(_root(slope, math.log(COLDEST), math.log(HOTTEST)))
 
 
-def calibration_error(probabilities: Probabilities, y: Answers, bins: int = 15) -> Reliability:
+def calibration_error(probabilities: Probabilities, y: Labels, bins: int = 15) -> Reliability:
     r"""How far the top probability is from the share of right answers.
 
     .. math:: \mathrm{ECE} = \sum_m \frac{n_m}{n}\,\lvert \mathrm{acc}_m - \mathrm{conf}_m \rvert
 
     over equal bins ``((m - 1) / bins, m / bins]`` of the top probability. It is never negative,
-    so noise alone makes it positive where there are few images.
-
-    Source:
-        Guo et al. 2017, section 2.
+    so noise alone makes it positive where images are few. Source: Guo et al. 2017, section 2.
 
     Example:
         >>> calibration_error(torch.tensor([[0.25, 0.75]]), torch.tensor([1])).error
@@ -132,15 +128,13 @@ def calibration_error(probabilities: Probabilities, y: Answers, bins: int = 15) 
     return Reliability(float(error), confidence, accuracy, count)
 
 
-def risk_coverage(probabilities: Probabilities, y: Answers) -> RiskCoverage:
+def risk_coverage(probabilities: Probabilities, y: Labels) -> RiskCoverage:
     """Share of wrong answers against the share answered, as the threshold falls.
 
     Rows of equal top probability enter together, as no threshold can part them.
 
-    Source:
-        Geifman & El-Yaniv, *Selective Classification for Deep Neural Networks*, 2017,
-        https://arxiv.org/abs/1705.08500; the area: Geifman et al. 2019,
-        https://arxiv.org/abs/1805.08206.
+    Source: Geifman & El-Yaniv, *Selective Classification for Deep Neural Networks*, 2017,
+    https://arxiv.org/abs/1705.08500; the area: Geifman et al. 2019, arXiv 1805.08206.
 
     Example:
         >>> risk_coverage(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1])).risk
@@ -154,7 +148,7 @@ def risk_coverage(probabilities: Probabilities, y: Answers) -> RiskCoverage:
     return RiskCoverage(count.cumsum(0) / len(top), risk, -levels, area)
 
 
-def threshold(probabilities: Probabilities, y: Answers, risk: float | int) -> float:
+def threshold(probabilities: Probabilities, y: Labels, risk: float | int) -> float:
     """The lowest top probability from which on at most this share of answers is wrong.
 
     Answer where ``probabilities.max(1).values >= threshold``, and leave the rest to a reader. It
@@ -180,11 +174,7 @@ def _root(rising: Callable[[float], float], low: float, high: float) -> float:
 
 
 def finite(log_density: LogDensities) -> LogDensities:
-    """What it is given.
-
-    Raises:
-        UserError: a log-density that is not finite, of which nothing follows.
-    """
+    """What it is given; a log-density that is not finite is a `UserError`."""
     if not torch.isfinite(log_density).all():
         raise UserError("a log-density is not finite; all must be finite numbers")
     return log_density
@@ -196,7 +186,7 @@ def _log_priors(log_density: LogDensities, priors: Priors | None) -> Float[Tenso
     return priors.log().to(log_density.device)
 
 
-def _answers(p: Probabilities, y: Answers) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+def _answers(p: Probabilities, y: Labels) -> tuple[PerImage, PerImage]:
     """The top probability of each row, and how right it is: a share where classes share it."""
     p = p.double()
     top = p.max(1).values
@@ -211,12 +201,10 @@ def log_odds(log_posterior: LogDensities) -> LogDensities:
               = \ell_c - \log \sum_{b \ne c} e^{\ell_b}
 
     Probabilities of confident models round to 0 and 1, and ties spoil an AUROC; these do not.
-
-    Args:
-        log_posterior: log-probabilities up to a constant per row.
+    Log-probabilities may be off by a constant per row.
 
     Raises:
-        UserError: one that is not finite, or a single class, whose odds are not.
+        UserError: a log-probability that is not finite, or a single class.
 
     Example:
         >>> log_odds(torch.tensor([[0.0, 2000.0]], dtype=torch.float64))

@@ -15,6 +15,7 @@ several times too close.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from hallulib.shapes import AnyImages, Images, PerImage
 
-Features = Float[Tensor, "batch features"]
 FLOOR = 0.02  # contrast below which texture no longer counts; two to three grey levels of 255
+Features = Float[Tensor, "batch features"]
 AnyFeatures = Float[Tensor, "_ features"]  # two sets that are compared differ in length
 
 
@@ -44,7 +45,8 @@ class DensityCoverage(NamedTuple):
     coverage: float
 
 
-class Nearest(NamedTuple):
+@dataclass(frozen=True)
+class Nearest:
     """Position of the nearest training image of each sample, and its distance."""
 
     index: Int[Tensor, " batch"]
@@ -52,10 +54,9 @@ class Nearest(NamedTuple):
 
 
 class Memorisation(NamedTuple):
-    """Share of samples nearer to training than ``threshold``; expected if new: ``expected``."""
+    """Share of samples nearer to training images than ``threshold``."""
 
     share: float
-    expected: float
     threshold: float
     nearest: Nearest
 
@@ -63,9 +64,8 @@ class Memorisation(NamedTuple):
 def features(images: Images) -> Features:
     r"""A fixed description of images in [-1, 1]: layout, texture, edges and spots.
 
-    90 numbers for grey images, 106 for colour, of 16 pixels a side or more; the same on every
-    machine up to rounding. In order: means on a 4 x 4 grid; then log-contrasts
-    :math:`\log((m + 0.02) / 0.1)`, where m is
+    90 numbers for grey images, 106 for colour, of 16 pixels a side or more. In order: means on a
+    4 x 4 grid; then log-contrasts :math:`\log((m + 0.02) / 0.1)`, where m is
 
     - the mean detail of one pixel, and of the finest checkerboard (2 numbers);
     - for each of three octaves (full, half and quarter resolution), the mean amplitude of Gabor
@@ -74,23 +74,21 @@ def features(images: Images) -> Features:
     - in colour, where the above describes the mean of the channels, also mean and log-contrast
       of two opponent colours on a 2 x 2 grid (16).
 
-    The logarithm makes faint blur and noise count as they do to the eye. About a hundred numbers
-    keep the finite-sample floor of the Frechet distance low at the few hundred images there are.
+    The logarithm makes faint blur and noise count as they do to the eye.
 
-    Source:
-        Simoncelli and Portilla's pyramid statistics (2000, doi 10.1023/A:1026553619983), reduced;
-        that such unlearned features serve where ImageNet's do not: Naeem et al. 2020.
+    Source: Simoncelli and Portilla's pyramid statistics (2000, doi 10.1023/A:1026553619983),
+    reduced; that such unlearned features serve where ImageNet's do not: Naeem et al. 2020.
     """
     with torch.no_grad():
         return torch.cat([_described(chunk.float()) for chunk in images.split(256)])
 
 
-def _described(images: Images) -> Float[Tensor, "batch features"]:
+def _described(images: Images) -> Features:
     """The numbers that `features` lists."""
     grey = images.mean(1, keepdim=True)
     parts = [F.adaptive_avg_pool2d(grey, 4), _log(_finest(grey))]
     for octave in range(3):
-        grey = grey if octave == 0 else _halve(grey)
+        grey = _smooth(grey, (1, 4, 6, 4, 1), stride=2) if octave else grey
         parts += _octave(grey)
     if images.shape[1] == 3:
         red, green, blue = images.split(1, dim=1)
@@ -132,10 +130,6 @@ def _smooth(x, weights, stride):
     return F.conv2d(x, torch.outer(w, w)[None, None], stride=stride)
 
 
-def _halve(x):
-    return _smooth(x, (1, 4, 6, 4, 1), stride=2)
-
-
 @cache
 def _gabor():
     """Even and odd waves of 4 px under a Gaussian of 1.5 px in 4 directions, (8, 1, 7, 7)."""
@@ -160,9 +154,8 @@ def frechet_distance(real: AnyFeatures, generated: AnyFeatures) -> float:
     is the sum of singular values of :math:`R_r R_g^\top`: real, stable, and defined also for fewer
     images than features. Two samples of n images of one distribution differ by O(features / n).
 
-    Source:
-        Dowson and Landau 1982, doi 10.1016/0047-259X(82)90077-X; on features of images Heusel et
-        al. 2017, https://arxiv.org/abs/1706.08500.
+    Source: Dowson and Landau 1982, doi 10.1016/0047-259X(82)90077-X; on features of images Heusel
+    et al. 2017, https://arxiv.org/abs/1706.08500.
 
     Example:
         >>> frechet_distance(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [5.0]]))
@@ -193,16 +186,12 @@ def kernel_distance(real: AnyFeatures, generated: AnyFeatures, *, blocks: int = 
 
     Zero on average for two samples of one distribution, however few (so it may be negative).
 
-    Args:
-        real: features of real images.
-        generated: features of samples; the two may be exchanged.
-        blocks: the standard error is the jackknife that leaves out one block of both sets at a
-            time. Blocks follow the order of the rows: rows sorted by patient keep slices of one
-            patient together and the error honest. At least two rows of both sets are in each.
+    The standard error is the jackknife's, which leaves out one of so many ``blocks`` of both sets
+    at a time, of at least two rows each. Blocks follow the order of the rows: rows sorted by
+    patient keep slices of one patient together and the error honest.
 
-    Source:
-        Gretton et al. 2012, eq. 3, https://jmlr.org/papers/v13/gretton12a.html; the kernel:
-        Binkowski et al. 2018, https://arxiv.org/abs/1801.01401.
+    Source: Gretton et al. 2012, eq. 3, https://jmlr.org/papers/v13/gretton12a.html; the kernel:
+    Binkowski et al. 2018, https://arxiv.org/abs/1801.01401.
     """
     real, generated = _pair(real, generated)
     r, g = real.tensor_split(blocks), generated.tensor_split(blocks)
@@ -224,12 +213,12 @@ def kernel_distance(real: AnyFeatures, generated: AnyFeatures, *, blocks: int = 
 
 def _kernel_sums(a, b):
     """Sum of the kernel over each pair of blocks, images with themselves left out."""
-    sums = torch.zeros(len(a), len(b), dtype=torch.double)
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            kernel = (x @ y.T / x.shape[1] + 1) ** 3
-            sums[i, j] = kernel.sum() - (kernel.trace() if x is y else 0)
-    return sums
+
+    def total(x, y):
+        kernel = (x @ y.T / x.shape[1] + 1) ** 3
+        return kernel.sum() - (kernel.trace() if x is y else 0)
+
+    return torch.tensor([[total(x, y) for y in b] for x in a], dtype=torch.double)
 
 
 def density_coverage(real: AnyFeatures, generated: AnyFeatures, *, k: int = 5) -> DensityCoverage:
@@ -243,22 +232,17 @@ def density_coverage(real: AnyFeatures, generated: AnyFeatures, *, k: int = 5) -
     Density is 1 on average for samples of the same distribution and may exceed it; coverage then
     is :math:`1 - 2^{-k}` for as many samples as real images.
 
-    Source:
-        Naeem et al. 2020, https://arxiv.org/abs/2002.09797.
+    Source: Naeem et al. 2020, https://arxiv.org/abs/2002.09797.
     """
     real, generated = _pair(real, generated)
-    radii = _radii(real, k)
+    # of each real image to its k-th nearest other one; the image itself is the first
+    radii = torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(real, real)])
     covered, hits = torch.zeros(len(real), dtype=torch.bool, device=real.device), 0
     for distances in _distances(generated, real):
         inside = distances <= radii
         covered |= inside.any(0)
         hits += int(inside.sum())
     return DensityCoverage(hits / (k * len(generated)), float(covered.double().mean()))
-
-
-def _radii(x, k):
-    """Distance of each row to its k-th nearest other row; the row itself is the first."""
-    return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(x, x)])
 
 
 def _distances(a, b) -> Iterator[Tensor]:
@@ -277,19 +261,13 @@ def nearest(train: AnyImages, samples: AnyImages) -> Nearest:
     """
     train, samples = train.flatten(1), samples.flatten(1).to(train.device)
     centre = train.mean(0)  # the squares below then lose fewer digits
-    square = torch.cat([(t - centre).square().sum(1) for t in train.split(1024)])
+    squares = [(t - centre).square().sum(1) for t in train.split(1024)]
     index, distance = [], []
     for chunk in samples.split(256):
-        best = torch.full((len(chunk),), math.inf, device=chunk.device)
-        at = torch.zeros(len(chunk), dtype=torch.int64, device=chunk.device)
-        for start in range(0, len(train), 1024):
-            block = slice(start, start + 1024)
-            gap = square[block] - 2 * (chunk - centre) @ (train[block] - centre).T
-            value, position = gap.min(1)
-            at = torch.where(value < best, position + start, at)
-            best = torch.minimum(best, value)
-        index.append(at)
-        distance.append((chunk - train[at]).square().mean(1).sqrt())
+        pairs = zip(squares, train.split(1024), strict=True)
+        gaps = [square - 2 * (chunk - centre) @ (t - centre).T for square, t in pairs]
+        index.append(torch.cat(gaps, 1).argmin(1))
+        distance.append((chunk - train[index[-1]]).square().mean(1).sqrt())
     return Nearest(torch.cat(index), torch.cat(distance))
 
 
@@ -300,15 +278,10 @@ def memorisation(
 
     The threshold is the ``quantile`` of the distances from held-out real images to their nearest
     training image. Samples as new as a new patient fall below it with that same chance; a model
-    that copies has a share near 1.
-
-    Args:
-        train: the images the model was trained on, all of them.
-        samples: images it generated.
-        held_out: real images of patients that are not in ``train``, else the test is blind.
-        quantile: the expected share; needs at least ``1 / quantile`` held-out images.
+    that copies has a share near 1. ``train`` holds all images the model was trained on, and
+    ``held_out`` at least ``1 / quantile`` of patients that are not among them.
     """
     copied = nearest(train, samples)
     threshold = torch.quantile(nearest(train, held_out).distance, quantile)
     share = (copied.distance < threshold).double().mean()
-    return Memorisation(float(share), quantile, float(threshold), copied)
+    return Memorisation(float(share), float(threshold), copied)

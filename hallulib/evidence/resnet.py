@@ -4,9 +4,8 @@ Torchvision's ResNet-18 up to its last block, for small images: the stock stem q
 before the first block, which leaves a single position of a 32-pixel image. Here the stem keeps
 the size, so an image of side 32 gives a 4 x 4 map, as the stock stem does at side 128.
 
-Source:
-    He et al., *Deep Residual Learning for Image Recognition*, 2016, table 1.
-    https://arxiv.org/abs/1512.03385
+Source: He et al., *Deep Residual Learning for Image Recognition*, 2016, table 1.
+https://arxiv.org/abs/1512.03385
 """
 
 from collections import OrderedDict
@@ -29,12 +28,8 @@ def resnet18(channels: int = 1, width: int = 64) -> nn.Module:
 
     It maps images ``(b, channels, s, s)`` to ``(b, 8 * width, s / 8, s / 8)``, rounded up. Names
     of the layers and the law of their initial weights are torchvision's; only the first
-    convolution, 3 x 3 with stride 1 in place of 7 x 7 with stride 2, has another shape.
-
-    Args:
-        channels: 1 for grey, 3 for colour.
-        width: channels of the first block, doubled three times; 64 is ResNet-18 (11 M weights),
-            32 suits a CPU (2.8 M).
+    convolution, 3 x 3 with stride 1 in place of 7 x 7 with stride 2, has another shape. A width
+    of 64 is ResNet-18 (11 M weights), 32 suits a CPU (2.8 M).
 
     Example:
         >>> resnet18(width=8)(torch.zeros(2, 1, 32, 32)).shape
@@ -59,13 +54,11 @@ def resnet18(channels: int = 1, width: int = 64) -> nn.Module:
 def _blocks(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     """Two residual blocks, the first of which changes width and size."""
     shortcut = None
-    if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-        )
-    return nn.Sequential(
-        BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs)
-    )
+    if inputs != outputs:
+        projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+    first = BasicBlock(inputs, outputs, stride, shortcut)
+    return nn.Sequential(first, BasicBlock(outputs, outputs))
 
 
 def train_resnet(
@@ -81,26 +74,14 @@ def train_resnet(
 ) -> nn.Module:
     """A ResNet-18 with pooling and classifier, trained with Adam; the rate falls to 0 by a cosine.
 
-    Classes are drawn equally often, as for the score model.
-
-    Args:
-        x: images in [-1, 1].
-        y: their classes, 0 to k - 1.
-        steps: optimiser steps.
-        width: of the first block.
-        change: of each drawn batch, shifts and mirrors by default; ``None`` shows images as
-            they are.
-        seed: of weights and draws.
-        batch_size: images per step.
-        told: name of the progress bar.
+    Classes, 0 to k - 1, are drawn equally often, as for the score model. Each drawn batch goes
+    through ``change``, if there is one; ``told`` is the name of the progress bar.
     """
     rng = torch.Generator().manual_seed(seed)
     with seeded(seed):
-        pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        classes = int(y.max()) + 1
-        network = nn.Sequential(
-            resnet18(x.shape[1], width), pooling, nn.Linear(8 * width, classes)
-        ).to(memory_format=torch.channels_last)
+        backbone, classes = resnet18(x.shape[1], width), nn.Linear(8 * width, int(y.max()) + 1)
+    pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(backbone, pooling, classes).to(memory_format=torch.channels_last)
     weights = 1 / torch.bincount(y)[y].double()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -120,5 +101,6 @@ def read(
     network: nn.Module, x: Images
 ) -> tuple[Float[np.ndarray, "batch features"], Float[np.ndarray, "batch classes"]]:
     """Pooled features of images, and the class probabilities that `train_resnet` learnt."""
-    pooled = torch.cat([network[1](network[0](part)) for part in x.split(256)])
-    return pooled.numpy(), network[2](pooled).softmax(1).numpy()
+    backbone, pooling, classes = network.children()
+    pooled = torch.cat([pooling(backbone(part)) for part in x.split(256)])
+    return pooled.numpy(), classes(pooled).softmax(1).numpy()

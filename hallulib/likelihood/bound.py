@@ -16,15 +16,14 @@ Which levels tell classes apart differs between data sets and with the number of
 `informative_levels` needs no labels and spends evaluations where classes differ most; `leads` and
 `best_band` ask images that were held out which of these differences are right.
 
-Source:
-    Kingma et al., *Variational Diffusion Models*, 2021, eqs. (14)-(17); shared noise and dropping
-    classes: Li et al., *Your Diffusion Model is Secretly a Zero-Shot Classifier*, 2023,
-    https://arxiv.org/abs/2303.16203.
+Source: Kingma et al., *Variational Diffusion Models*, 2021, eqs. (14)-(17); shared noise and
+dropping classes: Li et al., *Your Diffusion Model is Secretly a Zero-Shot Classifier*, 2023,
+https://arxiv.org/abs/2303.16203.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -57,7 +56,8 @@ class Levels:
     @classmethod
     def even(cls, sde: SDE) -> "Levels":
         """All noise levels of a diffusion, evenly in ``log s``."""
-        return cls(*map(math.log, noise_range(sde)))
+        first, last = map(math.log, noise_range(sde))
+        return cls(first, last)
 
     def draw(
         self, n: int, rng: torch.Generator, power: float | int = 0
@@ -82,20 +82,7 @@ class Errors:
 
     With ``antithetic`` each is the mean over :math:`\epsilon` and :math:`-\epsilon`: whatever part
     of the difference between classes is linear in the noise cancels, which is most of its
-    variance.
-
-    Args:
-        model: the class-conditional score model.
-        x: images.
-        levels: where noise levels are drawn, all evenly unless given.
-        pairs: of noise and level.
-        seed: of both.
-        batch: most pairs of image and class in the network at once.
-        power: of the noise level, ``s ** power`` weights its error.
-        antithetic: use each noise with both signs, two evaluations a pair.
-        y: class indices to compare, all unless given.
-
-    Source: antithetic variates, Hammersley & Morton 1956.
+    variance (antithetic variates, Hammersley & Morton 1956). Arguments: see `decide`.
     """
 
     def __init__(
@@ -117,26 +104,23 @@ class Errors:
         self.s, weight = self.levels.draw(pairs, self.rng, power)
         self.weight, self.signs = weight.tolist(), (1, -1) if antithetic else (1,)
 
+    @torch.no_grad()
     def __call__(self, r: int, wanted: Bool[Tensor, "batch classes"] | None = None) -> PerClass:
         """One number per image and class, not a number where it was not wanted; call in order."""
         if wanted is None:
             wanted = torch.ones((len(self.x), len(self.y)), dtype=torch.bool, device=self.x.device)
         noise = torch.randn(self.x.shape[1:], generator=self.rng, dtype=torch.float64).to(self.x)
-        total = sum(self._squared(r, sign * noise, wanted) for sign in self.signs)
-        return self.weight[r] * total / len(self.signs)
-
-    @torch.no_grad()
-    def _squared(self, r: int, noise: Tensor, wanted: Bool[Tensor, "batch classes"]) -> PerClass:
         t = self.model.sde.time_of(self.s[r])
         alpha = float(self.model.sde.alpha_sigma(t)[0])
-        squared = torch.full(wanted.shape, math.nan, dtype=torch.float64, device=self.x.device)
+        total = torch.where(wanted, 0.0, math.nan).double()
         for part in wanted.nonzero().split(self.batch):
             image, column = part.unbind(1)
-            x_t = alpha * (self.x[image] + float(self.s[r]) * noise)
-            times = x_t.new_full((len(part),), float(t))
-            off = self.model(x_t, times, self.y[column]) - noise
-            squared[image, column] = off.double().square().flatten(1).sum(1)
-        return squared
+            times = self.x.new_full((len(part),), float(t))
+            for eps in (sign * noise for sign in self.signs):
+                x_t = alpha * (self.x[image] + float(self.s[r]) * eps)
+                off = self.model(x_t, times, self.y[column]) - eps
+                total[image, column] += off.double().square().flatten(1).sum(1)
+        return self.weight[r] * total / len(self.signs)
 
 
 def bound(
@@ -150,19 +134,9 @@ def bound(
 ) -> LogDensity:
     r"""Lower bound of the log-density of every image under every class, in nats.
 
-    Args:
-        model: the class-conditional score model; never guided.
-        x: images in [-1, 1]; 8-bit ones should go through `dequantise` first.
-        classes: labels to score, in this order; all that the model knows by default.
-        pairs: of noise and level, network evaluations for each image and class.
-        seed: of the noise and the levels.
-        batch: most pairs of image and class in the network at once, which bounds the memory.
-
-    Returns:
-        One sample for each pair. The even levels make the error less than it is stated.
-
-    Raises:
-        UserError: a label that the model was not trained with.
+    There is one sample for each pair of noise and level, and one network evaluation for each image
+    and class; the even levels make the error less than it is stated. Other arguments are those of
+    :func:`hallulib.likelihood.density.log_density`.
     """
     y = None if classes is None else model.index(classes)
     errors = Errors(model, x, None, pairs, seed, batch, y=y)
@@ -179,8 +153,7 @@ class Decision:
 
     Attributes:
         log_ratio: log-likelihood of each class against the winner's, in nats (of the weighted
-            integral where ``power`` is not 0); 0 for the winner; for a class that was dropped,
-            against the class in front at that time, as it stood then.
+            integral where ``power`` is not 0); of a class that was dropped, as it stood then.
         error: standard error of ``log_ratio``.
         evaluations: network evaluations that each image took, over all classes.
         sure: images with one class left; the others used up their pairs.
@@ -218,14 +191,13 @@ def decide(
     Student limit of their paired difference.
 
     Args:
-        model: the class-conditional score model; never guided.
+        model: never guided.
         x: images in [-1, 1].
         pairs: most pairs of noise and level, an image with a doubtful decision uses all.
-        first: pairs before the first class may be dropped; a single pair drops none, since its
-            error is not known.
+        first: pairs before the first class may be dropped; a single pair drops none.
         confidence: of each comparison that drops a class, 0.5 to 1; with 1 none is dropped.
         antithetic: every pair uses its noise with both signs and takes two evaluations for each
-            class, which pays where the noise, not the level, is what differences vary with.
+            class, which pays where differences vary with the noise, not the level.
         levels: where to look; `informative_levels` finds the best, all evenly unless given.
         power: errors are weighted by ``s ** power``; 0 is the likelihood, which counts the
             finest grain as much as the whole, larger numbers look more at the coarse.
@@ -254,14 +226,11 @@ def decide(
 
 
 def _behind(cost: Pairs) -> tuple[PerClass, PerClass]:
-    """How far each class is behind the one in front, and the standard error of that.
-
-    In front is the class with the least cost among those that saw every pair. The error of a
-    single pair is not known and counts as infinite.
-    """
+    """How far each class is behind the best of those that saw every pair, and its error."""
     n = cost.shape[2]
     front = cost.mean(2).nan_to_num(math.inf).argmin(1)
     gap = cost - cost.gather(1, front[:, None, None].expand(-1, 1, n))
+    # the error of a single pair is not known
     spread = gap.std(2) if n > 1 else torch.full_like(gap[..., 0], math.inf)
     return gap.mean(2), spread / n**0.5
 
@@ -282,18 +251,8 @@ def common_errors(
     `decide` draws the same noises for all images, so what a noise does to a class as such, and
     what a class is ahead by whatever the image, can be measured on other images and subtracted.
 
-    Args:
-        model: as for `decide`, and so for all that follow.
-        x: images of all classes, about equally frequent; no label is asked for.
-        pairs: of noise and level.
-        antithetic: use each noise with both signs.
-        levels: where to look.
-        power: of the noise level that weights errors.
-        seed: of the noise and the levels.
-        batch: most pairs of image and class in the network at once.
-
-    Returns:
-        The mean of their errors, less its mean over the classes; for ``offsets`` of `decide`.
+    What is returned, the mean error less its mean over the classes, is for ``offsets`` of a
+    `decide` with the same arguments. Classes should be about equally frequent; no label is needed.
     """
     errors = Errors(model, x, levels, pairs, seed, batch, power, antithetic)
     mean = torch.stack([errors(r).mean(0) for r in range(pairs)], 1)
@@ -313,22 +272,14 @@ def informative_levels(
 
     A mean over levels drawn with density :math:`q` has the least variance where :math:`q` follows
     the root mean square of what is averaged: the weighted difference between two classes. A tenth
-    of the draws stays even, so that no level is ever left out.
-
-    Args:
-        model: the class-conditional score model, of two classes or more.
-        x: images it was trained on will do; their labels are not used.
-        per_band: pairs measured in each of the `BANDS`, of two evaluations.
-        power: as in `decide`.
-        seed: of the noise.
-        batch: as in `decide`.
+    of the draws stays even, so that no level is ever left out. Images that the model was trained
+    on will do. Each of the `BANDS` costs ``per_band`` pairs, of two evaluations per class.
     """
     errors = Errors(model, x, None, BANDS * per_band, seed, batch, power, antithetic=True)
     # what all images have in common tells nothing about any of them
     shares = _by_band(errors, lambda error: (error - error.mean(0)).var(1).mean()).sqrt()
     shares = 0.9 * shares / shares.sum().clamp(min=1e-300) + 0.1 / BANDS  # all 0: same classes
-    shares = tuple((shares / shares.sum()).tolist())
-    return Levels(errors.levels.first, errors.levels.last, shares)
+    return replace(errors.levels, shares=tuple((shares / shares.sum()).tolist()))
 
 
 def _by_band(errors: Errors, statistic: Callable[[PerClass], Tensor]) -> Float[Tensor, "*_ bands"]:
@@ -351,12 +302,8 @@ def leads(
     with the mean squared errors :math:`e` of the noise in a band and their means over the images,
     so that a class that is denoised better on the whole is not taken for the right one.
 
-    Args:
-        model: the class-conditional score model, of two classes or more.
-        x: images it was not trained on.
-        y: their classes, as indices of ``model.labels``; about equally frequent.
-        seed: of the noise.
-        batch: as in `decide`.
+    The model, of two classes or more, must not have been trained on the images; their classes
+    should be about equally frequent.
     """
     errors = Errors(model, x, None, 2 * BANDS, seed, batch, antithetic=True)
     error = _by_band(errors, lambda error: error)
@@ -371,14 +318,10 @@ def best_band(sde: SDE, lead: Float[Tensor, "images bands"]) -> Levels:
     .. math:: \arg\max_b \; \mathrm{mean}_i\, \ell_{ib} / \mathrm{sd}_i\, \ell_{ib}
 
     With few labels that is more than a sum over bands can know: layout shows at coarse levels,
-    texture at fine, and what a network learnt elsewhere it has learnt by heart.
-
-    Args:
-        sde: of the model.
-        lead: of `leads`, of two images at least.
+    texture at fine, and what a network learnt elsewhere it has learnt by heart. At least two
+    images are needed; where the true class leads in no band, the finest is taken.
     """
-    # the finest, where the true class leads in none
     surety = lead.mean(0).clamp(min=0) / lead.std(0).clamp(min=1e-12)
-    even, best, n = Levels.even(sde), int(surety.argmax()), lead.shape[1]
-    width = (even.last - even.first) / n
+    even, best = Levels.even(sde), int(surety.argmax())
+    width = (even.last - even.first) / lead.shape[1]
     return Levels(even.first + best * width, even.first + (best + 1) * width)

@@ -19,20 +19,20 @@ from the density :math:`p_1` of pure noise to that of images, blurred by the lea
 :math:`s_0`; the divergence is Hutchinson's estimate,
 :math:`\nabla \!\cdot f = \mathrm E[z^\top (\partial f / \partial u) z]`.
 
-Source:
-    Chen et al., *Neural Ordinary Differential Equations*, 2018, theorem 1; Song et al. 2021,
-    section 4.3; Grathwohl et al., *FFJORD*, 2019, section 3.1 (one probe for a whole solve). The
-    angle generalises Salimans & Ho 2022, appendix D.
+Source: Chen et al., *Neural Ordinary Differential Equations*, 2018, theorem 1; Song et al. 2021,
+section 4.3; Grathwohl et al., *FFJORD*, 2019, section 3.1 (one probe for a whole solve). The angle
+generalises Salimans & Ho 2022, appendix D.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
@@ -40,14 +40,15 @@ from torchdiffeq import odeint
 
 from hallulib.diffusion.score import ScoreModel
 from hallulib.diffusion.sde import SDE
-from hallulib.shapes import Images, Labels, Times
+from hallulib.shapes import AnyImages, Images, Labels, Times
 
 GREY_STEP = 1 / 127.5  # distance of neighbouring grey levels in [-1, 1]
 SPREAD = 0.5  # standard deviation of the pixels of images in [-1, 1], roughly
 PerClass = Float[Tensor, "batch classes"]
 Probes = Float[Tensor, "probes channels height width"]
 Divergence = Float[Tensor, "probes batch"]
-New = Float[Tensor, "new channels height width"]
+Slope = tuple[Images, Divergence]
+State = tuple[float, Images, Divergence]  # at an angle
 
 
 @runtime_checkable
@@ -70,10 +71,10 @@ class LogDensity:
 
     Attributes:
         samples: nats per image, one for each probe of the flow, or for each pair of noise and
-            level of a bound. They are the same for all images and classes, so differences between
-            classes are paired. A full trace is one sample, without an error.
-        evaluations: of the network for each pair of image and class; of the flow, each with one
-            backward pass per probe, the most of any batch where a solver chooses them.
+            level of a bound. Probes and pairs are the same for all images and classes, so
+            differences between classes are paired. A full trace is one sample.
+        evaluations: of the network for each pair of image and class, the most of any batch; of
+            the flow, each with one backward pass per probe.
     """
 
     samples: Float[Tensor, "batch classes samples"]
@@ -92,7 +93,7 @@ class LogDensity:
 
 
 class FlowState(NamedTuple):
-    """Where the flow is: time, the image ``x_t``, and the divergence integrated so far."""
+    """Where the flow is, and the divergence integrated so far."""
 
     t: float
     x_t: Images
@@ -105,7 +106,7 @@ def log_density(
     classes: Sequence[str] | None = None,
     *,
     steps: int = 32,
-    probes: int | str = 1,
+    probes: int | Literal["full"] = 1,
     solver: str = "adams",
     tolerance: float = 1e-5,
     seed: int = 0,
@@ -116,25 +117,20 @@ def log_density(
     It is the density of images blurred with the noise of time ``sde.t_train``.
 
     Args:
-        model: the class-conditional score model; never guided.
+        model: never guided.
         x: images in [-1, 1]; 8-bit ones should go through `dequantise` first.
         classes: labels to score, in this order; all that the model knows by default.
-        steps: of the solver, see `angles`; the default costs 33 evaluations. Errors fall with the
-            third power.
+        steps: of the solver; n cost n + 1 evaluations, and errors fall with the third power.
         probes: random directions of the trace estimate, or ``"full"``: every direction, exact,
             for images of a few hundred pixels at most.
         solver: ``"adams"``, or the name of a ``torchdiffeq`` method, such as ``"rk4"`` on the
-            same grid or the adaptive ``"dopri5"``, the reference, which chooses its steps for a
-            whole batch.
+            same grid or the adaptive ``"dopri5"``, which chooses its steps for a whole batch.
         tolerance: relative and absolute, of an adaptive method.
         seed: of the probes.
         batch: most pairs of image and class in the network at once, which bounds the memory.
 
     Raises:
         UserError: a label that the model was not trained with.
-
-    Source:
-        The module; probes: Hutchinson 1990; FFJORD, section 3.1.
     """
     y = model.index(model.labels if classes is None else classes).to(x.device)
     x = in_type_of(model, x)
@@ -149,7 +145,7 @@ def log_density(
         if solver == "adams":
             *_, (_, u, divergence) = adams(field, start, nodes)
         else:
-            u, divergence = _by_torchdiffeq(field, start, nodes, solver, tolerance)
+            u, divergence = _solved(field, start, nodes, solver, tolerance)
         if probes == "full":  # one direction each: their sum is the trace
             divergence = divergence.sum(0, keepdim=True)
         samples.append(model.sde.prior_log_prob((to_end * u).double()) + stretch + divergence)
@@ -160,15 +156,7 @@ def log_density(
 def walk(
     model: ClassModel, x: Images, y: Labels, *, steps: int = 32, seed: int = 0
 ) -> Iterator[FlowState]:
-    """The way of images into noise, each under a class of its own, state by state.
-
-    Args:
-        model: the class-conditional score model.
-        x: images in [-1, 1].
-        y: the class of each.
-        steps: of the solver.
-        seed: of the one probe.
-    """
+    """The way of images into noise, each under a class of its own, state by state."""
     nodes, x = angles(model.sde, steps), in_type_of(model, x)
     field = _Field(model, y, directions(x, 1, seed))
     for psi, u, divergence in adams(field, x / _scale(nodes[0]), nodes):
@@ -192,7 +180,7 @@ def angles(sde: SDE, steps: int) -> np.ndarray:
     return np.linspace(first, last, steps + 1) ** 3
 
 
-def directions(x: Images, probes: int | str, seed: int = 0) -> Probes:
+def directions(x: Images, probes: int | Literal["full"], seed: int = 0) -> Probes:
     """Random signs along which the trace is probed, or with ``"full"`` every unit direction."""
     shape = x.shape[1:]
     if probes == "full":
@@ -209,7 +197,7 @@ class _Field:
     def __init__(self, model: ClassModel, y: Labels, z: Probes):
         self.model, self.y, self.z, self.evaluations = model, y, z, 0
 
-    def __call__(self, u: Images, psi: float) -> tuple[Images, Divergence]:
+    def __call__(self, u: Images, psi: float) -> Slope:
         self.evaluations += 1
         t, alpha = _time(self.model.sde, psi)
         scale = _scale(psi)
@@ -239,7 +227,7 @@ def _time(sde: SDE, psi: float) -> tuple[float, float]:
     return float(t), float(sde.alpha_sigma(t)[0])
 
 
-def adams(field: Callable, u: Images, nodes: np.ndarray) -> Iterator[tuple]:
+def adams(field: _Field, u: Images, nodes: np.ndarray) -> Iterator[State]:
     """Predict by the last three slopes, evaluate, correct by the new one and the last two.
 
     Adams, Bashforth and Moulton's rules on uneven nodes; both are of third order but for the
@@ -256,19 +244,18 @@ def adams(field: Callable, u: Images, nodes: np.ndarray) -> Iterator[tuple]:
         yield b, u, integral
 
 
-def _integrate(slopes: list[tuple], a: float, b: float) -> tuple[Tensor, Tensor]:
+def _integrate(slopes: list[State], a: float, b: float) -> Slope:
     """Integrals over [a, b] of the polynomial through the slopes: its weights are exact."""
-    z = (np.array([node for node, *_ in slopes]) - a) / (b - a)
-    powers = np.arange(len(z))
-    weights = np.linalg.solve(z[None] ** powers[:, None], 1 / (powers + 1))
-    shares = [float(w) * (b - a) for w in weights]
-    return tuple(
-        sum(w * slope[part] for w, slope in zip(shares, slopes, strict=True)) for part in (1, 2)
-    )
+    psi, f, divergence = zip(*slopes, strict=True)
+    powers = np.arange(len(psi))
+    z = (np.array(psi) - a) / (b - a)
+    weights = np.linalg.solve(z[None] ** powers[:, None], 1 / (powers + 1)).tolist()
+    total = lambda values: sum(w * (b - a) * v for w, v in zip(weights, values, strict=True))
+    return total(f), total(divergence)
 
 
-def _by_torchdiffeq(field: _Field, u: Images, nodes: np.ndarray, solver: str, tolerance: float):
-    """The same integral by a library; adaptive methods choose steps of their own."""
+def _solved(field: _Field, u: Images, nodes: np.ndarray, solver: str, tolerance: float) -> Slope:
+    """The same integral by torchdiffeq; adaptive methods choose steps of their own."""
 
     def slope(psi, state):
         f, divergence = field(state[0].to(u), float(psi))
@@ -284,20 +271,13 @@ def _by_torchdiffeq(field: _Field, u: Images, nodes: np.ndarray, solver: str, to
 def dequantise(x: Images, seed: int = 0) -> Images:
     """Spread every grey level evenly over its step, which turns 8-bit images into a density.
 
-    Without it a density can put all its mass on the 256 levels and grow without bound.
-
-    Args:
-        x: images in [-1, 1] on the grid of ``2 / 255``.
-        seed: of the noise, which is the same for every image.
-
-    Returns:
-        Images in ``[-1 - 1/255, 1 + 1/255]``.
+    Without it a density can put all its mass on the 256 levels of [-1, 1] and grow without bound.
+    The noise is the same for every image.
 
     Source: Theis et al. 2016, section 3.1. https://arxiv.org/abs/1511.01844
     """
     rng = torch.Generator().manual_seed(seed)
-    noise = torch.rand(x.shape[1:], generator=rng).to(x.device) - 0.5
-    return x + GREY_STEP * noise
+    return x + GREY_STEP * (torch.rand(x.shape[1:], generator=rng).to(x.device) - 0.5)
 
 
 def bits_per_dim(log_density: Tensor, n_dims: int) -> Tensor:
@@ -327,8 +307,7 @@ class MovedGaussian:
     Args:
         images: all training images, with a label or without; at least two.
 
-    Source:
-        Fisher 1936, doi 10.1111/j.1469-1809.1936.tb02137.x; few labels: Ng & Jordan 2001.
+    Source: Fisher 1936, doi 10.1111/j.1469-1809.1936.tb02137.x; few labels: Ng & Jordan 2001.
 
     Example:
         >>> x, y = torch.randn(40, 1, 4, 4), torch.arange(40) % 2
@@ -338,8 +317,7 @@ class MovedGaussian:
 
     LEVELS = tuple(0.1 * 2**i for i in range(8))  # of s: from pixels' noise to whole layout
     # where no label can be held out: layout alone; the best of `LEVELS` on labelled validation
-    # images of a set of brain MRI, so on that set a choice that one label per class could not
-    # have made
+    # images of a set of brain MRI, so on that set a choice that one label could not have made
     ALONE = 6.4
 
     def __init__(self, images: Images):
@@ -347,14 +325,12 @@ class MovedGaussian:
         _, spread, self.axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         self.variances = spread.square() / (len(x) - 1)
 
-    def log_ratio(self, x: Images, y: Labels, new: New, s: float) -> Float[Tensor, "new classes"]:
+    def log_ratio(
+        self, x: Images, y: Labels, new: AnyImages, s: float
+    ) -> Float[Tensor, "new classes"]:
         """Log-density of each class for new images, in nats, up to what classes have in common.
 
-        Args:
-            x: labelled images.
-            y: their classes, 0 to k - 1, none of them empty.
-            new: images to tell apart.
-            s: noise level, in units of pixels.
+        Labelled images are of classes 0 to k - 1, none of them empty; s is in units of pixels.
         """
         means = torch.stack([x[y == c].flatten(1).double().mean(0) for c in y.unique()])
         offset = new.flatten(1).double()[:, None] - means
@@ -368,23 +344,15 @@ class MovedGaussian:
 
         Up to five times a part is held out; if a class has one image, none can be, and `ALONE` is
         taken.
-
-        Args:
-            x: labelled images.
-            y: their classes.
-            seed: of the parts.
         """
         n_folds = min(5, int(torch.bincount(y).min()))
         if n_folds < 2:
             return self.ALONE
-        folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(y, y)
-        folds = [(torch.from_numpy(seen), torch.from_numpy(held)) for seen, held in folds]
+        folds = list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(y, y))
         truth = torch.cat([y[held] for _, held in folds])
 
-        def log_loss(s: float) -> Float[Tensor, ""]:
-            log_p = [
-                self.log_ratio(x[seen], y[seen], x[held], s).log_softmax(1) for seen, held in folds
-            ]
-            return -torch.cat(log_p).gather(1, truth[:, None]).mean()
+        def log_loss(s: float) -> float:
+            parts = [self.log_ratio(x[seen], y[seen], x[held], s) for seen, held in folds]
+            return float(F.cross_entropy(torch.cat(parts), truth))
 
         return min(self.LEVELS, key=log_loss)

@@ -1,56 +1,54 @@
-"""Classification by likelihood as a scikit-learn estimator, which goes into pipelines as any."""
+r"""Classification by likelihood as a scikit-learn estimator, and its contest with other ones.
 
+`ScoreClassifier` goes into pipelines as any estimator. `run` gives the same task to all, with ever
+fewer labels: of the images of the training split, ``per_class`` of each class keep their label,
+and to the score model the others are images without label. All methods see the same labelled
+images and are asked about the same test images:
+
+====================  =======================================================================
+likelihood            a score model, pretrained without labels, that goes on with these, or
+                      whose density is moved to each class without any training
+gaussian              the moved density in closed form: a Gaussian in place of the network
+resnet18              a ResNet-18 trained on the labelled images alone, moved and mirrored
+linear                logistic regression on that network's pooled features
+filter_bank           logistic regression on fixed features that nobody trained
+====================  =======================================================================
+"""
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.base import ClassifierMixin
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from hallulib import UserError
 from hallulib.data.changes import lightly_changed
-from hallulib.diffusion import unet
+from hallulib.data.imageset import ImageSet, choose
+from hallulib.diffusion import train, unet
 from hallulib.diffusion.score import ScoreModel
-from hallulib.diffusion.train import pretrain
-from hallulib.diffusion.unet import ADAPTS, adaptable, moved_to_means, relabelled
-from hallulib.evidence.calibration import (
-    LogDensities,
-    finite,
-    fit_temperature,
-    log_odds,
-    posterior,
-)
-from hallulib.likelihood.bound import (
-    Levels,
-    best_band,
-    bound,
-    common_errors,
-    decide,
-    informative_levels,
-    leads,
-)
-from hallulib.likelihood.density import dequantise, log_density
-from hallulib.shapes import Images
-from hallulib.storage import checkpoint, store
+from hallulib.evidence import calibration
+from hallulib.evidence.metrics import METHODS, read_scores
+from hallulib.evidence.quality import features
+from hallulib.evidence.resnet import read, train_resnet
+from hallulib.likelihood import bound, density
+from hallulib.shapes import AnyImages, Images, Labels
+from hallulib.storage import checkpoint, disk, settings, store
 from hallulib.storage.estimator import ImageEstimator, OneClass, Others
-from hallulib.storage.settings import (
-    Above0,
-    Amount,
-    Confidence,
-    Count,
-    Folder,
-    Positive,
-    Width,
-    needed,
-    one_of,
-)
 
-METHODS = ("decide", "bound", "exact")
+SCORES = "scores.csv"
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ScoreClassifier(ClassifierMixin, ImageEstimator):
     r"""Classify images by the likelihood that a class-conditional score model gives them.
 
@@ -73,8 +71,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         steps: optimiser steps; 0 takes a pretrained model as it is.
         batch_size: images per step.
         lr: Adam's learning rate.
-        class_rate: that of the class vectors, as a multiple of ``lr``; see
-            :func:`hallulib.diffusion.train.pretrain`.
+        class_rate: that of the class vectors, as a multiple of ``lr``.
         width: of a new network, see :func:`hallulib.diffusion.unet.build`.
         method: ``"decide"``, adaptive and fast; ``"bound"``; or ``"exact"``, by the probability
             flow.
@@ -83,9 +80,9 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             :func:`hallulib.likelihood.bound.decide`.
         power: weight ``s ** power`` of noise levels in ``"decide"``; 0 is the likelihood.
         weigh: with 2 or more, only the band of noise levels counts in which labelled images that
-            were held out are told apart best, in so many folds of which each costs a training of
-            its own; the model that answers learns from all. With few labels that is more than a
-            sum over bands can know (:func:`hallulib.likelihood.bound.best_band`).
+            were held out are told apart best (:func:`hallulib.likelihood.bound.best_band`), in so
+            many folds of which each costs a training of its own; the model that answers learns
+            from all.
         priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
         centre: subtract from each class what it is ahead by, on the mean, on images without
             labels; for classes that are about equally frequent among them.
@@ -107,8 +104,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             its errors, pair by pair (:func:`hallulib.likelihood.bound.common_errors`).
         temperature_: T.
 
-    Source:
-        Sarker et al. 2025, https://arxiv.org/abs/2502.17727; Li et al. 2023.
+    Source: Sarker et al. 2025, https://arxiv.org/abs/2502.17727; Li et al. 2023.
 
     Example:
         >>> x = np.sign(np.random.default_rng(0).normal(size=(8, 64)))
@@ -119,89 +115,41 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
     keeps = {
         "pretrained": (unet.save, unet.load),
         "model_": (unet.save, unet.load),
-        "levels_": Levels,
+        "levels_": bound.Levels,
     }
+    # scikit-learn sets anything, and fit refuses what these are not
     pretrained: Annotated[
-        ScoreModel | Path | str | None, needed("a score model or its folder is needed")
-    ]
-    adapt: Annotated[str, one_of(ADAPTS)]
-    shift: bool
-    copies: Count
-    steps: Count
-    batch_size: Positive
-    lr: Amount
-    class_rate: Amount
-    width: Width
-    method: Annotated[str, one_of(METHODS)]
-    effort: Positive
-    confidence: Confidence
-    power: Amount
-    weigh: Count
-    centre: bool
-    temperature: Above0
-    batch: Positive
-    folder: Folder
-    verbose: bool | int
-
-    # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
-    def __init__(
-        self,
-        pretrained=None,
-        *,
-        adapt="all",
-        shift=False,
-        channels=1,
-        copies=0,
-        steps=2000,
-        batch_size=32,
-        lr=4e-4,
-        class_rate=25,
-        width=32,
-        method="decide",
-        effort=32,
-        confidence=0.99,
-        power=0.5,
-        weigh=0,
-        priors="equal",
-        centre=False,
-        temperature=1.0,
-        batch=128,
-        folder=None,
-        device=None,
-        random_state=0,
-        verbose=False,
-    ):
-        self.pretrained = pretrained
-        self.adapt = adapt
-        self.shift = shift
-        self.channels = channels
-        self.copies = copies
-        self.steps = steps
-        self.batch_size = batch_size
-        self.lr = lr
-        self.class_rate = class_rate
-        self.width = width
-        self.method = method
-        self.effort = effort
-        self.confidence = confidence
-        self.power = power
-        self.weigh = weigh
-        self.priors = priors
-        self.centre = centre
-        self.temperature = temperature
-        self.batch = batch
-        self.folder = folder
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
+        ScoreModel | Path | str | None, settings.needed("a score model or its folder is needed")
+    ] = field(default=None, kw_only=False)
+    adapt: Annotated[str, settings.one_of(unet.ADAPTS)] = "all"
+    shift: bool = False
+    channels: settings.Positive = 1
+    copies: settings.Count = 0
+    steps: settings.Count = 2000
+    batch_size: settings.Positive = 32
+    lr: settings.Amount = 4e-4
+    class_rate: settings.Amount = 25
+    width: settings.Width = 32
+    method: Annotated[str, settings.one_of(("decide", "bound", "exact"))] = "decide"
+    effort: settings.Positive = 32
+    confidence: settings.Confidence = 0.99
+    power: settings.Amount = 0.5
+    weigh: settings.Count = 0
+    priors: Any = "equal"
+    centre: bool = False
+    temperature: settings.Above0 = 1.0
+    batch: settings.Positive = 128
+    folder: settings.Folder = None
+    device: Annotated[
+        torch.device | str | None, settings.needed("'cpu', 'cuda' or None is needed")
+    ] = None
+    random_state: settings.Seed = 0
+    verbose: bool | int = False
 
     def fit(self, X, y, unlabelled=None) -> "ScoreClassifier":
         """Train the score model: every class is drawn equally often.
 
-        Args:
-            X: labelled images.
-            y: their labels, numbers or strings.
-            unlabelled: images without labels, of the same kind; they fill half of every batch.
+        Labels are numbers or strings. Images without labels fill half of every batch.
 
         Raises:
             UserError: an unknown or impossible setting, images that do not suit the network, or
@@ -209,51 +157,39 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             ValueError: scikit-learn's own checks of X and y.
         """
         own, position = self._first(X, y)
-        if self.effort < 2 and self.method != "decide":
+        decides = self.method == "decide"
+        if self.effort < 2 and not decides:
             raise UserError(f"effort is {self.effort}; at least 2 is needed, or method 'decide'")
         labels = torch.from_numpy(position)
         self.priors_ = self._priors(labels)
-        others = own[:0]
-        if unlabelled is not None:
-            others = self._further(unlabelled, learns=True)
-        adaptive = self.method == "decide"
-        weighed = self._best_band(own, labels, others) if adaptive and self.weigh else None
-        folder = None if self.folder is None else Path(self.folder)
-        self.model_ = self._trained(own, labels, others, folder)
-        if adaptive:
+        others = own[:0] if unlabelled is None else self._further(unlabelled, learns=True)
+        band = self._best_band(own, labels, others) if decides and self.weigh else None
+        self.model_ = self._trained(own, labels, others)
+        if decides:
             # images it cannot have remembered show where classes differ
-            self.levels_ = weighed or informative_levels(
-                self.model_,
-                _some(others if len(others) else own, 32, self._seed).to(self._on()),
-                power=self.power,
-                seed=self._seed,
-                batch=self.batch,
+            some = _some(others if len(others) else own, 32, self._seed).to(self._on())
+            self.levels_ = band or bound.informative_levels(
+                self.model_, some, power=self.power, seed=self._seed, batch=self.batch
             )
         self.temperature_ = self.temperature
         self.offset_ = torch.zeros((len(self.classes_), 1), dtype=torch.float64)
         if self.centre and len(others):
-            self.offset_ = self._ahead(_some(others, 96, self._seed + 1), adaptive)
+            some = _some(others, 96, self._seed + 1)
+            if decides:
+                ahead = bound.common_errors(self.model_, some.to(self._on()), **self._race())
+                self.offset_ = ahead.cpu()
+            else:
+                ahead = self.log_ratio(some.numpy())
+                self.offset_ = (ahead.mean(0) - ahead.mean())[:, None]
         return self
 
-    def _ahead(self, some: Images, adaptive: bool) -> Tensor:
-        """What each class has on all images, pair by pair where it is adaptive."""
-        if adaptive:
-            return common_errors(self.model_, some.to(self._on()), **self._race()).cpu()
-        ahead = self.log_ratio(some.numpy())
-        return (ahead.mean(0) - ahead.mean())[:, None]
-
-    def _race(self) -> dict:
+    def _race(self) -> dict[str, Any]:
         """The errors that ``"decide"`` compares: the same noises for all images."""
-        told = {"pairs": max(1, self.effort // 2), "antithetic": self.effort > 1}
-        told |= {"levels": self.levels_, "power": self.power}
-        return told | {"seed": self._seed, "batch": self.batch}
+        where = dict(levels=self.levels_, power=self.power, seed=self._seed, batch=self.batch)
+        return where | dict(pairs=max(1, self.effort // 2), antithetic=self.effort > 1)
 
     def calibrate(self, X, y) -> "ScoreClassifier":
-        """Set the temperature that makes the probabilities of other images most likely.
-
-        Args:
-            X: images that the model was not trained on.
-            y: their labels.
+        """Set the temperature that makes labels of images it was not trained on most likely.
 
         Raises:
             UserError: a label that was not in the training, or labels of one class.
@@ -263,23 +199,18 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         if len(np.unique(y)) < 2:
             raise OneClass("images of 1 class found; a temperature needs those of at least 2")
         position = torch.from_numpy(np.searchsorted(self.classes_, y))
-        self.temperature_ = fit_temperature(self.log_ratio(X), position, self.priors_)
+        self.temperature_ = calibration.fit_temperature(self.log_ratio(X), position, self.priors_)
         return self
 
-    def log_ratio(
-        self, X, return_evaluations: bool = False
-    ) -> LogDensities | tuple[LogDensities, np.ndarray]:
-        """Log-likelihood of each class against the most likely one, before priors, in nats.
+    def log_ratio(self, X) -> calibration.LogDensities:
+        """Log-likelihood of each class against the most likely one, before priors, in nats."""
+        return self.measure(X)[0]
 
-        Args:
-            X: images.
-            return_evaluations: give the network evaluations that each image took as well.
-        """
-        x, k = self._further(X).to(self._on()), len(self.classes_)
-        common = {"seed": self._seed, "batch": self.batch}
+    def measure(self, X) -> tuple[calibration.LogDensities, np.ndarray]:
+        """`log_ratio`, and the network evaluations that each image took."""
+        x = self._further(X).to(self._on())
         if self.method == "decide":
             race = self._race()
-            race |= {"first": min(4, race["pairs"]), "confidence": self.confidence}
             if self.offset_.any():
                 race["offsets"] = self.offset_
                 if race["pairs"] > self.offset_.shape[1]:
@@ -287,29 +218,30 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                         f"effort is {self.effort}, more than when fit centred the classes; fit "
                         "again with this effort"
                     )
-            found = decide(self.model_, x, **race)
-            value, evaluations = found.log_ratio.double().cpu(), found.evaluations
+            race |= {"first": min(4, race["pairs"]), "confidence": self.confidence}
+            found = bound.decide(self.model_, x, **race)
+            value, evaluations = found.log_ratio.double().cpu(), found.evaluations.cpu().numpy()
         else:
-            x = dequantise(x, self._seed)
-            if self.method == "bound":
-                value = bound(self.model_, x, pairs=self.effort, **common).value
-            else:
-                value = log_density(self.model_, x, steps=self.effort - 1, **common).value
-            value = value.double().cpu() - self.offset_[:, 0]
-            evaluations = torch.full((len(x),), k * self.effort)
-        value = finite(value) - value.max(1, keepdim=True).values
-        return (value, evaluations.cpu().numpy()) if return_evaluations else value
+            x = density.dequantise(x, self._seed)
+            method = {
+                "bound": partial(bound.bound, pairs=self.effort),
+                "exact": partial(density.log_density, steps=self.effort - 1),
+            }[self.method]
+            every = method(self.model_, x, seed=self._seed, batch=self.batch)
+            value = every.value.double().cpu() - self.offset_[:, 0]
+            evaluations = np.full(len(x), len(self.classes_) * self.effort)
+        return calibration.finite(value) - value.max(1, keepdim=True).values, evaluations
 
     def predict_proba(self, X) -> np.ndarray:
         """Probability of each class, in the order of ``classes_``."""
-        return posterior(self.log_ratio(X), self.priors_, self.temperature_).numpy()
+        return calibration.posterior(self.log_ratio(X), self.priors_, self.temperature_).numpy()
 
     def decision_function(self, X) -> np.ndarray:
         """Log-odds of each class against all others; of the second class alone if there are two.
 
         Unlike probabilities they stay distinct where one class is all but certain.
         """
-        odds = log_odds(self._log_posterior(X)).numpy()
+        odds = calibration.log_odds(self._log_posterior(X)).numpy()
         return odds[:, 1] if len(self.classes_) == 2 else odds
 
     def predict(self, X) -> np.ndarray:
@@ -317,11 +249,11 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         best = self._log_posterior(X).argmax(1).numpy()
         return self.classes_[best]
 
-    def _log_posterior(self, X) -> LogDensities:
+    def _log_posterior(self, X) -> calibration.LogDensities:
         """Log-probability of each class, up to a constant per image."""
         return self.log_ratio(X) / self.temperature_ + self.priors_.log()
 
-    def _best_band(self, own: Images, labels: Tensor, others: Others) -> Levels:
+    def _best_band(self, own: Images, labels: Tensor, others: Others) -> bound.Levels:
         """The band of noise levels that tells most about images that a training did not see."""
         least = int(torch.bincount(labels).min())
         if not 2 <= self.weigh <= least:
@@ -330,20 +262,18 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                 "from 2 to that many are needed"
             )
         folds = StratifiedKFold(self.weigh, shuffle=True, random_state=self._seed)
-        found = []
+        leads = []
         for i, (seen, held_out) in enumerate(folds.split(labels, labels)):
-            folder = None if self.folder is None else Path(self.folder) / f"fold-{i}"
-            model = self._trained(own[seen], labels[seen], others, folder)
+            model = self._trained(own[seen], labels[seen], others, f"fold-{i}")
             # a few dozen tell enough
-            held_out = np.random.default_rng(self._seed).permutation(held_out)
-            held_out = held_out[: max(2, 96 // self.weigh)]
-            x, y = own[held_out].to(self._on()), labels[held_out]
-            found.append(leads(model, x, y, seed=self._seed, batch=self.batch))
-        return best_band(model.sde, torch.cat(found).cpu())
+            few = np.random.default_rng(self._seed).permutation(held_out)[
+                : max(2, 96 // self.weigh)
+            ]
+            x, y = own[few].to(self._on()), labels[few]
+            leads.append(bound.leads(model, x, y, seed=self._seed, batch=self.batch))
+        return bound.best_band(model.sde, torch.cat(leads).cpu())
 
-    def _trained(
-        self, own: Images, labels: Tensor, others: Others, folder: Path | None
-    ) -> ScoreModel:
+    def _trained(self, own: Images, labels: Tensor, others: Others, part: str = "") -> ScoreModel:
         """A model that has learnt from labelled images, their copies, and those without labels."""
         rng = torch.Generator().manual_seed(self._seed)
         images = torch.cat([own, *(lightly_changed(own, rng) for _ in range(self.copies))])
@@ -352,15 +282,16 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         if self.steps == 0:
             return model.eval().requires_grad_(False)
         weights = 1 / torch.bincount(labels)[labels].double() / len(model.labels)
-        identity = ""
-        if folder is not None:
+        folder, identity = None, ""
+        if self.folder is not None:
+            folder = Path(self.folder) / part
             parts = checkpoint.identity(images, labels, others, *model.state_dict().values())
             identity = f"{parts} {self.adapt}"
         if len(others):
             images = torch.cat([images, others])
             labels = torch.cat([labels, labels.new_full((len(others),), -1)])
             weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
-        loop = pretrain(
+        loop = train.pretrain(
             model,
             images.to(self._on()),
             labels.to(self._on()),
@@ -374,41 +305,39 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             folder=folder,
             identity=identity,
         )
-        return store.finished(loop, self.steps, "training", show=self.verbose).ema
+        return store.finished(loop, self.steps, "training", show=bool(self.verbose)).ema
 
     def _start(self, images: Images, labels: Tensor) -> ScoreModel:
         """The model before it learns: a new one, or the pretrained one with other labels."""
         names = [str(label) for label in self.classes_]
         if self.pretrained is None:
-            told = dict(channels=self.channels, labels=names, width=self.width)
-            model = unet.build(size=images.shape[2], seed=self._seed, **told)
+            side, width, seed = images.shape[2], self.width, self._seed
+            model = unet.build(
+                size=side, channels=self.channels, labels=names, width=width, seed=seed
+            )
         else:
             start = self.pretrained
             start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
-            model = relabelled(start, names)
+            model = unet.relabelled(start, names)
             if images.shape[1:] != model.network.shape:
                 raise UserError(
                     f"images have (channels, height, width) {tuple(images.shape[1:])}; the score "
-                    f"model was trained on {tuple(model.network.shape)}"
+                    f"model was trained on {model.network.shape}"
                 )
-            adaptable(model, self.adapt)
-        return moved_to_means(model, images, labels) if self.shift else model
+            unet.adaptable(model, self.adapt)
+        return unet.moved_to_means(model, images, labels) if self.shift else model
 
     def _priors(self, labels: Tensor) -> Tensor:
         counts = torch.bincount(labels).double()
-        if isinstance(self.priors, str):
-            if self.priors not in ("equal", "observed"):
-                raise UserError(
-                    f"priors is {self.priors!r}; 'equal', 'observed' or one number per class "
-                    "is needed"
-                )
-            counts = counts if self.priors == "observed" else torch.ones_like(counts)
-            return counts / counts.sum()
+        known = {"equal": torch.ones_like(counts), "observed": counts}
+        if isinstance(self.priors, str) and self.priors in known:
+            return known[self.priors] / known[self.priors].sum()
         given = np.ravel(self.priors)
         numbers = given.dtype.kind in "fiu" and len(given) == len(counts)
         if not (numbers and given.min() > 0 and abs(given.sum() - 1) < 1e-6):
             raise UserError(
-                f"priors are {self.priors}; {len(counts)} numbers above 0 that sum to 1 are needed"
+                f"priors is {self.priors!r}; 'equal', 'observed' or {len(counts)} numbers above 0 "
+                "that sum to 1 are needed"
             )
         return torch.from_numpy(given.astype(float))
 
@@ -416,3 +345,139 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
 def _some(images: Others, n: int, seed: int) -> Tensor:
     """At most n images, drawn at random."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All settings of a comparison but the images.
+
+    Attributes:
+        scheme: label column.
+        per_class: labelled images per class, or all that it has; 0 keeps every label.
+        n_test: test images, about: equally many of each class, if it has so many.
+        pretraining: steps of the score model without labels.
+        steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
+            teach it to remember the few there are.
+        shift: train nothing with labels, but move the density to the mean of each class.
+        copies: moved and mirrored copies of each labelled image it learns from as well.
+        width: of the score model.
+        effort: of the decision, see `ScoreClassifier`.
+        resnet_steps: of the ResNet-18.
+        resnet_width: of its first block.
+        seed: of the choice of labels and of all training.
+
+    Raises:
+        UserError: an impossible number.
+    """
+
+    scheme: str
+    per_class: settings.Count = 0
+    n_test: settings.Several = 240
+    pretraining: settings.Positive = 2000
+    steps: settings.Positive = 400
+    shift: bool = False
+    copies: settings.Count = 0
+    width: settings.Width = 24
+    effort: settings.Several = 32
+    resnet_steps: settings.Positive = 400
+    resnet_width: settings.Positive = 24
+    seed: settings.Seed = 0
+
+    def __post_init__(self):
+        settings.check(self)
+
+
+def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd.DataFrame:
+    """Every method's scores of every test image, found by the settings or measured now.
+
+    Returns:
+        One row per test image: ``patient``, ``label`` (index of the class), ``evaluations`` of
+        the likelihood, and for each method and class ``<method> <class>``: log-odds for the
+        first two, probabilities for the others.
+
+    Raises:
+        UserError: fewer than two classes in one of the two splits.
+    """
+    folder = store.load_or_train(
+        f"few-labels-{images.name}",
+        lambda folder, **_: _measure(images, contest, folder),
+        defaults=Contest,
+        from_scratch=from_scratch,
+        data=images.identity,
+        size=images.size,
+        **asdict(contest),
+    )
+    return read_scores(folder / SCORES)
+
+
+def _measure(images: ImageSet, contest: Contest, folder: Path) -> None:
+    known = images.select(("train", "unlabelled"))
+    test = images.select("test", labelled=contest.scheme)
+    y, y_test = known.labels(contest.scheme), test.labels(contest.scheme)
+    present = y[y >= 0].unique()
+    if len(present) < 2 or not torch.isin(y_test, present).all():
+        raise UserError(
+            f"{images.name}: the split train has {len(present)} classes of {contest.scheme} and "
+            f"test {len(y_test.unique())}; the same two or more are needed"
+        )
+    labelled = choose(y, contest.per_class, contest.seed)
+    others = known.tensor(np.setdiff1d(np.arange(len(known)), labelled))
+    x, y = known.tensor(labelled), torch.searchsorted(present, y[labelled])
+    asked = choose(y_test, -(-contest.n_test // len(present)), seed=0)  # the same for all seeds
+    new = test.tensor(asked)
+
+    classifier = _learner(images, contest, torch.bincount(y), folder)
+    classifier.fit(x.numpy(), y.numpy(), others.numpy() if len(others) else None)
+    log_ratio, evaluations = classifier.measure(new.numpy())
+    gaussian = density.MovedGaussian(known.tensor())
+    s = gaussian.noise_level(x, y, seed=contest.seed)
+    scores = {"likelihood": calibration.log_odds(log_ratio).numpy()}
+    scores["gaussian"] = calibration.log_odds(gaussian.log_ratio(x, y, new, s)).numpy()
+    scores |= _discriminative(contest, x, y, new)
+
+    table = test.table[["patient"]].iloc[asked].reset_index(drop=True)
+    table["label"] = torch.searchsorted(present, y_test[asked]).numpy()
+    table["evaluations"] = evaluations
+    classes = [images.classes(contest.scheme)[c] for c in present]
+    for method in METHODS:
+        table[[f"{method} {c}" for c in classes]] = scores[method]
+    with disk.whole(folder / SCORES) as file:
+        table.to_csv(file, index=False)
+
+
+def _learner(images: ImageSet, contest: Contest, counts: Labels, folder: Path) -> ScoreClassifier:
+    """One that will learn from so many labelled images of each class."""
+    n, least = int(counts.sum()), int(counts.min())
+    learning: dict[str, Any]
+    if contest.shift:  # folds cost no training; the power is for what leaves none to hold out
+        learning = dict(shift=True, steps=0, power=2, weigh=min(5, least) if least > 1 else 0)
+    else:  # few images are soon remembered
+        learning = dict(steps=min(contest.steps, 40 + 3 * n), class_rate=min(25, max(1, n / 3)))
+        learning["weigh"] = 2 if 2 <= least <= 20 else 0
+    steps, width, seed = contest.pretraining, contest.width, contest.seed
+    start, _ = train.pretrained(images, steps=steps, width=width, seed=seed)
+    return ScoreClassifier(
+        start,
+        channels=images.channels,
+        copies=contest.copies,
+        effort=contest.effort,
+        centre=True,
+        folder=folder,
+        random_state=seed,
+        verbose=True,
+        **learning,
+    )
+
+
+def _discriminative(
+    contest: Contest, x: Images, y: Labels, new: AnyImages
+) -> dict[str, np.ndarray]:
+    """Class probabilities of new images by what is trained on the labelled images alone."""
+    steps, width = contest.resnet_steps, contest.resnet_width
+    network = train_resnet(x, y, steps=steps, width=width, seed=contest.seed)
+    (pooled, _), (pooled_new, by_network) = read(network, x), read(network, new)
+    regression = LogisticRegression(max_iter=2000, class_weight="balanced")
+    linear = make_pipeline(StandardScaler(), regression)
+    by_features = linear.fit(pooled, y.numpy()).predict_proba(pooled_new)
+    by_filters = linear.fit(features(x).numpy(), y.numpy()).predict_proba(features(new).numpy())
+    return {"resnet18": by_network, "linear": by_features, "filter_bank": by_filters}

@@ -12,7 +12,7 @@ from hallulib.augment.experiment import ARMS, Trial, read_fold, run
 from hallulib.augment.selection import ADMITTED
 from hallulib.data import imageset
 from hallulib.data.imageset import choose
-from hallulib.evidence.compare import of_folds, read_scores
+from hallulib.evidence.metrics import of_folds, read_scores
 
 TINY = Trial(
     "grade2",

@@ -234,7 +234,8 @@ def test_the_nearest_image_is_the_nearest_by_brute_force_in_any_chunk():
 
 def test_a_copy_is_at_distance_zero_and_one_grey_level_away_at_one_grey_level(prostate):
     train, _ = prostate
-    assert nearest(train, train[11:12]) == (torch.tensor([11]), torch.tensor([0.0]))
+    found = nearest(train, train[11:12])
+    assert (found.index.tolist(), found.distance.tolist()) == ([11], [0])
     found = nearest(train, train[11:12] + 2 / 255)
     assert found.distance.item() == pytest.approx(2 / 255, rel=1e-4)
 
@@ -243,7 +244,7 @@ def test_a_generator_that_copies_is_told_from_one_that_does_not():
     draw = lambda n, seed: normal(n, 256, seed, torch.float32).view(n, 1, 16, 16)
     train, held_out = draw(400, 0), draw(400, 1)
     fresh = memorisation(train, draw(400, 2), held_out)
-    assert fresh.share == pytest.approx(fresh.expected, abs=0.04)
+    assert fresh.share == pytest.approx(0.05, abs=0.04)
     copies = train[:100] + 0.02 * draw(100, 3)
     found = memorisation(train, torch.cat([copies, draw(100, 4)]), held_out)
     assert found.share == pytest.approx(0.525, abs=0.03)

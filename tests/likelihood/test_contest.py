@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from hallulib import UserError
 from hallulib.data import imageset
 from hallulib.data.imageset import choose
-from hallulib.evidence.compare import METHODS, columns, of_contest
-from hallulib.likelihood import experiment
-from hallulib.likelihood.experiment import Contest
+from hallulib.evidence.metrics import METHODS, columns, of_contest
+from hallulib.likelihood.estimator import Contest, run
 from hallulib.storage.settings import vary
 
 TINY = Contest(
@@ -39,7 +38,7 @@ def phantom():
 
 @pytest.fixture(scope="module")
 def scores(phantom):
-    return experiment.run(phantom, TINY)
+    return run(phantom, TINY)
 
 
 @given(
@@ -70,8 +69,8 @@ def test_all_methods_answer_for_the_same_images(scores):
 
 
 def test_the_same_contest_is_found_again_and_measured_again_the_same(phantom, scores):
-    pd.testing.assert_frame_equal(experiment.run(phantom, TINY), scores)
-    again = experiment.run(phantom, TINY, from_scratch=True)
+    pd.testing.assert_frame_equal(run(phantom, TINY), scores)
+    again = run(phantom, TINY, from_scratch=True)
     pd.testing.assert_frame_equal(again, scores, rtol=1e-4)
 
 
@@ -82,7 +81,7 @@ def test_labels_that_were_not_chosen_are_not_seen(phantom, scores):
     kept = np.flatnonzero(train)[choose(torch.from_numpy(y[train]), 2, TINY.seed)]
     blind = phantom.table.copy()
     blind.loc[np.setdiff1d(np.flatnonzero(train), kept), ["gs", "isup", "grade2"]] = ""
-    told = experiment.run(replace(phantom, table=blind), replace(TINY, per_class=0))
+    told = run(replace(phantom, table=blind), replace(TINY, per_class=0))
     pd.testing.assert_frame_equal(told, scores, rtol=1e-4)
 
 
@@ -126,4 +125,4 @@ def test_settings_come_as_text_and_impossible_ones_are_refused():
 def test_a_set_without_two_classes_is_refused(phantom):
     alone = phantom.select(rows=np.flatnonzero(phantom.table["isup"].isin(["2"])))
     with pytest.raises(UserError, match="train has 1 classes of isup"):
-        experiment.run(alone, TINY)
+        run(alone, TINY)

@@ -15,7 +15,7 @@ from toy_task import IMAGES, same
 from hallulib import UserError
 from hallulib.data.imageset import ImageSet
 from hallulib.diffusion import train
-from hallulib.evidence.compare import of_episodes, share_of_oracle
+from hallulib.evidence.metrics import of_episodes, share_of_oracle
 from hallulib.oneshot import experiment, joint
 from hallulib.oneshot.experiment import Trial
 from hallulib.oneshot.hallucinate import Pool, Recipe

@@ -9,7 +9,7 @@ from toy_greys import ANSWERS, GREY, moved
 from hallulib import UserError
 from hallulib.augment import estimator as augment
 from hallulib.estimators import OneShotClassifier, ScoreClassifier, SyntheticAugmenter
-from hallulib.likelihood.experiment import Contest
+from hallulib.likelihood.estimator import Contest
 from hallulib.oneshot import experiment as oneshot
 from hallulib.oneshot.hallucinate import Recipe
 from hallulib.oneshot.joint import Fit
@@ -46,7 +46,7 @@ def test_every_number_of_an_estimator_is_refused_by_name(estimator, name):
     for value in BAD:
         if not right(NUMBERS[estimator][name], value):
             with pytest.raises(UserError, match=rf"^{name} is .*; .*needed[^\n]*$"):
-                estimator(**{name: value}).fit(GREY, ANSWERS)
+                estimator().set_params(**{name: value}).fit(GREY, ANSWERS)
 
 
 def test_every_parameter_of_an_estimator_is_checked():
@@ -55,7 +55,7 @@ def test_every_parameter_of_an_estimator_is_checked():
         assert set(estimator().get_params()) - others == set(names)
     for name, value in {"pretrained": 3, "folder": 3, "device": "gpu", "verbose": "no"}.items():
         with pytest.raises(UserError, match=rf"^{name} is {value!r}; "):
-            ScoreClassifier(steps=0, width=8, **{name: value}).fit(GREY, ANSWERS)
+            ScoreClassifier(steps=0, width=8).set_params(**{name: value}).fit(GREY, ANSWERS)
 
 
 SETTINGS = {

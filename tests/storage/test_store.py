@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hallulib import UserError, data
 from hallulib.diffusion import train
-from hallulib.likelihood.experiment import Contest
+from hallulib.likelihood.estimator import Contest
 from hallulib.oneshot import experiment as oneshot
 from hallulib.storage import store
 
