@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -17,7 +18,7 @@ class UserError(Exception):
         return [f"UserError: {self}"]
 
 
-def lazily(room: str, **modules: str) -> Callable[[str], object]:
+def lazily(room: str, **modules: str) -> Callable[[str], Any]:
     """The ``__getattr__`` of a room: it hands out names of its modules when they are asked for.
 
     Args:
@@ -26,9 +27,17 @@ def lazily(room: str, **modules: str) -> Callable[[str], object]:
     """
     places = {name: module for module, names in modules.items() for name in names.split()}
 
-    def find(name: str) -> object:
+    def find(name: str) -> Any:
         if name not in places:
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{room}.{places[name]}"), name)
 
     return find
+
+
+ESTIMATORS = {  # they fit, predict and go into pipelines as any of scikit-learn's
+    "augment.estimator": "SyntheticAugmenter",
+    "likelihood.estimator": "ScoreClassifier",
+    "oneshot.estimator": "OneShotClassifier",
+}
+__getattr__ = lazily(__name__, **ESTIMATORS)
