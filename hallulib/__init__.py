@@ -8,10 +8,9 @@ __version__ = "0.1.0"
 
 
 class UserError(Exception):
-    """A fault in what the user gave, told in one sentence.
+    """A fault in what the user gave: what was found, what is needed, and in which file.
 
-    The sentence says what was found, what is needed, and in which file.
-    Command lines print it and exit with status 2; notebooks show it alone, without a stack trace.
+    Command lines print this sentence and exit with 2; notebooks show it without a stack trace.
     """
 
     def _render_traceback_(self):
@@ -19,7 +18,7 @@ class UserError(Exception):
 
 
 def lazily(room: str, **modules: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a room: it hands out names of its modules when they are asked for.
+    """The ``__getattr__`` of a room, which imports a module when one of its names is asked for.
 
     Args:
         room: its dotted name.

@@ -84,12 +84,9 @@ def run(work: Callable[[], int]) -> int:
     What was started in the background ignores Ctrl-C; SIGTERM must not leave workers or half a
     file behind there either.
 
-    Args:
-        work: returns the exit status; its next run goes on from what it keeps.
-
     Returns:
-        The status of the work, 2 after the sentence of a user's error, 130 after Ctrl-C and 143
-        after SIGTERM.
+        The status that the work returns, 2 after the sentence of a user's error, 130 after Ctrl-C
+        and 143 after SIGTERM.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

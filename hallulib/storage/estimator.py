@@ -42,8 +42,8 @@ class ImageEstimator(BaseEstimator):
     type are grey levels, 0 black to 255 white; other numbers are in [-1, 1].
 
     Attributes:
-        keeps: attribute -> its dataclass, or the two functions that write it into a folder and
-            read it again: what an estimator keeps besides numbers, tables and arrays.
+        keeps: what an estimator keeps besides numbers, tables and arrays: attribute -> its
+            dataclass, or the functions that write it into a folder and read it again.
     """
 
     keeps = dict[str, Any]()
@@ -52,11 +52,7 @@ class ImageEstimator(BaseEstimator):
     random_state: Seed
 
     def _first(self, X, y) -> tuple[Images, np.ndarray]:
-        """Images of a fit, and the position of the class of each in ``classes_``.
-
-        Raises:
-            UserError: a setting, images or labels that no fit can use.
-        """
+        """Images of a fit, and the position of the class of each in ``classes_``."""
         check(self)
         rows, y = validate_data(self, self._flat(X), y)
         check_classification_targets(y)
@@ -70,11 +66,7 @@ class ImageEstimator(BaseEstimator):
         return images, position
 
     def _further(self, X, learns: bool = False) -> Images:
-        """Images of the same size as those of the fit, to answer for or to learn from.
-
-        Raises:
-            UserError: a setting or images that do not suit.
-        """
+        """Images of the same size as those of the fit, to answer for or to learn from."""
         check_is_fitted(self)
         check(self)
         rows = validate_data(self, self._flat(X), reset=False)
@@ -131,11 +123,7 @@ class ImageEstimator(BaseEstimator):
         return int(self.random_state)
 
     def _on(self) -> str:
-        """The device to work on.
-
-        Raises:
-            UserError: there is no such device.
-        """
+        """The device to work on."""
         device = str(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not re.fullmatch(r"cpu|mps|xpu|cuda(:\d+)?", device):
             raise UserError(f"device is {device!r}; 'cpu', 'cuda' or None is needed")
@@ -181,7 +169,7 @@ class ImageEstimator(BaseEstimator):
             parameters: in place of those that were saved, as ``device="cpu"``.
 
         Raises:
-            UserError: the folder is not such an estimator, or a file of it has changed.
+            UserError: there is no such estimator, or a file of it has changed.
         """
         folder = Path(folder)
         try:
@@ -283,11 +271,7 @@ def _is_fitted(name: str) -> bool:
 
 
 def _intact(folder: Path, state: dict[str, Any]) -> Path:
-    """Where the files of a saved estimator are, all as they were written.
-
-    Raises:
-        ValueError: they are not, or it has an attribute that no fit leaves.
-    """
+    """Where the files of a saved estimator are, if all is as `save` wrote it."""
     for name in state["fitted"]:
         if not _is_fitted(name):
             raise ValueError(f"a fit leaves no attribute {name}")

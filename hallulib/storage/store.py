@@ -146,7 +146,7 @@ def kept(
         save: writes what is kept of the last state into the folder.
         told: what the bar says.
         steps: of the whole run.
-        settings: all else, and what else `load_or_train` takes.
+        settings: the others, and what else `load_or_train` takes.
     """
 
     def train(folder: Path, **_) -> None:
@@ -162,7 +162,7 @@ def finished(loop: Iterator[State], steps: int, told: str, show: bool = True) ->
 
     Args:
         loop: yields its state after each step, and at least once.
-        steps: of the whole run; a resumed one starts where its checkpoint left it.
+        steps: of the whole run, not of what a checkpoint left of it.
         told: what the bar says.
         show: draw the bar.
     """
