@@ -145,6 +145,7 @@ class ImageEstimator(BaseEstimator):
         """
         check_is_fitted(self)
         folder = Path(folder)
+        # the files that STATE names stay until it names these
         place = next(f for n in itertools.count() if not (f := folder / f"files-{n}").exists())
         fitted = {name: value for name, value in vars(self).items() if _is_fitted(name)}
         tensors: dict[str, Tensor] = {}
@@ -204,7 +205,8 @@ class ImageEstimator(BaseEstimator):
         if isinstance(value, Path):
             return str(value)
         if isinstance(value, list | tuple):
-            return [self._kept(v, name, folder, tensors) for v in value]
+            items = [self._kept(v, name, folder, tensors) for v in value]
+            return {"kind": "list", "items": items}
         if isinstance(value, pd.DataFrame):
             return {"kind": "table", "columns": value.to_dict("list")}
         if isinstance(value, np.ndarray) and value.dtype.kind in "USOb":
@@ -226,6 +228,8 @@ class ImageEstimator(BaseEstimator):
         if not isinstance(told, dict):
             return told
         kind, keeper = told.pop("kind"), cls.keeps.get(name.split(".")[1])
+        if kind == "list":
+            return [cls._read(v, name, folder, tensors) for v in told["items"]]
         if kind == "table":
             return pd.DataFrame(told["columns"])
         if kind == "array":
