@@ -16,7 +16,6 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 # what stands higher may import what stands lower; rooms of one floor do not know each other
 FLOORS = (
-    ("estimators",),
     ("oneshot", "likelihood", "augment"),
     ("diffusion", "evidence"),
     ("data", "storage"),

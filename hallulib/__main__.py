@@ -4,8 +4,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
+from typing import Any
 
 from hallulib import UserError
 
@@ -13,49 +14,45 @@ from hallulib import UserError
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m hallulib", description=__doc__)
-    names = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    names = top.add_subparsers(metavar="COMMAND", required=True)
     train = names.add_parser(
         "train",
         help="train the score model of an image set where chapters find it",
         description="Train the score model of an image set where chapters with these settings "
         "find it, on several GPUs with: accelerate launch -m hallulib train ...",
     )
+    train.set_defaults(work=_train)
     train.add_argument("dataset", help="image set: a name or a folder")
     train.add_argument("--scheme", default="auto", help="label column; auto is the set's first")
     train.add_argument("--size", type=int, help="side the images are reduced to, pixels")
-    for name, value in dict(steps=4000, batch_size=32, width=32, seed=0).items():
-        option = "--" + name.replace("_", "-")
+    for option, value in {"--steps": 4000, "--batch-size": 32, "--width": 32, "--seed": 0}.items():
         train.add_argument(option, type=int, default=value, help=f"default: {value}")
     grid = names.add_parser("grid", help="run a chapter with each cell of a grid")
+    grid.set_defaults(work=_grid)
     grid.add_argument("file", type=Path, help="YAML: chapter, common, grid, cells")
     grid.add_argument("--out", type=Path, metavar="FILE.json", help="default: in runs/grids")
     grid.add_argument("--address", help="of a dask scheduler to join, tcp://HOST:PORT")
     grid.add_argument("--workers", type=int, default=2, help="processes here; default: 2")
-    names.add_parser("doctor", help="check the installation, tell what chapters took")
+    doctor = names.add_parser("doctor", help="check the installation, tell what chapters took")
+    doctor.set_defaults(work=_doctor)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, 1 if something found is wrong, or as `run`."""
     options = vars(parser().parse_args(arguments))
-    work = {"train": _train, "grid": _grid, "doctor": _doctor}[options.pop("command")]
+    work = options.pop("work")
     return run(lambda: work(**options))
 
 
-def _train(dataset: str, scheme: str, size: int | None, **settings: int) -> int:
+def _train(dataset: str, scheme: str | None, size: int | None, **settings: Any) -> int:
     from hallulib.data import imageset
     from hallulib.diffusion.train import pretrained
     from hallulib.storage import parallel
     from hallulib.storage.settings import Positive, Seed, Width, check
 
-    @dataclass
-    class Training:
-        steps: Positive
-        batch_size: Positive
-        width: Width
-        seed: Seed
-
-    check(Training(**settings))  # before the images are opened
+    kinds = dict(steps=Positive, batch_size=Positive, width=Width, seed=Seed)
+    check(make_dataclass("Training", kinds.items())(**settings))  # before images are opened
     images = imageset.open(dataset, size)
     if scheme == "auto":
         scheme = (images.schemes or (None,))[0]
@@ -65,7 +62,7 @@ def _train(dataset: str, scheme: str, size: int | None, **settings: int) -> int:
     return 0
 
 
-def _grid(**options: object) -> int:
+def _grid(**options: Any) -> int:
     from hallulib.notebook import grid
 
     return grid.finish(**options)
@@ -87,12 +84,9 @@ def run(work: Callable[[], int]) -> int:
     What was started in the background ignores Ctrl-C; SIGTERM must not leave workers or half a
     file behind there either.
 
-    Args:
-        work: returns the exit status; its next run goes on from what it keeps.
-
     Returns:
-        The status of the work, 2 after the sentence of a user's error, 130 after Ctrl-C and 143
-        after SIGTERM.
+        The status that the work returns, 2 after the sentence of a user's error, 130 after Ctrl-C
+        and 143 after SIGTERM.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -16,12 +16,17 @@ Shots = Float[Tensor, "n_way _shots channels height width"]
 AnyImages = Float[Tensor, "_ _ _ _"]  # fewer or more than others beside them
 
 
-class _Drawing(TorchDispatchMode):
-    """Hands a generator to every random operation of this thread that was given none."""
+class seeded(TorchDispatchMode):
+    """Networks that are built within, on the CPU, start at weights that the seed alone decides.
 
-    def __init__(self, rng: torch.Generator):
+    The layers of PyTorch draw from the random numbers that all threads share. Within this
+    context, those of this thread draw from a generator of their own, and get the numbers that
+    they would get after ``torch.manual_seed(seed)``; no other generator moves.
+    """
+
+    def __init__(self, seed: int = 0):
         super().__init__()
-        self.rng = rng
+        self.rng = torch.Generator().manual_seed(operator.index(seed))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -30,16 +35,3 @@ class _Drawing(TorchDispatchMode):
             # some, as randn, take a generator under another name than without
             func = getattr(func.overloadpacket, "generator", func)
         return func(*args, **kwargs)
-
-
-def seeded(seed: int = 0) -> TorchDispatchMode:
-    """Networks that are built within, on the CPU, start at weights that the seed alone decides.
-
-    The layers of PyTorch draw from the random numbers that all threads share. Within this
-    context, those of this thread draw from a generator of their own, and get the numbers that
-    they would get after ``torch.manual_seed(seed)``; no other generator moves.
-
-    Args:
-        seed: any whole number.
-    """
-    return _Drawing(torch.Generator().manual_seed(operator.index(seed)))

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,22 +22,19 @@ from hallulib.storage import disk, parallel
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "losses.csv"
 PATIENCE = 60.0  # seconds of work that a kill may cost
-State = TypeVar("State", bound="Stateful")
+# name -> a tensor, a generator, an optimiser, what has a state_dict, or such a mapping
+Parts = Mapping[str, Any]
+Tensors = dict[str, Tensor]
 
 
 class Due:
-    """Says after which steps a checkpoint is written: regularly, and on a slow machine more often.
-
-    Args:
-        every: steps between two checkpoints at most; fewer if they take longer than `PATIENCE`.
-        steps: of the whole run; the last one is always due.
-    """
+    """Whether a checkpoint is due: every so many steps, after `PATIENCE`, and after the last."""
 
     def __init__(self, every: int, steps: int):
         self.every, self.steps, self._last = every, steps, time.monotonic()
 
     def __call__(self, step: int) -> bool:
-        """Whether it is due after so many steps."""
+        """After so many steps."""
         late = time.monotonic() - self._last > PATIENCE
         if step % self.every and step < self.steps and not late:
             return False
@@ -46,28 +43,20 @@ class Due:
 
 
 class Stateful:
-    """What a checkpoint holds whole, by PyTorch's protocol: all that `parts` names.
+    """What a checkpoint holds whole, by PyTorch's protocol: all that `parts` names."""
 
-    Attributes:
-        step: steps taken; only the state of a training has it.
-    """
+    step: int = 0  # steps taken, by the state of a training
 
-    step: int = 0
-
-    def parts(self) -> dict[str, object]:
-        """Name -> a tensor, a generator, an optimiser, what has a ``state_dict``, or a dict."""
+    def parts(self) -> Parts:
+        """All that is kept."""
         return {}
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> Tensors:
         """All parts as named tensors; no copies."""
         return pack(self.parts())
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take on what ``state_dict`` gave.
-
-        Raises:
-            KeyError, RuntimeError, ValueError: the tensors are of something else.
-        """
+    def load_state_dict(self, tensors: Tensors) -> None:
+        """Take on what ``state_dict`` gave; it raises what `restore` does."""
         restore(self.parts(), tensors)
 
     def log(self) -> dict[str, list]:
@@ -75,7 +64,10 @@ class Stateful:
         return {}
 
 
-def pack(parts: Mapping[str, object]) -> dict[str, Tensor]:
+State = TypeVar("State", bound=Stateful)
+
+
+def pack(parts: Parts) -> Tensors:
     """Parts as named tensors: the names of what lies within are joined by points; no copies.
 
     Example:
@@ -94,7 +86,7 @@ def pack(parts: Mapping[str, object]) -> dict[str, Tensor]:
     return found
 
 
-def restore(parts: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
+def restore(parts: Parts, tensors: Tensors) -> None:
     """Gives parts back what `pack` made of them.
 
     Raises:
@@ -113,7 +105,7 @@ def restore(parts: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
             part.load_state_dict(within(name, tensors))
 
 
-def within(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def within(name: str, tensors: Tensors) -> Tensors:
     """The tensors of one part, under their names within it."""
     start = name + "."
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
@@ -128,7 +120,7 @@ def identity(*tensors: Tensor) -> str:
     return found.hexdigest()[:16]
 
 
-def _state_of(part) -> dict[str, object]:
+def _state_of(part: Any) -> Parts:
     """The state of a module, or what an optimiser remembers of each weight and its rates."""
     state = part.state_dict()
     if not isinstance(part, torch.optim.Optimizer):
@@ -138,17 +130,13 @@ def _state_of(part) -> dict[str, object]:
     return moments | {"lr": torch.tensor(rates, dtype=torch.float64)}
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    rates = tensors["lr"].tolist()
-    for name, value in tensors.items():
-        if name != "lr":
-            index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
+def _load_moments(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     groups = optimizer.state_dict()["param_groups"]
-    for group, rate in zip(groups, rates, strict=True):
+    for group, rate in zip(groups, tensors["lr"].tolist(), strict=True):
         group["lr"] = rate
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    weights = dict.fromkeys(name.split(".")[0] for name in tensors if name != "lr")
+    moments = {int(i): within(i, tensors) for i in weights}
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for p, entries in optimizer.state.items():
         for key, value in entries.items():
             if key != "step" and value.shape == p.shape:
@@ -156,17 +144,10 @@ def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) 
                 entries[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
-def write(
-    folder: Path, tensors: dict[str, Tensor], step: int, settings: dict, log: dict[str, list]
-) -> None:
+def write(folder: Path, tensors: Tensors, step: int, settings: dict, log: dict[str, list]) -> None:
     """Write a checkpoint and the log of the run, which of several processes the main one does.
 
-    Args:
-        folder: made if it is not there.
-        tensors: the whole state.
-        step: steps taken.
-        settings: what JSON can hold; a run with others cannot resume from here.
-        log: column name -> one number per step so far, for ``losses.csv``.
+    Settings are what JSON can hold; a run with others cannot resume from here.
 
     Raises:
         UserError: they cannot be written; the checkpoint before is still there.
@@ -179,11 +160,10 @@ def write(
         rows = enumerate(zip(*log.values(), strict=True), start=1)
         csv.writer(file).writerows([("step", *log), *((i, *row) for i, row in rows)])
     with disk.whole_files(folder) as partial:
-        tensors = {k: v.contiguous() for k, v in tensors.items()}
-        save_file(tensors, partial / CHECKPOINT, metadata)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / CHECKPOINT, metadata)
 
 
-def read(folder: Path, settings: dict) -> tuple[dict[str, Tensor], int] | None:
+def read(folder: Path, settings: dict) -> tuple[Tensors, int] | None:
     """The tensors and the step of a checkpoint; ``None`` where there is none.
 
     Raises:
@@ -209,12 +189,7 @@ def read(folder: Path, settings: dict) -> tuple[dict[str, Tensor], int] | None:
 
 
 def resume(state: Stateful, folder: Path, settings: dict) -> None:
-    """Let a state take on the checkpoint of its run, if there is one.
-
-    Args:
-        state: as it comes from a fresh start.
-        folder: of the run.
-        settings: of the run.
+    """Let a fresh state take on the checkpoint of its run, if there is one.
 
     Raises:
         UserError: as `read`, or the tensors are those of another model.
@@ -228,6 +203,13 @@ def resume(state: Stateful, folder: Path, settings: dict) -> None:
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as fault:
         raise _foreign(folder / CHECKPOINT, fault) from fault
     state.step = found[1]
+
+
+def _foreign(path: Path, fault: Exception) -> UserError:
+    what = (str(fault) or type(fault).__name__).splitlines()[0]
+    return UserError(
+        f"{path} is not a checkpoint of this model ({what}); delete it to start again"
+    )
 
 
 def loop(
@@ -247,17 +229,16 @@ def loop(
         step: takes one step, in place.
         steps: of the whole run.
         due: whether to look and to write after so many steps, as `Due` says.
-        look: what is done before writing: it may stop the training by a `UserError`.
-        folder: where the checkpoint and ``losses.csv`` are kept; a checkpoint found there is
-            resumed, to the same bytes on a CPU as if it had never stopped.
+        look: before writing; it may stop the training by a `UserError`.
+        folder: of the checkpoint and ``losses.csv``; a checkpoint found there is resumed, to the
+            same bytes on a CPU as if it had never stopped.
         settings: what JSON can hold; a checkpoint of others is refused.
 
     Yields:
-        The state after each step, the same object every time. Of a run that had taken its last
-        step, it is yielded once, with nothing done.
+        The same object after each step; after the last one of a run that had taken it, once.
 
     Raises:
-        UserError: a damaged checkpoint or one of other settings, or what ``look`` finds.
+        UserError: as `resume`, or what ``look`` finds.
     """
     if folder is not None:
         resume(state, Path(folder), settings)
@@ -271,10 +252,3 @@ def loop(
             if folder is not None:
                 write(Path(folder), state.state_dict(), state.step, settings, state.log())
         yield state
-
-
-def _foreign(path: Path, fault: Exception) -> UserError:
-    what = (str(fault) or type(fault).__name__).splitlines()[0]
-    return UserError(
-        f"{path} is not a checkpoint of this model ({what}); delete it to start again"
-    )

@@ -25,10 +25,7 @@ class CannotWrite(UserError):
 
 @contextlib.contextmanager
 def writing(where: Path) -> Iterator[None]:
-    """Turn a failure to write into one sentence.
-
-    Args:
-        where: what is written, for the sentence.
+    """Turn a failure to write into one sentence that begins with ``where``.
 
     Raises:
         CannotWrite: it was not written.
@@ -36,28 +33,21 @@ def writing(where: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        # safetensors tells the number of the system's error in its text alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
         raise CannotWrite(
-            f"{where}: cannot write ({_reason(error)});"
+            f"{where}: cannot write ({reason or ' '.join(str(error).split())});"
             " a writable folder with enough space is needed"
         ) from error
-
-
-def _reason(error: OSError | SafetensorError) -> str:
-    # safetensors tells the number of the system's error in its text alone
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    told = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
-    return told or " ".join(str(error).split())
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name to write a file under; once that is done, it is renamed to ``path`` in one step.
 
-    Args:
-        path: of the file; its folder is made.
-
     Raises:
-        UserError: it cannot be written; what was at ``path`` before still is.
+        CannotWrite: what was at ``path`` before still is.
     """
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
@@ -77,11 +67,8 @@ def whole_files(folder: Path) -> Iterator[Path]:
 
     For what libraries write, which make further files of their own while they do.
 
-    Args:
-        folder: is made; its other files stay.
-
     Raises:
-        UserError: they cannot be written; a file that was there before is still whole.
+        CannotWrite: a file that was in ``folder`` before is still whole.
     """
     folder, partial = Path(folder), Path(folder) / PARTIAL
     with writing(folder):
@@ -91,40 +78,20 @@ def whole_files(folder: Path) -> Iterator[Path]:
             yield partial
             for file in sorted(p for p in partial.rglob("*") if p.is_file()):
                 place = folder / file.relative_to(partial)
-                place.parent.mkdir(exist_ok=True)
+                place.parent.mkdir(parents=True, exist_ok=True)
                 _move(file, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def anew(folder: Path) -> Iterator[None]:
-    """An empty folder to write files into, which a failure removes.
-
-    Args:
-        folder: what it held is lost, so nothing may need it before all is written.
-
-    Raises:
-        UserError: it cannot be emptied or made.
-    """
-    with writing(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    try:
-        yield
-    except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+def _move(file: Path, place: Path) -> None:
+    with file.open("r+b") as written:
+        os.fsync(written.fileno())  # some disks tell only now that they are full
+    os.replace(file, place)
 
 
 def checksums(folder: Path, without: Collection[str] = ()) -> dict[str, str]:
-    """SHA-256 of every file in a folder and below, by its path in there.
-
-    Args:
-        folder: of the files.
-        without: paths in there that are left out.
-    """
+    """SHA-256 of every file in a folder and below but some, by its path in there."""
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     return {name: _sha256(files[name]) for name in sorted(files) if name not in without}
 
@@ -146,7 +113,7 @@ def drop(file: Path) -> None:
     """Remove a file if it is there.
 
     Raises:
-        UserError: it is, and cannot be removed.
+        CannotWrite: it is, and cannot be removed.
     """
     if file.exists():  # asked first: a disk that is read-only refuses to remove nothing, too
         with writing(file):
@@ -158,9 +125,3 @@ def drop_partial(folder: Path) -> None:
     for left in list(folder.glob("*" + PARTIAL)):
         with writing(left):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def _move(file: Path, place: Path) -> None:
-    with file.open("r+b") as written:
-        os.fsync(written.fileno())  # some disks tell only now that they are full
-    os.replace(file, place)

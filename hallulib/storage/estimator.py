@@ -1,12 +1,13 @@
 """What the scikit-learn estimators share: images as rows of a table, and files without pickle."""
 
+import itertools
 import json
 import re
 import shutil
 import warnings
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -25,9 +26,8 @@ from hallulib.storage.settings import Positive, Seed, check, needed
 
 Others = Float[Tensor, "_others channels height width"]  # fewer or more than the labelled ones
 STATE, TENSORS = "estimator.json", "estimator.safetensors"
-PLACES = "files-a", "files-b"  # one holds the files that STATE names, the other the next ones
+PARTS = "parameters", "fitted"
 FROM_0 = "and none is below 0; values in [-1, 1] are needed, which x * 2 - 1 makes of [0, 1]"
-UNCHECKED = {"estimator", "fitted", "made_with", "parameters"}  # a STATE from before checksums
 
 
 class OneClass(UserError, ValueError):
@@ -42,21 +42,17 @@ class ImageEstimator(BaseEstimator):
     type are grey levels, 0 black to 255 white; other numbers are in [-1, 1].
 
     Attributes:
-        keeps: attribute -> its dataclass, or the two functions that write it into a folder and
-            read it again: what an estimator keeps besides numbers, tables and arrays.
+        keeps: what an estimator keeps besides numbers, tables and arrays: attribute -> its
+            dataclass, or the functions that write it into a folder and read it again.
     """
 
-    keeps = {}
+    keeps = dict[str, Any]()
     channels: Positive
     device: Annotated[torch.device | str | None, needed("'cpu', 'cuda' or None is needed")]
     random_state: Seed
 
     def _first(self, X, y) -> tuple[Images, np.ndarray]:
-        """Images of a fit, and the position of the class of each in ``classes_``.
-
-        Raises:
-            UserError: a setting, images or labels that no fit can use.
-        """
+        """Images of a fit, and the position of the class of each in ``classes_``."""
         check(self)
         rows, y = validate_data(self, self._flat(X), y)
         check_classification_targets(y)
@@ -70,11 +66,7 @@ class ImageEstimator(BaseEstimator):
         return images, position
 
     def _further(self, X, learns: bool = False) -> Images:
-        """Images of the same size as those of the fit, to answer for or to learn from.
-
-        Raises:
-            UserError: a setting or images that do not suit.
-        """
+        """Images of the same size as those of the fit, to answer for or to learn from."""
         check_is_fitted(self)
         check(self)
         rows = validate_data(self, self._flat(X), reset=False)
@@ -131,11 +123,7 @@ class ImageEstimator(BaseEstimator):
         return int(self.random_state)
 
     def _on(self) -> str:
-        """The device to work on.
-
-        Raises:
-            UserError: there is no such device.
-        """
+        """The device to work on."""
         device = str(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not re.fullmatch(r"cpu|mps|xpu|cuda(:\d+)?", device):
             raise UserError(f"device is {device!r}; 'cpu', 'cuda' or None is needed")
@@ -151,31 +139,27 @@ class ImageEstimator(BaseEstimator):
 
         What the folder holds stays readable until it is replaced, in one step, as a whole.
 
-        Args:
-            folder: made if it is not there.
-
         Raises:
             NotFittedError: it is not fitted.
             UserError: a parameter of a kind that cannot be written, or a full disk.
         """
         check_is_fitted(self)
-        folder, tensors = Path(folder), {}
-        place, other = _places(folder)
+        folder = Path(folder)
+        # the files that STATE names stay until it names these
+        place = next(f for n in itertools.count() if not (f := folder / f"files-{n}").exists())
         fitted = {name: value for name, value in vars(self).items() if _is_fitted(name)}
-        parts = {"parameters": self.get_params(deep=False), "fitted": fitted}
-        with disk.anew(folder / place):
-            state = {
-                part: {
-                    k: self._kept(v, f"{part}.{k}", folder / place, tensors) for k, v in of.items()
-                }
-                for part, of in parts.items()
+        tensors: dict[str, Tensor] = {}
+        with disk.whole_files(place) as files:
+            state: dict[str, Any] = {
+                part: {k: self._kept(v, f"{part}.{k}", files, tensors) for k, v in values.items()}
+                for part, values in zip(PARTS, (self.get_params(deep=False), fitted), strict=True)
             }
-            with disk.whole(folder / place / TENSORS) as partial:
-                save_file(tensors, partial)
-            state |= {"estimator": type(self).__name__, "made_with": store.provenance()}
-            state |= {"place": place, "sha256": disk.checksums(folder / place)}
-            store.write_json(folder / STATE, state | {"checksum": store.key(state)})
-        shutil.rmtree(folder / other, ignore_errors=True)
+            save_file(tensors, files / TENSORS)
+        state |= {"estimator": type(self).__name__, "made_with": store.provenance()}
+        state |= {"place": place.name, "sha256": disk.checksums(place)}
+        store.write_json(folder / STATE, state | {"checksum": store.key(state)})
+        for other in {*folder.glob("files-*")} - {place}:
+            shutil.rmtree(other, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path | str, **parameters: object) -> "ImageEstimator":
@@ -186,7 +170,7 @@ class ImageEstimator(BaseEstimator):
             parameters: in place of those that were saved, as ``device="cpu"``.
 
         Raises:
-            UserError: the folder is not such an estimator, or a file of it has changed.
+            UserError: there is no such estimator, or a file of it has changed.
         """
         folder = Path(folder)
         try:
@@ -195,26 +179,24 @@ class ImageEstimator(BaseEstimator):
             if state["estimator"] != cls.__name__:
                 raise ValueError(f"it holds a {state['estimator']}")
             tensors = load_file(files / TENSORS)
-            parts = {
-                part: {
-                    k: cls._read(v, f"{part}.{k}", files, tensors) for k, v in state[part].items()
-                }
-                for part in ("parameters", "fitted")
-            }
-            estimator = cls(**parts["parameters"] | parameters)
+            given, fitted = (
+                {k: cls._read(v, f"{part}.{k}", files, tensors) for k, v in state[part].items()}
+                for part in PARTS
+            )
+            estimator = cls(**given | parameters)
         except Exception as fault:  # an impossible value makes the libraries throw anything
             what = (str(fault) or "nothing more is known").splitlines()[0]
             raise UserError(
                 f"{folder} is not a saved {cls.__name__} ({type(fault).__name__}: {what}); it "
                 f"needs {STATE} and the files that it names, as save wrote them"
             ) from fault
-        for name, value in parts["fitted"].items():
+        for name, value in fitted.items():
             if isinstance(value, torch.nn.Module):
                 value.to(estimator._on())
             setattr(estimator, name, value)
         return estimator
 
-    def _kept(self, value, name: str, folder: Path, tensors: dict[str, Tensor]):
+    def _kept(self, value: Any, name: str, folder: Path, tensors: dict[str, Tensor]) -> Any:
         """A value as JSON; what JSON cannot hold goes to the tensors or into a folder."""
         if value is None or isinstance(value, bool | int | float | str):
             return value
@@ -236,12 +218,12 @@ class ImageEstimator(BaseEstimator):
         if keeper is None:
             raise UserError(f"{name} is a {type(value).__name__}, which cannot be saved")
         if is_dataclass(value):
-            return {"kind": "fields"} | asdict(value)
+            return {"kind": "fields"} | vars(value)
         keeper[0](value, folder / name)
         return {"kind": "folder"}
 
     @classmethod
-    def _read(cls, told, name: str, folder: Path, tensors: dict[str, Tensor]):
+    def _read(cls, told: Any, name: str, folder: Path, tensors: dict[str, Tensor]) -> Any:
         """The value that `_kept` described."""
         if not isinstance(told, dict):
             return told
@@ -254,9 +236,9 @@ class ImageEstimator(BaseEstimator):
             return np.array(told["items"], dtype=bool if told["dtype"] == "b" else told["dtype"])
         if kind in ("tensor", "numbers"):
             return tensors[name] if kind == "tensor" else tensors[name].numpy()
-        if kind in ("fields", "levels"):  # the second word of each pair is that of version 0.1
+        if kind == "fields" and keeper:
             return keeper(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
-        if kind in ("folder", "score model"):
+        if kind == "folder" and keeper:
             return keeper[1](folder / name)
         raise ValueError(f"its {kind} is of another version of hallulib: fit and save it again")
 
@@ -292,30 +274,16 @@ def _is_fitted(name: str) -> bool:
     return name.endswith("_") and not name.startswith("_")
 
 
-def _places(folder: Path) -> tuple[str, str]:
-    """The place in a folder for the next files, and the one in use."""
-    try:
-        used = json.loads((folder / STATE).read_text())["place"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        used = None  # nothing is there that could be read
-    return PLACES if used == PLACES[1] else PLACES[::-1]
-
-
-def _intact(folder: Path, state: dict) -> Path:
-    """Where the files of a saved estimator are, all as they were written.
-
-    Raises:
-        ValueError: they are not, or it has an attribute that no fit leaves.
-    """
+def _intact(folder: Path, state: dict[str, Any]) -> Path:
+    """Where the files of a saved estimator are, if all is as `save` wrote it."""
     for name in state["fitted"]:
         if not _is_fitted(name):
             raise ValueError(f"a fit leaves no attribute {name}")
     checksum = state.pop("checksum", None)
-    if state.keys() == UNCHECKED:
-        return folder
     if store.key(state) != checksum:
         raise ValueError(f"{STATE} has changed")
-    changed = disk.changed(folder / state["place"], state["sha256"])
+    files = folder / state["place"]
+    changed = disk.changed(files, state["sha256"])
     if changed:
         raise ValueError(f"{changed} is missing or has changed")
-    return folder / state["place"]
+    return files

@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 PATIENCE = timedelta(hours=12)  # the main process may wait for a training of somebody else
 _depth = 0  # of `alone`
 
@@ -63,12 +64,9 @@ def alone() -> Iterator[None]:
 
 
 def share(n: int) -> tuple[slice, float]:
-    """The rows of a batch that are this process's, and how much their mean counts.
+    """The rows of a batch of n that are this process's, and how much their mean counts.
 
     Where there are fewer rows than processes, each takes them all.
-
-    Args:
-        n: rows of the whole batch.
 
     Example:
         >>> share(8)
@@ -104,12 +102,7 @@ def combine(
 
 
 def from_main(decide: Callable[[], Result]) -> Result:
-    """What the main process decides, known to all; the others wait for it.
-
-    Example:
-        >>> from_main(lambda: 3)
-        3
-    """
+    """What the main process decides, known to all; the others wait for it."""
     if processes() == 1:
         return decide()
     from accelerate.utils import broadcast_object_list
@@ -125,10 +118,6 @@ def wait() -> None:
 
 def dealt(work: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
     """``map(work, tasks)`` with the tasks dealt to the processes; all of them get all results.
-
-    Args:
-        work: what a process does by itself for one task.
-        tasks: the same on every process.
 
     Example:
         >>> list(dealt(lambda task: task**2, [3, 4]))

@@ -17,8 +17,8 @@ Settings = TypeVar("Settings")
 Real = float | int
 
 
-def needed(sentence: str, **bounds: object) -> Any:
-    """What a setting must be besides its type, and the end of the sentence about what is not."""
+def needed(sentence: str, **bounds: Any) -> Any:
+    """What a setting must be besides its type; the sentence ends the refusal of what is not."""
     return Field(description=sentence, **bounds)
 
 
@@ -51,14 +51,13 @@ NEEDED = {
 }
 
 
-def check(settings: object) -> None:
+def check(settings: Any) -> None:
     """Refuse settings that are not of the kinds that their class declares.
 
     Nothing is converted: ``"2"``, ``True`` and ``2.5`` are no whole numbers, infinity no number.
 
     Args:
-        settings: a dataclass, or any object with annotated attributes; numbers of NumPy may be
-            among them.
+        settings: a dataclass, or any object with annotated attributes; may hold NumPy's numbers.
 
     Raises:
         UserError: naming the first that is not, what it is and what is needed.
@@ -69,14 +68,14 @@ def check(settings: object) -> None:
         Traceback (most recent call last):
         hallulib.UserError: copies is 0; at least 1 is needed
     """
-    kinds = _kinds(type(settings))
+    kinds = _kinds(settings.__class__)
     values = {name: getattr(settings, name) for name in kinds.model_fields}
     values |= {k: v.item() for k, v in values.items() if isinstance(v, np.generic)}
     try:
         kinds(**values)
     except ValidationError as faults:
         fault = faults.errors()[0]
-        name = fault["loc"][0]
+        name = str(fault["loc"][0])
         wanted = NEEDED.get(fault["type"], kinds.model_fields[name].description)
         raise UserError(f"{name} is {values[name]!r}; {wanted}") from None
 
@@ -86,9 +85,8 @@ def _kinds(settings: type) -> type[BaseModel]:
     """What a class declares, as that which can check it."""
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     hints = typing.get_type_hints(settings, include_extras=True)
-    return create_model(
-        settings.__name__, __config__=strict, **{name: (kind, ...) for name, kind in hints.items()}
-    )
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in hints.items()}
+    return create_model(settings.__name__, __config__=strict, **fields)
 
 
 def vary(standard: Settings, changes: Mapping[str, object] | str) -> Settings:
@@ -96,9 +94,9 @@ def vary(standard: Settings, changes: Mapping[str, object] | str) -> Settings:
 
     Args:
         standard: a dataclass, which may hold others, as `Trial` holds its recipe and its fit.
-        changes: name -> value, or a text such as ``"guidance_scale=4 loss=cross_entropy"`` (a
-            colon does as well); ``"nothing"`` changes nothing. Of two settings of one name the
-            last held is meant; ``recipe.lr`` names the part as well.
+        changes: name -> value, or a text as below (a colon does as well); ``"nothing"`` changes
+            nothing. Of two settings of one name the last held is meant; ``recipe.lr`` names the
+            part as well.
 
     Raises:
         UserError: an unknown name, a value of the wrong kind, or settings that do not go together.
@@ -108,39 +106,38 @@ def vary(standard: Settings, changes: Mapping[str, object] | str) -> Settings:
         >>> vary(Trial("isup", "isup"), "guidance_scale=4 loss=cross_entropy").fit.loss
         'cross_entropy'
     """
-    parts = {name: part for name, part in vars(standard).items() if dataclasses.is_dataclass(part)}
+    held: dict[str, Any] = {"": standard}
+    held |= {name: part for name, part in vars(standard).items() if dataclasses.is_dataclass(part)}
     known = {}
-    for place, part in ({"": standard} | parts).items():
-        for name in vars(part).keys() - parts:
+    for place, part in held.items():
+        for name in vars(part).keys() - held:
             known[name] = known[f"{place}.{name}".lstrip(".")] = (place, name)
-    new: dict[str, dict[str, object]] = {place: {} for place in ("", *parts)}
+    new: dict[str, dict[str, object]] = {place: {} for place in held}
     for name, value in (_pairs(changes) if isinstance(changes, str) else changes).items():
         if name not in known:
             names = ", ".join(sorted(key for key in known if "." not in key))
             raise UserError(f"no setting {name!r} to vary; known: {names}")
         place, own = known[name]
-        hint = typing.get_type_hints(type(parts.get(place, standard)))[own]
         try:
-            new[place][own] = _read(str(value), hint)
+            new[place][own] = _read(str(value), typing.get_type_hints(type(held[place]))[own])
         except (ValueError, KeyError):
-            old = getattr(parts.get(place, standard), own)
-            told = f"setting {own} = {str(value)!r}; a value like {old!r} is needed"
-            raise UserError(told) from None
-    parts = {place: dataclasses.replace(part, **new[place]) for place, part in parts.items()}
-    return dataclasses.replace(standard, **parts, **new[""])
+            told = f"setting {own} = {str(value)!r}; a value like {getattr(held[place], own)!r}"
+            raise UserError(f"{told} is needed") from None
+    parts = {place: dataclasses.replace(held[place], **new[place]) for place in held if place}
+    return dataclasses.replace(held[""], **parts, **new[""])
 
 
 def _pairs(changes: str) -> dict[str, str]:
     words = [] if changes == "nothing" else changes.split()
-    pairs = [re.fullmatch(r"([\w.]+)[=:](\S+)", word) for word in words]
-    if not all(pairs):
+    pairs = [re.split("[=:]", word, maxsplit=1) for word in words]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise UserError(
             f"settings to vary are {changes!r}; 'name=value name=value' or 'nothing' is needed"
         )
-    return {pair[1]: pair[2] for pair in pairs}
+    return dict(pairs)
 
 
-def _read(text: str, hint: object) -> object:
+def _read(text: str, hint: Any) -> object:
     """A text as what a setting is declared as; ValueError or KeyError if it is none."""
     kind = (*typing.get_args(hint), hint)[0]
     if typing.get_origin(hint) is tuple:

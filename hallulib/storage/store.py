@@ -7,6 +7,7 @@ this machine lie in ``runs/`` (or where ``HALLULIB_RUNS`` says); a few ship with
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -26,31 +27,20 @@ from tqdm.auto import tqdm
 
 from hallulib import UserError, __version__
 from hallulib.storage import disk, parallel
-from hallulib.storage.checkpoint import CHECKPOINT
+from hallulib.storage.checkpoint import CHECKPOINT, State
 
-State = TypeVar("State")  # of a training loop; its ``step`` says how far it is
+Settings = Mapping[str, Any]
 SHIPPED = Path(__file__).parents[1] / "weights"
 CARD = "run.json"
 FORMAT = 1  # of keys: raised where a default changes, so that one key has one meaning
 # settings that runs had before format 1, at their defaults then; cards of today say what differs
-FORMER: dict[str, object] = {
-    "lr": 4e-4,
-    "adapt": "all",
-    "power": 0.5,
-    "weigh": 2,
-    "recipe.condition": "class",
-    "recipe.adapt": "all",
-    "recipe.rank": 4,
-    "fit.mode": "adam",
-    "fit.inner": "exact",
-    "fit.candidates": 1,
-    "class_rate": 25,
-    "confidence": 0.99,
-    "weigh_up_to": 20,
-    "steer": "classifier",
-    "guidance_scale": 2.0,
-    "critic_weight": 0.0,
-}
+FORMER: Settings = (
+    {"recipe.condition": "class", "recipe.adapt": "all", "recipe.rank": 4}
+    | {"fit.mode": "adam", "fit.inner": "exact", "fit.candidates": 1}
+    | {"lr": 4e-4, "adapt": "all", "class_rate": 25, "confidence": 0.99}
+    | {"power": 0.5, "weigh": 2, "weigh_up_to": 20}
+    | {"steer": "classifier", "guidance_scale": 2.0, "critic_weight": 0.0}
+)
 
 
 def runs_folder() -> Path:
@@ -77,22 +67,21 @@ def load_or_train(
     defaults: Callable | None = None,
     together: bool = False,
     from_scratch: bool = False,
-    **settings,
+    **settings: Any,
 ) -> Path:
     """The folder of a finished run with these settings: found, shipped, or trained now.
 
     Looks, in this order, for a finished run on this machine, for shipped weights, and else calls
     ``train(folder, **settings)``, which keeps its checkpoint in ``folder`` and so goes on where
-    an interrupted call stopped. Of several processes that `accelerate launch` started, the main
-    one looks and decides for all.
+    an interrupted call stopped. Of several processes the main one looks and decides for all.
 
     Args:
         name: of the model; characters that do not suit a folder become hyphens.
-        train: writes its model into the folder it is given.
+        train: writes its model into the folder.
         defaults: the dataclass or function whose settings these are. A run is found by those
             that differ from its defaults, so that one with a default may come and go.
         together: several processes share the work of ``train``; else the main one does it.
-        from_scratch: train even if a finished run or shipped weights are there.
+        from_scratch: train even if such a run is there.
         settings: everything the result depends on; what JSON can hold.
 
     Raises:
@@ -111,14 +100,78 @@ def load_or_train(
         found = parallel.from_main(lambda: _found(name, folder, settings, usual))
         if found:
             return found
-    with _locked(folder):
-        if parallel.from_main(lambda: from_scratch or not is_finished(folder, settings, usual)):
-            _train(folder, train, settings, usual, together)
+    # of several programs that need one model, the first trains it and the others wait
+    lock: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if parallel.is_main():
+        with disk.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder.with_name(folder.name + ".lock")).acquire()
+    with lock:
+        missing = parallel.from_main(lambda: not is_finished(folder, settings, usual))
+        if missing and (together or parallel.is_main()):
+            start = time.monotonic()
+            with contextlib.nullcontext() if together else parallel.alone():
+                train(folder, **settings)
+            if parallel.is_main():
+                finish(folder, settings, time.monotonic() - start, usual)
         parallel.wait()
     return folder
 
 
-def defaults_of(thing: Callable) -> dict[str, object]:
+def _found(name: str, folder: Path, settings: Settings, defaults: Settings) -> Path | None:
+    """Where the run is finished: under its key, under that of another format, or shipped."""
+    if is_finished(folder, settings, defaults):
+        return folder
+    for other in sorted(runs_folder().glob(f"{name}-{'[0-9a-f]' * 12}")):
+        with contextlib.suppress(UserError):  # what is damaged there is no concern of this run
+            if is_finished(other, settings, defaults):
+                return other
+    return SHIPPED / name if is_finished(SHIPPED / name, settings, defaults) else None
+
+
+def kept(
+    name: str,
+    start: Callable[[Path], Iterator[State]],
+    save: Callable[[State, Path], None],
+    *,
+    told: str,
+    steps: int,
+    **settings: Any,
+) -> Path:
+    """As `load_or_train`, of a training loop, whose steps are one of the settings.
+
+    Args:
+        name: of the model.
+        start: the loop, which keeps its checkpoint in the folder.
+        save: writes what is kept of the last state into the folder.
+        told: what the bar says.
+        steps: of the whole run.
+        settings: the others, and what else `load_or_train` takes.
+    """
+
+    def train(folder: Path, **_) -> None:
+        state = finished(start(folder), steps, told)
+        if parallel.is_main():
+            save(state, folder)
+
+    return load_or_train(name, train, together=True, steps=steps, **settings)
+
+
+def finished(loop: Iterator[State], steps: int, told: str, show: bool = True) -> State:
+    """The last state of a training loop, which a bar follows on the main process.
+
+    Args:
+        loop: yields its state after each step, and at least once.
+        steps: of the whole run, not of what a checkpoint left of it.
+        told: what the bar says.
+        show: draw the bar.
+    """
+    first, hidden = next(loop), not (show and parallel.is_main())
+    bar = tqdm(loop, told, steps, initial=first.step, disable=hidden)
+    return functools.reduce(lambda _, state: state, bar, first)
+
+
+def defaults_of(thing: Callable) -> dict[str, Any]:
     """The defaults of a function or a dataclass, those of dataclasses within it among them.
 
     Example:
@@ -133,7 +186,7 @@ def defaults_of(thing: Callable) -> dict[str, object]:
     return found
 
 
-def differing(settings: Mapping, defaults: Mapping) -> dict[str, object]:
+def differing(settings: Settings, defaults: Settings) -> dict[str, Any]:
     """Settings that are not at their defaults, those within others named as ``recipe.lr``.
 
     Example:
@@ -144,8 +197,9 @@ def differing(settings: Mapping, defaults: Mapping) -> dict[str, object]:
     return {k: v for k, v in _flat(settings).items() if k not in usual or usual[k] != v}
 
 
-def _flat(settings: Mapping) -> dict[str, object]:
-    found = {}
+def _flat(settings: Settings) -> dict[str, Any]:
+    """Settings as what JSON can hold, those within others named as ``recipe.lr``."""
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         if dataclasses.is_dataclass(value):
             value = vars(value)
@@ -156,104 +210,15 @@ def _flat(settings: Mapping) -> dict[str, object]:
     return found
 
 
-def finished(loop: Iterator[State], steps: int, told: str, show: bool = True) -> State:
-    """The last state of a training loop, which a bar follows on the main process.
-
-    Args:
-        loop: yields its state after each step, and at least once.
-        steps: of the whole run; a resumed one starts where its checkpoint left it.
-        told: what the bar says.
-        show: draw the bar.
-    """
-    bar = None
-    for state in loop:
-        if bar is None:
-            hidden = not (show and parallel.is_main())
-            bar = tqdm(desc=told, total=steps, initial=state.step - 1, disable=hidden)
-        bar.update()
-    bar.close()
-    return state
-
-
-def kept(
-    name: str,
-    start: Callable[[Path], Iterator[State]],
-    save: Callable[[State, Path], None],
-    *,
-    told: str,
-    steps: int,
-    defaults: Callable | None = None,
-    from_scratch: bool = False,
-    **settings,
-) -> Path:
-    """The folder of a training's finished run: found by its settings, or trained now.
-
-    Args:
-        name: of the model, see `load_or_train`.
-        start: the loop, which keeps its checkpoint in the folder that it is given.
-        save: writes what is kept of the last state into that folder.
-        told: what the bar says.
-        steps: of the whole run, one of the settings.
-        defaults: see `load_or_train`.
-        from_scratch: train even if such a run is there.
-        settings: all else that the result depends on.
-
-    Raises:
-        UserError: a file of the found run differs from its checksum.
-    """
-
-    def train(folder: Path, **_) -> None:
-        state = finished(start(folder), steps, told)
-        if parallel.is_main():
-            save(state, folder)
-
-    how = dict(defaults=defaults, together=True, from_scratch=from_scratch)
-    return load_or_train(name, train, **how, steps=steps, **settings)
-
-
-def _found(name: str, folder: Path, settings: dict, defaults: dict) -> Path | None:
-    """Where the run is finished: under its key, under that of another format, or shipped."""
-    if is_finished(folder, settings, defaults):
-        return folder
-    for other in sorted(runs_folder().glob(f"{name}-{'[0-9a-f]' * 12}")):
-        with contextlib.suppress(UserError):  # what is damaged there is no concern of this run
-            if is_finished(other, settings, defaults):
-                return other
-    return SHIPPED / name if is_finished(SHIPPED / name, settings, defaults) else None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Of several programs that need one model, the first trains it and the others wait."""
-    if not parallel.is_main():
-        yield
-        return
-    with disk.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(folder.name + ".lock")).acquire()
-    with lock:
-        yield
-
-
-def _train(
-    folder: Path, train: Callable[..., None], settings: dict, defaults: dict, together: bool
-) -> None:
-    if not (together or parallel.is_main()):
-        return
-    start = time.monotonic()
-    with contextlib.nullcontext() if together else parallel.alone():
-        train(folder, **settings)
-    if parallel.is_main():
-        finish(folder, settings, time.monotonic() - start, defaults)
-
-
-def key(settings: Mapping) -> str:
+def key(settings: Settings) -> str:
     """A short checksum of what JSON can hold."""
     canonical = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def finish(folder: Path, settings: dict, seconds: float, defaults: Mapping = {}) -> None:
+def finish(
+    folder: Path, settings: Settings, seconds: float, defaults: Mapping[str, Any] = {}
+) -> None:
     """Declare a run finished: write its card at once, and only then drop its checkpoint."""
     disk.drop_partial(folder)
     told = {
@@ -268,7 +233,7 @@ def finish(folder: Path, settings: dict, seconds: float, defaults: Mapping = {})
     disk.drop(folder / CHECKPOINT)
 
 
-def is_finished(folder: Path, settings: dict, defaults: Mapping = {}) -> bool:
+def is_finished(folder: Path, settings: Settings, defaults: Mapping[str, Any] = {}) -> bool:
     """Whether a folder holds a finished run with these settings, its files intact.
 
     Raises:
@@ -276,29 +241,38 @@ def is_finished(folder: Path, settings: dict, defaults: Mapping = {}) -> bool:
     """
     if not (folder / CARD).exists():
         return False
-    if _told(_card(folder), defaults, _flat(settings)) != differing(settings, defaults):
+    of = card(folder, intact=False)
+    if _told(of, defaults, _flat(settings)) != differing(settings, defaults):
         return False
     card(folder)
     return True
 
 
-def card(folder: Path) -> dict:
-    """The card of a finished run, whose files are what it wrote.
+def card(folder: Path, intact: bool = True) -> dict[str, Any]:
+    """The card of a finished run, whose files are what it wrote if they have to be ``intact``.
 
     Raises:
         UserError: it is no card, or a file is missing or changed.
     """
-    told = _card(folder)
-    changed = disk.changed(folder, told["sha256"])
+    try:
+        found = json.loads((folder / CARD).read_text())
+        sums = dict(found["sha256"])
+        found |= {"settings": dict(found["settings"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / CARD} is not the card of a run ({type(error).__name__}); settings and"
+            f" sha256 are needed: delete {folder} or fetch it again"
+        ) from error
+    changed = intact and disk.changed(folder, sums)
     if changed:
         raise UserError(
             f"{folder / changed} is missing or is not the file that the run wrote "
-            f"(SHA-256 {told['sha256'][changed][:12]}...); delete {folder} or fetch it again"
+            f"(SHA-256 {sums[changed][:12]}...); delete {folder} or fetch it again"
         )
-    return told
+    return found
 
 
-def told(folder: Path, defaults: Callable) -> dict[str, object]:
+def told(folder: Path, defaults: Callable) -> dict[str, Any]:
     """What a finished run was told that differs from the defaults, see `differing`.
 
     Raises:
@@ -307,7 +281,12 @@ def told(folder: Path, defaults: Callable) -> dict[str, object]:
     return _told(card(folder), defaults_of(defaults))
 
 
-def _told(of: dict, defaults: Mapping, asked: Collection[str] = ()) -> dict[str, object]:
+def contents(folder: Path) -> str:
+    """Checksum of what a finished run wrote, whenever and wherever that was."""
+    return key(card(folder, intact=False)["sha256"])
+
+
+def _told(of: dict, defaults: Settings, asked: Collection[str] = ()) -> dict[str, Any]:
     """Settings of a run that differ from the defaults: today's, and its own where those went."""
     settings = _flat(of["settings"])
     former = {k: v for k, v in FORMER.items() if k not in asked}
@@ -316,29 +295,12 @@ def _told(of: dict, defaults: Mapping, asked: Collection[str] = ()) -> dict[str,
     return differing(settings, former | _flat(defaults))
 
 
-def _card(folder: Path) -> dict:
-    try:
-        found = json.loads((folder / CARD).read_text())
-        return found | {"settings": dict(found["settings"]), "sha256": dict(found["sha256"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{folder / CARD} is not the card of a run ({type(error).__name__}); settings and"
-            f" sha256 are needed: delete {folder} or fetch it again"
-        ) from error
-
-
-def contents(folder: Path) -> str:
-    """Checksum of what a finished run wrote, whenever and wherever that was."""
-    return key(json.loads((folder / CARD).read_text())["sha256"])
-
-
 def ship(folder: Path, name: str) -> Path:
     """Copy a finished run of this machine to the weights that travel with the library."""
-    shutil.copytree(folder, SHIPPED / name, dirs_exist_ok=True)
-    return SHIPPED / name
+    return Path(shutil.copytree(folder, SHIPPED / name, dirs_exist_ok=True))
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: Settings) -> None:
     """Write JSON beside its place and rename it, so that no reader sees half of it."""
     with disk.whole(path) as partial:
         partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 
-from hallulib import UserError
+from hallulib import SyntheticAugmenter, UserError
 from hallulib.augment import estimator
 from hallulib.augment.selection import ADMITTED, rates
 from hallulib.data import imageset
-from hallulib.estimators import SyntheticAugmenter
 
 TINY = dict(encoding=2, pretraining=2, width=8, steering=2, sampler_steps=2, resnet_steps=4)
 TINY |= dict(confidence=0, candidates=3)

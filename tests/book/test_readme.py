@@ -7,18 +7,18 @@ import sys
 import pytest
 
 from conftest import ROOT
-from hallulib import estimators
+from hallulib import ESTIMATORS
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
 def estimator(block):
-    return re.search(r"estimators import (\w+)", block)[1]
+    return re.search(r"from hallulib import (\w+)", block)[1]
 
 
 def test_there_is_an_example_of_each_estimator():
-    assert sorted(map(estimator, BLOCKS)) == sorted(estimators.__all__)
+    assert sorted(map(estimator, BLOCKS)) == sorted(ESTIMATORS.values())
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=estimator)

@@ -20,8 +20,8 @@ from killing import Server
 from safetensors import safe_open
 from toy_greys import GREY, moved
 
+from hallulib import ScoreClassifier
 from hallulib.data import imageset
-from hallulib.estimators import ScoreClassifier
 
 WORKS = ["pretraining", "joint_training", "cells", "archive"]
 KILLS = 20

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hallulib.estimators import ScoreClassifier
+from hallulib import ScoreClassifier
 
 GREY = np.random.default_rng(7).integers(0, 256, (6, 8, 8)).astype(np.uint8)
 ANSWERS = np.array(["dark", "light"])[np.arange(6) % 2]

@@ -14,10 +14,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
-from hallulib import UserError
+from hallulib import ScoreClassifier, UserError
 from hallulib.diffusion import unet
 from hallulib.diffusion.unet import moved_to_means
-from hallulib.estimators import ScoreClassifier
 from hallulib.likelihood.bound import Levels, bound, decide, leads
 from hallulib.likelihood.density import log_density
 

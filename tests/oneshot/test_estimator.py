@@ -11,9 +11,8 @@ from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from hallulib import UserError
+from hallulib import OneShotClassifier, UserError
 from hallulib.data import imageset
-from hallulib.estimators import OneShotClassifier
 from hallulib.evidence.metrics import auroc
 from hallulib.oneshot import experiment
 from hallulib.oneshot.episodes import unasked

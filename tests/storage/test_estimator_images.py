@@ -6,8 +6,7 @@ import pytest
 import torch
 from toy_greys import ANSWERS, GREY, moved
 
-from hallulib import UserError
-from hallulib.estimators import ScoreClassifier
+from hallulib import ScoreClassifier, UserError
 
 FORMS = {
     **{f"array of {kind}": GREY.astype(kind) for kind in ("uint8", "int16", "int64", "uint64")},

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_greys import GREY, moved
 
-from hallulib import UserError
-from hallulib.estimators import ScoreClassifier
+from hallulib import ScoreClassifier, UserError
 from hallulib.storage import store
 
 
@@ -87,13 +86,25 @@ def test_a_crafted_folder_sets_no_other_attribute_than_a_fit(saved, tmp_path, na
         ScoreClassifier.load(tmp_path / "one")
 
 
-def test_a_folder_of_before_checksums_is_still_read(saved, tmp_path):
-    state = json.loads((saved[0] / "estimator.json").read_text())
-    shutil.copytree(saved[0] / state["place"], tmp_path / "old")
-    for name in ("place", "sha256", "checksum"):
+def test_a_folder_without_checksums_is_refused(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "one")
+    path = tmp_path / "one" / "estimator.json"
+    state = json.loads(path.read_text())
+    for name in ("sha256", "checksum"):
         del state[name]
-    (tmp_path / "old" / "estimator.json").write_text(json.dumps(state))
-    old, new = ScoreClassifier.load(tmp_path / "old"), ScoreClassifier.load(saved[0])
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"is not a saved ScoreClassifier .*has changed"):
+        ScoreClassifier.load(tmp_path / "one")
+
+
+def test_a_save_over_another_leaves_no_file_of_it(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "one")
+    (tmp_path / "one" / "files-7").mkdir()  # a save that was killed
+    for seed in (1, 0):
+        moved(GREY, random_state=seed).save(tmp_path / "one")
+        assert len(files(tmp_path / "one")) == len(files(saved[0]))
+        assert len(list((tmp_path / "one").iterdir())) == 2
+    old, new = ScoreClassifier.load(tmp_path / "one"), ScoreClassifier.load(saved[0])
     np.testing.assert_array_equal(old.predict_proba(GREY), new.predict_proba(GREY))
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from toy_greys import ANSWERS, GREY, moved
 
-from hallulib import UserError
+from hallulib import OneShotClassifier, ScoreClassifier, SyntheticAugmenter, UserError
 from hallulib.augment import estimator as augment
-from hallulib.estimators import OneShotClassifier, ScoreClassifier, SyntheticAugmenter
 from hallulib.likelihood.estimator import Contest
 from hallulib.oneshot import experiment as oneshot
 from hallulib.oneshot.hallucinate import Recipe
