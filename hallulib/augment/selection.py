@@ -52,13 +52,9 @@ class FeatureSpace:
     def fit(
         cls, network: nn.Module, images: Images, y: Labels, copy_distance: float
     ) -> "FeatureSpace":
-        """Centroids of real labelled images.
+        """Centroids of the images ``network`` was trained on, of classes 0 to k - 1.
 
-        Args:
-            network: trained on ``images``.
-            images: real labelled images.
-            y: their classes, 0 to k - 1.
-            copy_distance: see above; `copy_threshold` measures one.
+        A ``copy_distance`` is measured by `copy_threshold`.
         """
         f = normalised(read(network, images)[0])
         centroids = np.stack([f[(y == c).numpy()].mean(0) for c in range(int(y.max()) + 1)])
@@ -69,15 +65,11 @@ class FeatureSpace:
     ) -> pd.DataFrame:
         """What speaks for and against each synthetic image.
 
-        Args:
-            samples: synthetic images.
-            wanted: the class each was made for.
-            confidence: the least probability of that class.
-
         Returns:
-            One row per sample: ``wanted``, ``nearest`` centroid, ``distance`` to the wanted one
-            (mean square over features), ``probability`` of the wanted class, ``copy_of`` (the
-            nearest training image), ``copy_distance`` and ``verdict``, one of `REASONS`.
+            One row per sample: the class ``wanted`` of it, ``nearest`` centroid, ``distance`` to
+            the wanted one (mean square over features), ``probability`` of the wanted class,
+            ``copy_of`` (the nearest training image), ``copy_distance`` and ``verdict``, one of
+            `REASONS`.
         """
         pooled, probabilities = read(self.network, samples)
         gaps = normalised(pooled)[:, None] - self.centroids
@@ -96,13 +88,7 @@ class FeatureSpace:
 
 
 def copy_threshold(images: Images, others: AnyImages, quantile: float = 0.01) -> float:
-    """How near to one of some images only few other real images are.
-
-    Args:
-        images: real images that must not be copied.
-        others: real images of other patients.
-        quantile: share of them that would be taken for copies.
-    """
+    """How near to one of ``images`` only that share of real images of other patients is."""
     return float(torch.quantile(nearest(images, others).distance, quantile))
 
 
@@ -114,11 +100,7 @@ def normalised(
 
 
 def take(verdicts: pd.DataFrame, per_class: int) -> Bool[np.ndarray, " samples"]:
-    """The admitted samples nearest to their centroids, at most so many of each class.
-
-    Args:
-        verdicts: of `FeatureSpace.judge`.
-        per_class: samples of each class; a class with fewer admitted gives all it has.
+    """Of each class the admitted samples nearest to its centroid, so many or all that there are.
 
     Raises:
         UserError: no sample of any class was admitted.
@@ -136,7 +118,7 @@ def take(verdicts: pd.DataFrame, per_class: int) -> Bool[np.ndarray, " samples"]
 
 
 def rates(verdicts: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """How many samples of each class met which verdict; one row per class, and the rate."""
+    """How many samples of each class met which verdict, and the rate of the admitted."""
     counts = pd.crosstab(verdicts["wanted"], verdicts["verdict"])
     counts = counts.reindex(index=range(len(labels)), columns=list(REASONS), fill_value=0)
     counts.index = pd.Index(labels, name="class")

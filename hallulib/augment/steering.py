@@ -13,7 +13,7 @@ Source:
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class NoisyClassifier(nn.Module):
         """Logarithms of the class probabilities of noisy images, in nats."""
         return self.head(self.features(x_t, t)).log_softmax(1)
 
-    def log_prob(self, y: Labels):
+    def log_prob(self, y: Labels) -> Callable[[Images, Times], PerImage]:
         """``log p(y | x_t)`` as a function of ``(x_t, t)``, for one class per image."""
 
         def of(x_t: Images, t: Times) -> PerImage:
@@ -88,11 +88,11 @@ def train(
         classifier: trained in place, on the images' device; left in evaluation mode.
         x: clean images or latents.
         y: their classes.
-        steps: optimiser steps; the rate falls to 0 along a cosine.
+        steps: optimiser steps; the rate falls from ``lr`` to 0 along a cosine.
         batch_size: images per step, each at its own noise level.
         lr: AdamW's highest learning rate; weight decay is 0.05 as in the paper.
-        noised: train at all times; ``False`` repeats the fault of the published code, which
-            trains on clean images and asks at all times.
+        noised: ``False`` repeats the fault of the published code, which trains on clean images
+            and asks at all times.
         seed: of the draws.
     """
     classifier.train()
@@ -140,11 +140,10 @@ def steered(
     """Samples of an unconditional model, steered to the classes of a classifier.
 
     Args:
-        model: the unconditional score model.
+        model: unconditional.
         classifier: on the model's device.
         y: the class wanted of each sample, from 0.
-        gradient_scale: 0 leaves the samples unconditional, 1 is Bayes' rule, above it is
-            exaggerated; the paper takes 10.
+        gradient_scale: 0 is unconditional, 1 Bayes' rule, above it exaggerated; 10 in the paper.
         settings: of :func:`hallulib.diffusion.sample.draw`.
     """
 
