@@ -6,8 +6,8 @@ with the mean :math:`m` and the scale :math:`\kappa = 1/\mathrm{std}` of the lat
 training images, so that a diffusion made for images of unit variance suits the latents too. Both
 are kept in the stock configuration (``shift_factor``, ``scaling_factor``) beside the weights.
 
-It learns to keep pixels and edges. No trained network is asked what looks right, in contrast to a
-perceptual loss, and no adversary: edges are compared at three resolutions (`sharpness`).
+It learns to keep pixels and edges (`sharpness`). No trained network is asked what looks right, in
+contrast to a perceptual loss, and no adversary.
 
 Source:
     Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022, sections
@@ -93,12 +93,8 @@ def build(
 ) -> Autoencoder:
     """A fresh autoencoder for square images.
 
-    Args:
-        size: side of the images in pixels, a multiple of ``factor``.
-        channels: 1 for grey, 3 for colour.
-        factor: pixels along each side of a latent position, a power of 2.
-        width: channels at full resolution, a multiple of 8; twice that below. 128 in the paper.
-        seed: of the initial weights.
+    A latent position has ``factor`` pixels along each side. There are ``width`` channels, a
+    multiple of 8, at full resolution (128 in the paper), and twice as many below.
 
     Raises:
         UserError: a factor that is no power of 2 or does not divide the size.
@@ -127,21 +123,13 @@ def build(
 
 
 def save(model: Autoencoder, folder: Path) -> None:
-    """Write the weights and the standardisation as an ``AutoencoderKL`` folder of diffusers.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write weights and standardisation as an ``AutoencoderKL`` folder, or raise a `UserError`."""
     with unet.replaced(Path(folder), unet.CONFIG) as partial:
         model.kl.save_pretrained(partial)
 
 
 def load(folder: Path) -> Autoencoder:
-    """Read what `save` wrote, in evaluation mode.
-
-    Raises:
-        UserError: the folder holds no autoencoder.
-    """
+    """Read what `save` wrote, in evaluation mode, or raise a `UserError`."""
     with unet.understood(folder, "an autoencoder", f"{unet.CONFIG} and {unet.WEIGHTS}"):
         kl = unet.load_network(AutoencoderKL, Path(folder))
     return Autoencoder(kl).eval().requires_grad_(False)

@@ -139,7 +139,7 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
         **asked,
     )
     encoder = autoencoder.load(first).to(device)
-    asked = dict(latents=store.contents(first), width=trial.width) | told | PRETRAINING
+    asked = told | PRETRAINING | dict(latents=store.contents(first), width=trial.width)
     second = store.kept(
         f"latent-score-{images.name}",
         lambda folder: _pretraining(encoder, unlabelled(), trial, folder),
@@ -219,6 +219,15 @@ def _network(trial: Trial, x: Images, y: Labels, seed: int, arm: str) -> nn.Modu
     return train_resnet(x, y, change=change, told=arm, **how)
 
 
+def _check_two_of_each(y: Labels, classes: str) -> None:
+    counts = torch.bincount(y)
+    if len(counts) < 2 or counts.min() < 2:
+        raise UserError(
+            f"{classes}, the rarest with {counts.min()} images; at least 2 classes with 2 images "
+            "each are needed"
+        )
+
+
 def per_class(ratio: float | int, n: int, classes: int) -> int:
     """Synthetic images learnt from of each class, for n labelled ones of all; at least one."""
     return max(1, math.ceil(round(ratio * n) / classes))
@@ -260,6 +269,18 @@ class SyntheticAugmenter(ImageEstimator):
         ((48, 1, 16, 16), 48)
     """
 
+    ratio: settings.Above0
+    candidates: settings.Positive
+    confidence: settings.ShareBelow1
+    gradient_scale: settings.Amount
+    encoding: settings.Positive
+    pretraining: settings.Positive
+    width: settings.Width
+    factor: settings.Positive
+    steering: settings.Positive
+    sampler_steps: settings.Positive
+    resnet_steps: settings.Positive
+
     # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
     def __init__(
         self,
@@ -287,10 +308,7 @@ class SyntheticAugmenter(ImageEstimator):
     def fit(self, X, y, unlabelled=None) -> "SyntheticAugmenter":
         """Make synthetic images of the classes of ``y`` and judge them.
 
-        Args:
-            X: labelled images, two of each class at least.
-            y: their labels, numbers or strings.
-            unlabelled: images without labels to pretrain on, unless ``pretrained`` is given.
+        Unless ``pretrained`` is given, it pretrains on the ``unlabelled`` images or else on ``X``.
 
         Raises:
             UserError: a setting or an image that does not suit, or fewer than two classes.
@@ -299,12 +317,7 @@ class SyntheticAugmenter(ImageEstimator):
         x, position = self._first(X, y)
         trial = self._trial()
         y = torch.from_numpy(position)
-        rarest = int(torch.bincount(y).min())
-        if rarest < 2:
-            raise UserError(
-                f"{len(self.classes_)} classes, the rarest with {rarest} images, found; at least "
-                "2 images of each are needed"
-            )
+        _check_two_of_each(y, f"{len(self.classes_)} classes")
         others = x if unlabelled is None else self._further(unlabelled, learns=True)
         prior = self._prior(others, trial) if self.pretrained is None else self._given(x)
         # how near real images are to each other tells what is a copy
@@ -327,8 +340,7 @@ class SyntheticAugmenter(ImageEstimator):
         """
         x, y = self._further(X), self._known(y)
         check_consistent_length(x, y)
-        wanted = per_class(self._trial().ratio, len(x), len(self.classes_))
-        added = take(self.verdicts_, wanted)
+        added = take(self.verdicts_, per_class(self.ratio, len(x), len(self.classes_)))
         both = np.concatenate([x.numpy(), self.synthetic_[added]]).reshape(-1, *np.shape(X)[1:])
         given = np.asarray(self._flat(X)).dtype
         if given.kind in "iu":
@@ -340,7 +352,7 @@ class SyntheticAugmenter(ImageEstimator):
         return self.fit(X, y, unlabelled).resample(X, y)
 
     def _trial(self) -> Trial:
-        """The parameters that are settings of an experiment, as these, which checks them."""
+        """The parameters that are settings of an experiment, as these."""
         shared = {f.name for f in fields(Trial)} & self.get_params().keys()
         values = {name: getattr(self, name) for name in shared}
         return Trial("y", encoder_width=self.width, seed=self._seed, **values)
@@ -379,11 +391,6 @@ def run(
     """Scores of every arm in every fold, found by the settings or measured now.
 
     Each fold is a run of its own: an interrupted experiment goes on with the fold it was in.
-
-    Args:
-        images: an open image set with the splits train, val and test of the scheme.
-        trial: the settings.
-        from_scratch: measure even if such runs are there.
 
     Returns:
         One row per fold and test image: ``fold``, ``patient``, ``label`` (index of the class),
@@ -445,12 +452,7 @@ def _classes(known: ImageSet, test: ImageSet, scheme: str) -> tuple[list[str], T
     y, y_test = (
         torch.tensor([position.get(c, -1) for c in part.table[scheme]]) for part in (known, test)
     )
-    rarest = int(torch.bincount(y).min())
-    if len(names) < 2 or rarest < 2:
-        raise UserError(
-            f"{known.name}: {len(names)} classes of {scheme} in the split train, the rarest with "
-            f"{rarest} images; at least 2 classes with 2 images each are needed"
-        )
+    _check_two_of_each(y, f"{known.name}: {len(names)} classes of {scheme} in the split train")
     return names, y, y_test
 
 

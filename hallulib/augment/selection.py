@@ -63,13 +63,11 @@ class FeatureSpace:
     def judge(
         self, samples: Images, wanted: Labels, confidence: float | int = 0.5
     ) -> pd.DataFrame:
-        """What speaks for and against each synthetic image.
+        """What speaks for and against each synthetic image, in one row.
 
-        Returns:
-            One row per sample: the class ``wanted`` of it, ``nearest`` centroid, ``distance`` to
-            the wanted one (mean square over features), ``probability`` of the wanted class,
-            ``copy_of`` (the nearest training image), ``copy_distance`` and ``verdict``, one of
-            `REASONS`.
+        Its columns are the class ``wanted``, ``nearest`` centroid, ``distance`` to the wanted one
+        (mean square over features), ``probability`` of the wanted class, ``copy_of`` (the nearest
+        training image), ``copy_distance`` and ``verdict``, one of `REASONS`.
         """
         pooled, probabilities = read(self.network, samples)
         gaps = normalised(pooled)[:, None] - self.centroids
@@ -100,7 +98,7 @@ def normalised(
 
 
 def take(verdicts: pd.DataFrame, per_class: int) -> Bool[np.ndarray, " samples"]:
-    """Of each class the admitted samples nearest to its centroid, so many or all that there are.
+    """The admitted samples nearest to their centroids, at most so many of each class.
 
     Raises:
         UserError: no sample of any class was admitted.

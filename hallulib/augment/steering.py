@@ -29,10 +29,8 @@ from hallulib.shapes import Images, Labels, PerImage, Times, seeded
 class NoisyClassifier(nn.Module):
     """Class probabilities of noisy images or latents at any noise level.
 
-    Args:
-        model: the score model whose encoder is copied; it stays as it is.
-        classes: how many; the model need not know them.
-        seed: of the linear layer.
+    The encoder of ``model`` is copied, which need not know the classes; ``seed`` is of the layer
+    that is added.
     """
 
     def __init__(self, model: ScoreModel, classes: int, seed: int = 0):
@@ -64,11 +62,7 @@ class NoisyClassifier(nn.Module):
 
     def log_prob(self, y: Labels) -> Callable[[Images, Times], PerImage]:
         """``log p(y | x_t)`` as a function of ``(x_t, t)``, for one class per image."""
-
-        def of(x_t: Images, t: Times) -> PerImage:
-            return self(x_t, t).gather(1, y[:, None])[:, 0]
-
-        return of
+        return lambda x_t, t: self(x_t, t).gather(1, y[:, None])[:, 0]
 
 
 def train(
@@ -137,14 +131,10 @@ def steered(
     gradient_scale: float | int = 1.0,
     **settings,
 ) -> Images:
-    """Samples of an unconditional model, steered to the classes of a classifier.
+    """Samples of an unconditional model, steered to the class wanted of each, see `draw`.
 
-    Args:
-        model: unconditional.
-        classifier: on the model's device.
-        y: the class wanted of each sample, from 0.
-        gradient_scale: 0 is unconditional, 1 Bayes' rule, above it exaggerated; 10 in the paper.
-        settings: of :func:`hallulib.diffusion.sample.draw`.
+    A ``gradient_scale`` of 0 leaves them unconditional, 1 is Bayes' rule, above it they are
+    exaggerated; the paper takes 10.
     """
 
     def steer(eps: EpsFn, rows: Labels) -> EpsFn:

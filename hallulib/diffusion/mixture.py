@@ -18,7 +18,7 @@ from hallulib.shapes import Images, Labels, PerImage, Times
 
 
 class GaussianMixture:
-    """A mixture of Gaussians over small images, of which ``covariances`` flatten the pixels.
+    """A mixture of Gaussians over small images; ``covariances`` are those of flattened images.
 
     ``weights`` of the components are normalised here, and equal unless given.
     """

@@ -62,7 +62,7 @@ class ScoreModel(nn.Module):
     Args:
         sde: the forward diffusion.
         network: ``network(x, timesteps, y) -> Images``; timesteps run to 999 as in DDPM.
-        labels: the strings of the label scheme; class ``i`` is ``labels[i]``.
+        labels: of the label scheme; class ``i`` is ``labels[i]``.
         shifts: the image by which each class, and last the null class, is moved, as by
             :func:`hallulib.diffusion.unet.moved_to_means`.
 
@@ -108,11 +108,7 @@ class ScoreModel(nn.Module):
         return sin * scale * x_t + cos * self.velocity(x_t, t, y)
 
     def index(self, labels: Sequence[str]) -> Labels:
-        """Class indices of label strings.
-
-        Raises:
-            UserError: a label the model was not trained with.
-        """
+        """Class indices of label strings, which the model must know."""
         unknown = sorted(set(labels) - set(self.labels))
         if unknown:
             known = ", ".join(self.labels) or "none: it was trained without labels"

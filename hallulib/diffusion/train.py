@@ -186,17 +186,8 @@ def pretrained(
     """The class-conditional score model of an image set: found by its settings, or trained now.
 
     It learns from the images without labels and from the split ``train``; where there are both,
-    half of every batch comes from each. Validation and test images are never seen.
-
-    Args:
-        images: an open image set.
-        scheme: the label column that conditions the model; ``None`` makes it unconditional.
-        steps: optimiser steps.
-        batch_size: images per step.
-        width: see :func:`hallulib.diffusion.unet.build`.
-        seed: of the initial weights and of every draw.
-        device: where to train and to leave the model; a GPU if there is one.
-        from_scratch: train even if such a model is there.
+    half of every batch comes from each. Validation and test images are never seen. Without
+    ``scheme``, the label column, it is unconditional; it is trained on a GPU if there is one.
 
     Returns:
         The averaged model in evaluation mode, and the folder of its run.

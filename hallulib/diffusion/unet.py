@@ -39,9 +39,7 @@ Network = TypeVar("Network", bound=ModelMixin)
 class ClassUNet(nn.Module):
     """A ``UNet2DModel`` whose time embedding is shifted by a vector per class.
 
-    Args:
-        unet: a ``UNet2DModel`` with ``class_embed_type="identity"``.
-        n_classes: index ``n_classes`` is the null class, whose vector is zero.
+    Its ``class_embed_type`` is "identity"; index ``n_classes`` is the null class, its vector zero.
     """
 
     def __init__(self, unet: UNet2DModel, n_classes: int):
@@ -75,19 +73,13 @@ def build(
     """A fresh score model for square images.
 
     The image is halved until its side is 8 pixels or odd; the resolutions have once, twice, and
-    from the third on three times ``width`` channels, with self-attention at the coarsest.
-
-    Args:
-        sde: the forward diffusion, VP unless given.
-        size: side of the images in pixels.
-        channels: 1 for grey, 3 for colour, more for latents.
-        labels: in order; none makes an unconditional model.
-        width: a multiple of 8; 32 suits a CPU at 32 pixels (1.8 M weights), 128 a GPU.
-        seed: of the initial weights.
+    from the third on three times ``width`` channels, with self-attention at the coarsest. A width
+    of 32 suits a CPU at 32 pixels (1.8 M weights), 128 a GPU. Without labels the model is
+    unconditional, without ``sde`` it is VP.
 
     Raises:
-        UserError: another width, or a size that leaves more than 16 pixels a side at the coarsest
-            resolution, where attention would compare too many positions.
+        UserError: a width that is no multiple of 8, or a size that leaves more than 16 pixels a
+            side at the coarsest resolution, where attention would compare too many positions.
     """
     if width < 8 or width % 8:
         raise UserError(f"width is {width}; a multiple of 8 is needed")
