@@ -156,12 +156,9 @@ def sharpness(x: Images, y: Images, octaves: int = 3) -> PerImage:
 
 @dataclass
 class State(Stateful):
-    """Everything a training is at one step.
+    """Everything a training is at one step; the model is not yet standardised.
 
-    Attributes:
-        model: not yet standardised.
-        losses: the terms of `TERMS`, unweighted, for every step so far.
-        step: optimiser steps taken.
+    ``losses`` are the terms of `TERMS`, unweighted, for every step so far.
     """
 
     model: Autoencoder
@@ -198,15 +195,8 @@ def train(
     with d the entries of the latent and :math:`\lambda` of `WEIGHTS`, is lowered by Adam, whose
     rate falls from ``lr`` to 0 along a cosine.
 
-    Args:
-        model: trained in place, on the images' device, and made for their size.
-        images: in [-1, 1].
-        steps: optimiser steps in the whole run.
-        batch_size: images per step.
-        lr: the highest learning rate.
-        seed: of every draw.
-        folder: of the checkpoint, which is resumed where there is one.
-        every: steps between checkpoints, see :class:`hallulib.storage.checkpoint.Due`.
+    The model must be on the images' device and made for their size. The checkpoint in ``folder``
+    is resumed, see :func:`hallulib.storage.checkpoint.loop`.
 
     Raises:
         UserError: a checkpoint of other settings.

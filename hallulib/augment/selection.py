@@ -34,13 +34,10 @@ REASONS = (ADMITTED, "other class nearer", "not confident", "copy")
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """What a network trained on real labelled images makes of an image.
+    """What a network of :func:`hallulib.evidence.resnet.train_resnet` makes of an image.
 
-    Attributes:
-        network: of :func:`hallulib.evidence.resnet.train_resnet`.
-        centroids: mean of the normalised features of each class.
-        images: the real labelled images, which must not be copied.
-        copy_distance: root mean square distance in pixels below which an image counts as a copy.
+    ``centroids`` are the mean normalised features of each class, ``images`` the real ones, which
+    must not be copied; nearer to one than ``copy_distance`` (root mean square) is a copy.
     """
 
     network: nn.Module

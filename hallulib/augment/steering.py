@@ -78,16 +78,9 @@ def train(
 ) -> Iterator[float]:
     """Train on noised images, every class drawn equally often, one yielded loss per step.
 
-    Args:
-        classifier: trained in place, on the images' device; left in evaluation mode.
-        x: clean images or latents.
-        y: their classes.
-        steps: optimiser steps; the rate falls from ``lr`` to 0 along a cosine.
-        batch_size: images per step, each at its own noise level.
-        lr: AdamW's highest learning rate; weight decay is 0.05 as in the paper.
-        noised: ``False`` repeats the fault of the published code, which trains on clean images
-            and asks at all times.
-        seed: of the draws.
+    AdamW's rate falls from ``lr`` to 0 along a cosine; its weight decay is that of the paper.
+    Without ``noised`` it repeats the fault of the published code, which trains on clean images
+    and asks at all times.
     """
     classifier.train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)

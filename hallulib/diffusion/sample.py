@@ -34,13 +34,7 @@ Rng = torch.Generator
 
 
 class State(NamedTuple):
-    """Where a sampler is.
-
-    Attributes:
-        x: the noisy images ``x_t``.
-        x_0: the clean images expected from the last network call.
-        t: the time of ``x``, in [0, 1]; 0 at a level of 0.
-    """
+    """Noisy images at time t in [0, 1], and the clean images that the last call expects."""
 
     x: Images
     x_0: Images
@@ -213,22 +207,13 @@ def draw(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Images:
-    """Images of the given classes from a trained model.
+    """Images of the given classes from a trained model, on its device.
 
-    Args:
-        model: a trained model, on the device to sample on.
-        y: one class index per wanted image, ``model.null`` for none; or one embedding each.
-        sampler: a name in ``SAMPLERS``.
-        steps: of the sampler.
-        guidance_scale: see :func:`hallulib.diffusion.score.guided`.
-        steer: changes the noise prediction of the images at the given positions, as
-            :func:`hallulib.augment.steering.steered` does.
-        clip: see :func:`hallulib.diffusion.score.clipped`; not for latents, which have no limits.
-        images: one per wanted image, noised to ``start_time`` for the walk to start from; it
-            starts from pure noise unless they are given.
-        start_time: above ``sde.t_min`` to 1: the later, the less of ``images`` is left.
-        seed: of the noise.
-        batch_size: images in the network at once.
+    Each ``y`` is a class index, ``model.null`` for none, or an embedding. The noise is `guided`;
+    ``steer`` changes it for the images at the positions it is given, as
+    :func:`hallulib.augment.steering.steered` does; with ``clip`` it is `clipped`, which latents
+    must not be. The walk starts from pure noise or, if they are given, from ``images`` noised to
+    ``start_time``, above ``sde.t_min`` to 1: the later, the less of them is left.
     """
     device = next(model.parameters()).device
     y, rng = y.to(device), torch.Generator(device).manual_seed(seed)

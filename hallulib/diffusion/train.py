@@ -27,13 +27,8 @@ MAX_NORM = 1.0  # of the gradient, which is scaled down to it
 class State(Stateful):
     """Everything a training run is at one step; a checkpoint is this, written down.
 
-    Attributes:
-        model: the weights being trained.
-        ema: their exponential moving average, the model to sample from.
-        optimizer: Adam, with its moments.
-        rng: where all randomness comes from.
-        losses: of every step so far, on the device: only who reads them waits for it.
-        step: optimiser steps taken.
+    ``ema`` is the moving average of the model's weights, to sample from. ``losses``, one for each
+    step so far, stay on the device: only who reads them waits for it.
     """
 
     model: ScoreModel
