@@ -154,8 +154,9 @@ def pretrain(
         step(state, images[rows], y[rows], ema_decay, loss_of)
 
     due = checkpoint.Due(every, steps)
-    keeping: dict[str, Any] = dict(folder=folder, settings=settings)
-    return checkpoint.loop(start, take, steps=steps, due=due, look=State.check, **keeping)
+    return checkpoint.loop(
+        start, take, steps=steps, due=due, look=State.check, folder=folder, settings=settings
+    )
 
 
 def _adam(model: ScoreModel, lr: float, class_rate: float | int) -> torch.optim.Adam:
