@@ -6,8 +6,8 @@ with the mean :math:`m` and the scale :math:`\kappa = 1/\mathrm{std}` of the lat
 training images, so that a diffusion made for images of unit variance suits the latents too. Both
 are kept in the stock configuration (``shift_factor``, ``scaling_factor``) beside the weights.
 
-It learns to keep pixels and edges. No trained network is asked what looks right, in contrast to a
-perceptual loss, and no adversary: edges are compared at three resolutions (`sharpness`).
+It learns to keep pixels and edges (`sharpness`). No trained network is asked what looks right, in
+contrast to a perceptual loss, and no adversary.
 
 Source:
     Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022, sections
@@ -18,29 +18,27 @@ Source:
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hallulib import UserError
 from hallulib.diffusion import unet
 from hallulib.shapes import Images, Latents, PerImage, seeded
-from hallulib.storage import checkpoint, disk, parallel
+from hallulib.storage import checkpoint, parallel
 from hallulib.storage.checkpoint import Stateful
 
-TERMS = ("pixels", "sharpness", "kl")
+WEIGHTS = dict(sharpness=0.5, kl=1e-4)  # of the terms of the loss besides the pixels
+TERMS = ("pixels", *WEIGHTS)
 LATENT_CHANNELS = 4
 
 
 class Autoencoder(nn.Module):
-    """An ``AutoencoderKL`` between images in [-1, 1] and latents of unit variance.
-
-    Args:
-        kl: the network; its ``scaling_factor`` and ``shift_factor`` are those of `standardise`.
-    """
+    """An ``AutoencoderKL`` between images in [-1, 1] and latents of unit variance."""
 
     def __init__(self, kl: AutoencoderKL):
         super().__init__()
@@ -49,22 +47,17 @@ class Autoencoder(nn.Module):
     @property
     def factor(self) -> int:
         """Pixels of the image along each side of a latent position."""
-        return 2 ** (len(self.kl.config.block_out_channels) - 1)
+        return 2 ** (len(self.kl.config["block_out_channels"]) - 1)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
-        side = self.kl.config.sample_size // self.factor
-        return self.kl.config.latent_channels, side, side
+        side = self.kl.config["sample_size"] // self.factor
+        return self.kl.config["latent_channels"], side, side
 
     @torch.no_grad()
     def encode(self, images: Images, batch_size: int = 64) -> Latents:
-        """Latents of images: the means of their posteriors, standardised.
-
-        Args:
-            images: in [-1, 1].
-            batch_size: images in the network at once.
-        """
+        """Latents of images in [-1, 1]: the means of their posteriors, standardised."""
         means = [self.kl.encode(x).latent_dist.mean for x in images.split(batch_size)]
         shift, scale = self._standard()
         return scale * (torch.cat(means) - shift)
@@ -92,7 +85,7 @@ class Autoencoder(nn.Module):
         return self
 
     def _standard(self) -> tuple[float, float]:
-        return self.kl.config.shift_factor or 0.0, self.kl.config.scaling_factor
+        return self.kl.config["shift_factor"] or 0.0, self.kl.config["scaling_factor"]
 
 
 def build(
@@ -100,15 +93,11 @@ def build(
 ) -> Autoencoder:
     """A fresh autoencoder for square images.
 
-    Args:
-        size: side of the images in pixels, a multiple of ``factor``.
-        channels: 1 for grey, 3 for colour.
-        factor: pixels along each side of a latent position, a power of 2; Ye et al. 2023 take 4.
-        width: channels at full resolution, a multiple of 8; twice that below. 128 in the paper.
-        seed: of the initial weights.
+    A latent position has ``factor`` pixels along each side. There are ``width`` channels, a
+    multiple of 8, at full resolution (128 in the paper), and twice as many below.
 
     Raises:
-        UserError: a size that is no multiple of the factor, or a factor that is no power of 2.
+        UserError: a factor that is no power of 2 or does not divide the size.
     """
     levels = factor.bit_length()
     if factor != 2 ** (levels - 1) or size % factor:
@@ -134,28 +123,15 @@ def build(
 
 
 def save(model: Autoencoder, folder: Path) -> None:
-    """Write the weights and the standardisation as an ``AutoencoderKL`` folder of diffusers.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    with disk.whole_files(folder) as partial:
+    """Write weights and standardisation as an ``AutoencoderKL`` folder, or raise a `UserError`."""
+    with unet.replaced(Path(folder), unet.CONFIG) as partial:
         model.kl.save_pretrained(partial)
 
 
 def load(folder: Path) -> Autoencoder:
-    """Read what `save` wrote, in evaluation mode.
-
-    Raises:
-        UserError: the folder holds no autoencoder.
-    """
-    try:
+    """Read what `save` wrote, in evaluation mode, or raise a `UserError`."""
+    with unet.understood(folder, "an autoencoder", f"{unet.CONFIG} and {unet.WEIGHTS}"):
         kl = unet.load_network(AutoencoderKL, Path(folder))
-    except Exception as fault:  # what a damaged configuration makes diffusers throw
-        what = (str(fault) or "nothing more is known").splitlines()[0]
-        raise UserError(
-            f"{folder} is not an autoencoder that hallulib saved ({type(fault).__name__}: {what})"
-        ) from fault
     return Autoencoder(kl).eval().requires_grad_(False)
 
 
@@ -166,7 +142,6 @@ def sharpness(x: Images, y: Images, octaves: int = 3) -> PerImage:
               + \overline{|\partial_w (x_o - y_o)|} \right)
 
     over the full, half and quarter resolution: blur costs much here and little in the plain error.
-    No trained network is asked, in contrast to a perceptual loss.
 
     Source: Mathieu et al., *Deep Multi-Scale Video Prediction Beyond Mean Square Error*, 2016,
     eq. (6), over octaves. https://arxiv.org/abs/1511.05440
@@ -181,14 +156,9 @@ def sharpness(x: Images, y: Images, octaves: int = 3) -> PerImage:
 
 @dataclass
 class State(Stateful):
-    """Everything a training is at one step.
+    """Everything a training is at one step; the model is not yet standardised.
 
-    Attributes:
-        model: the autoencoder being trained, not yet standardised.
-        optimizer: Adam.
-        rng: where all randomness comes from.
-        losses: the terms of `TERMS`, unweighted, for every step so far.
-        step: optimiser steps taken.
+    ``losses`` are the terms of `TERMS`, unweighted, for every step so far.
     """
 
     model: Autoencoder
@@ -199,7 +169,7 @@ class State(Stateful):
 
     def parts(self) -> dict[str, object]:
         """All but the step."""
-        return {n: getattr(self, n) for n in ("model", "optimizer", "rng", "losses")}
+        return {name: part for name, part in vars(self).items() if name != "step"}
 
     def log(self) -> dict[str, list]:
         """The terms so far."""
@@ -213,8 +183,6 @@ def train(
     steps: int,
     batch_size: int = 16,
     lr: float = 1e-3,
-    sharpness_weight: float = 0.5,
-    kl_weight: float = 1e-4,
     seed: int = 0,
     folder: Path | None = None,
     every: int = 200,
@@ -224,44 +192,36 @@ def train(
     .. math:: \overline{|x - \hat x|} + \lambda_s\,\mathrm{sharpness}
               + \lambda_k\,\tfrac1d\,\mathrm{KL}(q(z \mid x) \,\|\, \mathcal N(0, 1))
 
-    with d the entries of the latent.
+    with d the entries of the latent and :math:`\lambda` of `WEIGHTS`, is lowered by Adam, whose
+    rate falls from ``lr`` to 0 along a cosine.
 
-    Args:
-        model: trained in place, on the images' device, and made for their size.
-        images: in [-1, 1].
-        steps: optimiser steps in the whole run; the rate falls to 0 along a cosine.
-        batch_size: images per step.
-        lr: Adam's highest learning rate.
-        sharpness_weight: of `sharpness`.
-        kl_weight: of the divergence per latent entry.
-        seed: of every draw.
-        folder: of the checkpoint, which is resumed where there is one.
-        every: steps between checkpoints, see :class:`hallulib.storage.checkpoint.Due`.
+    The model must be on the images' device and made for their size. The checkpoint in ``folder``
+    is resumed, see :func:`hallulib.storage.checkpoint.loop`.
 
     Raises:
         UserError: a checkpoint of other settings.
     """
     model.train().to(memory_format=torch.channels_last)
-    device, weights = images.device, dict(sharpness=sharpness_weight, kl=kl_weight)
+    device = images.device
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.5, 0.9))
     rng = torch.Generator(device).manual_seed(seed)
     state = State(model, optimizer, rng, torch.full((steps, len(TERMS)), torch.nan, device=device))
-    settings = dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed)
-    settings |= dict(weights=weights, images=list(images.shape))
+    settings: dict[str, Any] = dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+    settings |= dict(weights=WEIGHTS, images=list(images.shape))
 
     def take(state: State) -> None:
         rows = torch.randint(len(images), (batch_size,), generator=rng, device=device)
         for group in optimizer.param_groups:
             cosine = torch.cos(torch.tensor(torch.pi * state.step / steps)).item()
             group["lr"] = lr * 0.5 * (1 + cosine)
-        step(state, images[rows], weights)
+        step(state, images[rows])
 
     due = checkpoint.Due(every, steps)
     return checkpoint.loop(state, take, steps=steps, due=due, folder=folder, settings=settings)
 
 
-def step(state: State, x: Images, weights: dict[str, float]) -> None:
-    """One step on a batch of images; ``weights`` of the terms besides the pixels."""
+def step(state: State, x: Images) -> None:
+    """One step on a batch of images."""
     kl, optimizer = state.model.kl, state.optimizer
     noise = torch.randn((len(x), *state.model.shape), generator=state.rng, device=x.device)
     mine, counts = parallel.share(len(x))
@@ -271,7 +231,7 @@ def step(state: State, x: Images, weights: dict[str, float]) -> None:
     spread = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
     terms = dict(pixels=(x - again).abs().mean(), sharpness=sharpness(x, again).mean())
     terms |= dict(kl=spread.mean())
-    loss = terms["pixels"] + sum(w * terms[name] for name, w in weights.items())
+    loss = terms["pixels"] + sum(w * terms[name] for name, w in WEIGHTS.items())
     loss.backward()
     row = torch.stack([terms[name].detach() for name in TERMS])
     state.losses[state.step] = parallel.combine(state.model.parameters(), row, counts)

@@ -1,8 +1,18 @@
-"""Synthetic training images as an estimator in the way of imbalanced-learn: fit, then resample.
+r"""Synthetic training images where labels are few: the steps, an estimator, and an experiment.
 
-``fit`` steers an unconditional latent diffusion model to the classes of a few labelled images and
-lets a network trained on these judge what comes out; ``resample`` adds what was admitted. The
-steps lie beside it, for the experiment: `pretrained`, `synthesise`, `judged`.
+An autoencoder and an unconditional score model of its latents learn from images without labels
+(`pretrained`). A noise-aware classifier of the latents of a few labelled images steers the score
+model to their classes (`synthesise`), and a network trained on these images judges what comes out
+(`judged`). `SyntheticAugmenter` adds what was admitted, in the way of imbalanced-learn. Does that
+help? In every fold of the experiment (`run`) a small share of the training images gets its labels
+back, and a ResNet-18 is trained for the same number of steps on
+
+==============  ===========================================================================
+real            the labelled images as they are
+classical       shifted, mirrored and changed in contrast
+unselected      classical, and synthetic images drawn at random from all that were made
+selected        classical, and as many admitted by :mod:`hallulib.augment.selection`
+==============  ===========================================================================
 
 Source:
     Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023.
@@ -10,14 +20,16 @@ Source:
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
+from safetensors.torch import load_file, save_file
 from sklearn.utils import check_consistent_length
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,16 +39,20 @@ from hallulib.augment import autoencoder, steering
 from hallulib.augment.autoencoder import LATENT_CHANNELS, Autoencoder
 from hallulib.augment.selection import FeatureSpace, copy_threshold, take
 from hallulib.data.changes import augmented
-from hallulib.data.imageset import ImageSet
+from hallulib.data.imageset import ImageSet, choose
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.sample import SAMPLERS
 from hallulib.diffusion.score import ScoreModel
-from hallulib.evidence.resnet import train_resnet
+from hallulib.evidence.metrics import read_scores
+from hallulib.evidence.resnet import read, train_resnet
 from hallulib.shapes import AnyImages, Images, Labels
-from hallulib.storage import settings, store
+from hallulib.storage import disk, settings, store
 from hallulib.storage.estimator import ImageEstimator, Others
 
-ENCODING, PRETRAINING = dict(batch_size=16, lr=1e-3), dict(batch_size=64, lr=4e-4)
+ENCODING: dict[str, Any] = dict(batch_size=16, lr=1e-3)
+PRETRAINING: dict[str, Any] = dict(batch_size=64, lr=4e-4)
+ARMS = ("real", "classical", "unselected", "selected")
+SCORES, VERDICTS, SYNTHETIC = "scores.csv", "verdicts.csv", "synthetic.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class Trial:
 
     Attributes:
         scheme: label column.
-        share: of the labels of the split ``train`` that are kept in a fold, above 0 to 1.
+        share: of the labels of the split ``train`` that are kept in a fold.
         folds: draws of those labels, each with networks of its own.
         encoding: steps of the autoencoder.
         factor: pixels along each side of a position of its latents: 4 as in the paper suits 64
@@ -58,7 +74,7 @@ class Trial:
         sampler, sampler_steps: see :func:`hallulib.diffusion.sample.draw`.
         ratio: synthetic images learnt from, for each labelled real one.
         candidates: synthetic images made for each one that is learnt from.
-        confidence: see :mod:`hallulib.augment.selection`.
+        confidence: least probability of its class, see :mod:`hallulib.augment.selection`.
         resnet_steps: of every ResNet-18.
         resnet_width: of its first block.
         n_test: test images, at most; classes keep their shares.
@@ -94,13 +110,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What was learnt without labels.
-
-    Attributes:
-        autoencoder: between images and latents.
-        model: the unconditional score model of the latents.
-        folders: of the two runs, where they are runs.
-    """
+    """What was learnt without labels, and the folders of the two runs, where they are runs."""
 
     autoencoder: Autoencoder
     model: ScoreModel
@@ -117,22 +127,26 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
     def unlabelled() -> Images:
         return images.unlabelled().to(device)
 
-    told = dict(told=f"encoding {images.name}", steps=trial.encoding, from_scratch=from_scratch)
-    shape = dict(width=trial.encoder_width, factor=trial.factor, latent_channels=LATENT_CHANNELS)
+    told: dict[str, Any] = dict(seed=trial.seed, from_scratch=from_scratch)
+    asked: dict[str, Any] = dict(data=images.identity, size=images.size, factor=trial.factor)
+    asked |= dict(width=trial.encoder_width, latent_channels=LATENT_CHANNELS) | told | ENCODING
     first = store.kept(
         f"autoencoder-{images.name}",
         lambda folder: _encoding(unlabelled(), trial, folder),
         lambda state, folder: autoencoder.save(_standardised(state, unlabelled()), folder),
-        **dict(data=images.identity, size=images.size, seed=trial.seed) | shape | ENCODING | told,
+        told=f"encoding {images.name}",
+        steps=trial.encoding,
+        **asked,
     )
     encoder = autoencoder.load(first).to(device)
-    told |= dict(told="training on latents", steps=trial.pretraining)
+    asked = told | PRETRAINING | dict(latents=store.contents(first), width=trial.width)
     second = store.kept(
         f"latent-score-{images.name}",
         lambda folder: _pretraining(encoder, unlabelled(), trial, folder),
         lambda state, folder: unet.save(state.ema, folder),
-        **dict(latents=store.contents(first), width=trial.width, seed=trial.seed),
-        **PRETRAINING | told,
+        told="training on latents",
+        steps=trial.pretraining,
+        **asked,
     )
     return Pretrained(encoder, unet.load(second).to(device), (first, second))
 
@@ -141,7 +155,7 @@ def _encoding(x: Images, trial: Trial, folder: Path | None = None) -> Iterator[a
     """The training of an autoencoder of images."""
     shape = dict(width=trial.encoder_width, factor=trial.factor, seed=trial.seed)
     model = autoencoder.build(size=x.shape[2], channels=x.shape[1], **shape).to(x.device)
-    how = dict(steps=trial.encoding, seed=trial.seed, folder=folder)
+    how: dict[str, Any] = dict(steps=trial.encoding, seed=trial.seed, folder=folder)
     return autoencoder.train(model, x, **how, **ENCODING)
 
 
@@ -156,25 +170,17 @@ def _pretraining(
     """The training of a score model of their latents."""
     channels, side, _ = encoder.shape
     model = unet.build(size=side, channels=channels, width=trial.width, seed=trial.seed)
-    how = dict(steps=trial.pretraining, seed=trial.seed, folder=folder)
+    how: dict[str, Any] = dict(steps=trial.pretraining, seed=trial.seed, folder=folder)
     return train.pretrain(model.to(x.device), encoder.encode(x), **how, **PRETRAINING)
 
 
 def synthesise(
     prior: Pretrained, trial: Trial, x: Images, y: Labels, n: int, seed: int
 ) -> tuple[AnyImages, Int[Tensor, " _made"]]:
-    """Synthetic images of every class, equally many, from what was learnt without labels.
+    """Synthetic images in [-1, 1], n of every class, and the class each was made for.
 
-    Args:
-        prior: the pretrained models, on the device to work on.
-        trial: how to steer and to sample.
-        x: the labelled images.
-        y: their classes, 0 to k - 1.
-        n: images wanted of each class.
-        seed: of training and noise.
-
-    Returns:
-        Images in [-1, 1] and the class each was made for.
+    The pretrained models work on their own device; ``x`` are the labelled images and ``y`` their
+    classes, 0 to k - 1.
     """
     device = next(prior.model.parameters()).device
     latents, labels = prior.autoencoder.encode(x.to(device)), y.to(device)
@@ -194,24 +200,32 @@ def judged(
 ) -> tuple[nn.Module, AnyImages, pd.DataFrame]:
     """Synthetic images, and what a network trained on the labelled ones says of them.
 
-    Args:
-        prior: the pretrained models, on the device to work on.
-        trial: the settings.
-        x: the labelled images.
-        y: their classes, 0 to k - 1.
-        copy_distance: below which a synthetic image counts as a copy of one of them.
-        seed: of every training and of noise.
+    Arguments are as of `synthesise` and :class:`hallulib.augment.selection.FeatureSpace`.
 
     Returns:
-        The network that judges, the images, and one row for each, see
+        The network, the images, and one row for each, see
         :meth:`hallulib.augment.selection.FeatureSpace.judge`.
     """
-    how = dict(steps=trial.resnet_steps, width=trial.resnet_width, seed=seed)
-    judge = train_resnet(x, y, change=changed, told="classical", **how)
+    judge = _network(trial, x, y, seed, "classical")
     n = per_class(trial.ratio, len(x), int(y.max()) + 1) * trial.candidates
     made, wanted = synthesise(prior, trial, x, y, n, seed)
     space = FeatureSpace.fit(judge, x, y, copy_distance)
     return judge, made, space.judge(made, wanted, trial.confidence)
+
+
+def _network(trial: Trial, x: Images, y: Labels, seed: int, arm: str) -> nn.Module:
+    change = None if arm == "real" else changed
+    how = dict(steps=trial.resnet_steps, width=trial.resnet_width, seed=seed)
+    return train_resnet(x, y, change=change, told=arm, **how)
+
+
+def _check_two_of_each(y: Labels, classes: str) -> None:
+    counts = torch.bincount(y)
+    if len(counts) < 2 or counts.min() < 2:
+        raise UserError(
+            f"{classes}, the rarest with {counts.min()} images; at least 2 classes with 2 images "
+            "each are needed"
+        )
 
 
 def per_class(ratio: float | int, n: int, classes: int) -> int:
@@ -235,18 +249,11 @@ class SyntheticAugmenter(ImageEstimator):
             ``hallulib.augment.pretrained(...).folders`` gives them. ``None`` trains both on the
             images without labels that ``fit`` is given, or on the labelled ones.
         channels: of images that come as rows.
-        ratio: synthetic images to add, for each labelled one.
-        candidates: images made for each one to add.
-        confidence: least probability of its class, see :mod:`hallulib.augment.selection`.
-        gradient_scale: of the classifier's gradient; the paper takes 10.
-        encoding, pretraining: steps of the two trainings without labels.
         width: of the score model; the autoencoder has the same.
-        factor: pixels along each side of a position of the latents, a power of 2.
-        steering: steps of the noise-aware classifier.
-        sampler_steps: of DPM-Solver++.
-        resnet_steps: of the network that judges.
         device: a GPU if there is one.
         random_state: of everything, a whole number.
+        ratio, candidates, confidence, gradient_scale, encoding, pretraining, factor, steering,
+            sampler_steps, resnet_steps: see `Trial`.
 
     Attributes:
         classes_: the labels, sorted.
@@ -280,17 +287,17 @@ class SyntheticAugmenter(ImageEstimator):
         pretrained=None,
         *,
         channels=1,
-        ratio=1.0,
-        candidates=4,
-        confidence=0.5,
-        gradient_scale=2.0,
-        encoding=1500,
-        pretraining=3000,
-        width=32,
-        factor=4,
-        steering=300,
-        sampler_steps=20,
-        resnet_steps=300,
+        ratio=Trial.ratio,
+        candidates=Trial.candidates,
+        confidence=Trial.confidence,
+        gradient_scale=Trial.gradient_scale,
+        encoding=Trial.encoding,
+        pretraining=Trial.pretraining,
+        width=Trial.width,
+        factor=Trial.factor,
+        steering=Trial.steering,
+        sampler_steps=Trial.sampler_steps,
+        resnet_steps=Trial.resnet_steps,
         device=None,
         random_state=0,
     ):
@@ -301,24 +308,16 @@ class SyntheticAugmenter(ImageEstimator):
     def fit(self, X, y, unlabelled=None) -> "SyntheticAugmenter":
         """Make synthetic images of the classes of ``y`` and judge them.
 
-        Args:
-            X: labelled images, two of each class at least.
-            y: their labels, numbers or strings.
-            unlabelled: images without labels to pretrain on, unless ``pretrained`` is given.
+        Unless ``pretrained`` is given, it pretrains on the ``unlabelled`` images or else on ``X``.
 
         Raises:
             UserError: a setting or an image that does not suit, or fewer than two classes.
             ValueError: scikit-learn's own checks of X and y.
         """
         x, position = self._first(X, y)
-        y = torch.from_numpy(position)
-        rarest = int(torch.bincount(y).min())
-        if rarest < 2:
-            raise UserError(
-                f"{len(self.classes_)} classes, the rarest with {rarest} images, found; at least "
-                "2 images of each are needed"
-            )
         trial = self._trial()
+        y = torch.from_numpy(position)
+        _check_two_of_each(y, f"{len(self.classes_)} classes")
         others = x if unlabelled is None else self._further(unlabelled, learns=True)
         prior = self._prior(others, trial) if self.pretrained is None else self._given(x)
         # how near real images are to each other tells what is a copy
@@ -332,12 +331,8 @@ class SyntheticAugmenter(ImageEstimator):
         """The images with synthetic ones after them, and the labels of both.
 
         Of each class the admitted ones nearest to its centroid are added, equally many as far as
-        that many were admitted.
-
-        Args:
-            X: labelled images, in any form; the answer has the form of ``X``, and grey levels
-                where ``X`` holds them.
-            y: their labels.
+        that many were admitted. Images come back in the form of ``X``, as grey levels where it
+        holds them.
 
         Raises:
             UserError: nothing was admitted, or a label that the fit did not see.
@@ -371,7 +366,8 @@ class SyntheticAugmenter(ImageEstimator):
                 "score model of its latents are needed"
             )
         encoder, model = autoencoder.load(folders[0]), unet.load(folders[1])
-        shape = (encoder.kl.config.in_channels, *(encoder.kl.config.sample_size,) * 2)
+        config = encoder.kl.config
+        shape = config["in_channels"], config["sample_size"], config["sample_size"]
         if tuple(x.shape[1:]) != shape:
             raise UserError(
                 f"images have (channels, height, width) {tuple(x.shape[1:])}; the autoencoder "
@@ -382,8 +378,110 @@ class SyntheticAugmenter(ImageEstimator):
     def _prior(self, others: Others, trial: Trial) -> Pretrained:
         """The autoencoder and the score model of its latents, trained now."""
         x = others.to(self._on())
-        state = store.finished(_encoding(x, trial), trial.encoding, "autoencoder")
-        encoder = _standardised(state, x)
+        encoded = store.finished(_encoding(x, trial), trial.encoding, "autoencoder")
+        encoder = _standardised(encoded, x)
         loop = _pretraining(encoder, x, trial)
-        state = store.finished(loop, trial.pretraining, "training on latents")
-        return Pretrained(encoder, state.ema)
+        learnt = store.finished(loop, trial.pretraining, "training on latents")
+        return Pretrained(encoder, learnt.ema)
+
+
+def run(
+    images: ImageSet, trial: Trial, *, from_scratch: bool = False
+) -> tuple[pd.DataFrame, list[Path]]:
+    """Scores of every arm in every fold, found by the settings or measured now.
+
+    Each fold is a run of its own: an interrupted experiment goes on with the fold it was in.
+
+    Returns:
+        One row per fold and test image: ``fold``, ``patient``, ``label`` (index of the class),
+        and for each arm and class ``<arm> <class>``, the probability; and the folders of the
+        folds, with ``verdicts.csv`` (one row per synthetic image) and the images beside it.
+
+    Raises:
+        UserError: a split is empty, fewer than two classes, a class with fewer than two images,
+            or no synthetic image was admitted.
+    """
+    prior = pretrained(images, trial, from_scratch)
+    scores, folders = [], []
+    for fold in range(trial.folds):
+        folder = store.load_or_train(
+            f"augmented-{images.name}",
+            partial(_measure, images, trial, prior),
+            defaults=Trial,
+            from_scratch=from_scratch,
+            latents=store.contents(prior.folders[1]),
+            data=images.identity,
+            fold=fold,
+            **{k: v for k, v in asdict(trial).items() if k != "folds"},
+        )
+        scores.append(read_scores(folder / SCORES).assign(fold=fold))
+        folders.append(folder)
+    return pd.concat(scores, ignore_index=True), folders
+
+
+def _measure(
+    images: ImageSet, trial: Trial, prior: Pretrained, folder: Path, fold: int, **_
+) -> None:
+    known, test, held_out = (
+        images.select(split, labelled=trial.scheme) for split in ("train", "test", "val")
+    )
+    names, y, y_test = _classes(known, test, trial.scheme)
+    rows = choose(y, 0, trial.seed + fold, trial.share)
+    x, y = known.tensor(rows), y[rows]
+    distance = copy_threshold(x, held_out.tensor())
+    networks, made, verdicts = _arms(prior, trial, x, y, distance, trial.seed + fold)
+
+    asked = np.sort(np.random.default_rng(0).permutation(len(test))[: trial.n_test])
+    x_test = test.tensor(asked)
+    scores = pd.DataFrame({"patient": test.table["patient"].iloc[asked].to_numpy()})
+    scores["label"] = y_test[asked].numpy()
+    for arm in ARMS:
+        for name, column in zip(names, read(networks[arm], x_test)[1].T, strict=True):
+            scores[f"{arm} {name}"] = column
+    real, synthetic = (((part + 1) * 127.5).round().to(torch.uint8) for part in (x, made))
+    with disk.whole_files(folder) as new:
+        save_file({"real": real, "labels": y, "synthetic": synthetic}, new / SYNTHETIC)
+        verdicts.to_csv(new / VERDICTS, index=False)
+        scores.to_csv(new / SCORES, index=False)
+
+
+def _classes(known: ImageSet, test: ImageSet, scheme: str) -> tuple[list[str], Tensor, Tensor]:
+    """Classes with training images, and the position among them of every label, or -1."""
+    names = [c for c in known.classes(scheme) if c in set(known.table[scheme])]
+    position = {name: i for i, name in enumerate(names)}
+    y, y_test = (
+        torch.tensor([position.get(c, -1) for c in part.table[scheme]]) for part in (known, test)
+    )
+    _check_two_of_each(y, f"{known.name}: {len(names)} classes of {scheme} in the split train")
+    return names, y, y_test
+
+
+def _arms(
+    prior: Pretrained, trial: Trial, x: Images, y: Labels, copy_distance: float, seed: int
+) -> tuple[dict[str, nn.Module], AnyImages, pd.DataFrame]:
+    """A network for each arm, the synthetic images, and which of them two arms learnt from."""
+    networks = {"real": _network(trial, x, y, seed, "real")}
+    networks["classical"], made, verdicts = judged(prior, trial, x, y, copy_distance, seed)
+    verdicts["selected"] = take(verdicts, per_class(trial.ratio, len(x), int(y.max()) + 1))
+    verdicts["unselected"] = _at_random(verdicts, seed)
+    wanted = torch.tensor(verdicts["wanted"].to_numpy())
+    for arm in ("selected", "unselected"):
+        learnt = torch.tensor(verdicts[arm].to_numpy())
+        both = torch.cat([x, made[learnt]]), torch.cat([y, wanted[learnt]])
+        networks[arm] = _network(trial, *both, seed, arm)
+    return networks, made, verdicts
+
+
+def _at_random(verdicts: pd.DataFrame, seed: int) -> np.ndarray:
+    """As many of each class as were selected, whatever was said of them."""
+    rng, taken = np.random.default_rng(seed), np.zeros(len(verdicts), dtype=bool)
+    for _, of_class in verdicts.groupby("wanted"):
+        taken[rng.permutation(of_class.index.to_numpy())[: of_class["selected"].sum()]] = True
+    return taken
+
+
+def read_fold(folder: Path) -> tuple[Images, Labels, AnyImages, pd.DataFrame]:
+    """Labelled images of a fold and their classes, its synthetic images and their verdicts."""
+    pixels = load_file(folder / SYNTHETIC)
+    real, made = (pixels[k].float() / 127.5 - 1 for k in ("real", "synthetic"))
+    return real, pixels["labels"], made, pd.read_csv(folder / VERDICTS)

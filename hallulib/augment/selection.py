@@ -34,13 +34,10 @@ REASONS = (ADMITTED, "other class nearer", "not confident", "copy")
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """What a network trained on real labelled images makes of an image.
+    """What a network of :func:`hallulib.evidence.resnet.train_resnet` makes of an image.
 
-    Attributes:
-        network: of :func:`hallulib.evidence.resnet.train_resnet`.
-        centroids: mean of the normalised features of each class.
-        images: the real labelled images, which must not be copied.
-        copy_distance: root mean square distance in pixels below which an image counts as a copy.
+    ``centroids`` are the mean normalised features of each class, ``images`` the real ones, which
+    must not be copied; nearer to one than ``copy_distance`` (root mean square) is a copy.
     """
 
     network: nn.Module
@@ -52,13 +49,9 @@ class FeatureSpace:
     def fit(
         cls, network: nn.Module, images: Images, y: Labels, copy_distance: float
     ) -> "FeatureSpace":
-        """Centroids of real labelled images.
+        """Centroids of the images ``network`` was trained on, of classes 0 to k - 1.
 
-        Args:
-            network: trained on ``images``.
-            images: real labelled images.
-            y: their classes, 0 to k - 1.
-            copy_distance: see above; `copy_threshold` measures one.
+        A ``copy_distance`` is measured by `copy_threshold`.
         """
         f = normalised(read(network, images)[0])
         centroids = np.stack([f[(y == c).numpy()].mean(0) for c in range(int(y.max()) + 1)])
@@ -67,17 +60,11 @@ class FeatureSpace:
     def judge(
         self, samples: Images, wanted: Labels, confidence: float | int = 0.5
     ) -> pd.DataFrame:
-        """What speaks for and against each synthetic image.
+        """What speaks for and against each synthetic image, in one row.
 
-        Args:
-            samples: synthetic images.
-            wanted: the class each was made for.
-            confidence: the least probability of that class.
-
-        Returns:
-            One row per sample: ``wanted``, ``nearest`` centroid, ``distance`` to the wanted one
-            (mean square over features), ``probability`` of the wanted class, ``copy_of`` (the
-            nearest training image), ``copy_distance`` and ``verdict``, one of `REASONS`.
+        Its columns are the class ``wanted``, ``nearest`` centroid, ``distance`` to the wanted one
+        (mean square over features), ``probability`` of the wanted class, ``copy_of`` (the nearest
+        training image), ``copy_distance`` and ``verdict``, one of `REASONS`.
         """
         pooled, probabilities = read(self.network, samples)
         gaps = normalised(pooled)[:, None] - self.centroids
@@ -96,13 +83,7 @@ class FeatureSpace:
 
 
 def copy_threshold(images: Images, others: AnyImages, quantile: float = 0.01) -> float:
-    """How near to one of some images only few other real images are.
-
-    Args:
-        images: real images that must not be copied.
-        others: real images of other patients.
-        quantile: share of them that would be taken for copies.
-    """
+    """How near to one of ``images`` only that share of real images of other patients is."""
     return float(torch.quantile(nearest(images, others).distance, quantile))
 
 
@@ -115,10 +96,6 @@ def normalised(
 
 def take(verdicts: pd.DataFrame, per_class: int) -> Bool[np.ndarray, " samples"]:
     """The admitted samples nearest to their centroids, at most so many of each class.
-
-    Args:
-        verdicts: of `FeatureSpace.judge`.
-        per_class: samples of each class; a class with fewer admitted gives all it has.
 
     Raises:
         UserError: no sample of any class was admitted.
@@ -136,7 +113,7 @@ def take(verdicts: pd.DataFrame, per_class: int) -> Bool[np.ndarray, " samples"]
 
 
 def rates(verdicts: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """How many samples of each class met which verdict; one row per class, and the rate."""
+    """How many samples of each class met which verdict, and the rate of the admitted."""
     counts = pd.crosstab(verdicts["wanted"], verdicts["verdict"])
     counts = counts.reindex(index=range(len(labels)), columns=list(REASONS), fill_value=0)
     counts.index = pd.Index(labels, name="class")

@@ -13,7 +13,7 @@ Source:
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,8 @@ from hallulib.shapes import Images, Labels, PerImage, Times, seeded
 class NoisyClassifier(nn.Module):
     """Class probabilities of noisy images or latents at any noise level.
 
-    Args:
-        model: the score model whose encoder is copied; it stays as it is.
-        classes: how many; the model need not know them.
-        seed: of the linear layer.
+    The encoder of ``model`` is copied, which need not know the classes; ``seed`` is of the layer
+    that is added.
     """
 
     def __init__(self, model: ScoreModel, classes: int, seed: int = 0):
@@ -62,13 +60,9 @@ class NoisyClassifier(nn.Module):
         """Logarithms of the class probabilities of noisy images, in nats."""
         return self.head(self.features(x_t, t)).log_softmax(1)
 
-    def log_prob(self, y: Labels):
+    def log_prob(self, y: Labels) -> Callable[[Images, Times], PerImage]:
         """``log p(y | x_t)`` as a function of ``(x_t, t)``, for one class per image."""
-
-        def of(x_t: Images, t: Times) -> PerImage:
-            return self(x_t, t).gather(1, y[:, None])[:, 0]
-
-        return of
+        return lambda x_t, t: self(x_t, t).gather(1, y[:, None])[:, 0]
 
 
 def train(
@@ -84,16 +78,9 @@ def train(
 ) -> Iterator[float]:
     """Train on noised images, every class drawn equally often, one yielded loss per step.
 
-    Args:
-        classifier: trained in place, on the images' device; left in evaluation mode.
-        x: clean images or latents.
-        y: their classes.
-        steps: optimiser steps; the rate falls to 0 along a cosine.
-        batch_size: images per step, each at its own noise level.
-        lr: AdamW's highest learning rate; weight decay is 0.05 as in the paper.
-        noised: train at all times; ``False`` repeats the fault of the published code, which
-            trains on clean images and asks at all times.
-        seed: of the draws.
+    AdamW's rate falls from ``lr`` to 0 along a cosine; its weight decay is that of the paper.
+    Without ``noised`` it repeats the fault of the published code, which trains on clean images
+    and asks at all times.
     """
     classifier.train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
@@ -137,15 +124,10 @@ def steered(
     gradient_scale: float | int = 1.0,
     **settings,
 ) -> Images:
-    """Samples of an unconditional model, steered to the classes of a classifier.
+    """Samples of an unconditional model, steered to the class wanted of each, see `draw`.
 
-    Args:
-        model: the unconditional score model.
-        classifier: on the model's device.
-        y: the class wanted of each sample, from 0.
-        gradient_scale: 0 leaves the samples unconditional, 1 is Bayes' rule, above it is
-            exaggerated; the paper takes 10.
-        settings: of :func:`hallulib.diffusion.sample.draw`.
+    A ``gradient_scale`` of 0 leaves them unconditional, 1 is Bayes' rule, above it they are
+    exaggerated; the paper takes 10.
     """
 
     def steer(eps: EpsFn, rows: Labels) -> EpsFn:

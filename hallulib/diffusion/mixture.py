@@ -18,12 +18,9 @@ from hallulib.shapes import Images, Labels, PerImage, Times
 
 
 class GaussianMixture:
-    """A mixture of Gaussians over small images.
+    """A mixture of Gaussians over small images; ``covariances`` are those of flattened images.
 
-    Args:
-        means: mean image of each component.
-        covariances: covariance of the flattened image of each component.
-        weights: of the components; normalised here, equal unless given.
+    ``weights`` of the components are normalised here, and equal unless given.
     """
 
     def __init__(
@@ -76,11 +73,7 @@ class ClassMixture:
     """Classes that are mixtures themselves: a score model without network, in closed form.
 
     It stands in for a trained class-conditional `ScoreModel` where the truth must be known.
-
-    Args:
-        sde: the forward diffusion.
-        classes: label -> its data.
-        priors: how frequent the classes are; equal unless given.
+    ``priors``, how frequent the classes are, are normalised here, and equal unless given.
     """
 
     def __init__(
@@ -90,8 +83,8 @@ class ClassMixture:
         priors: Sequence[float] | None = None,
     ):
         self.sde, self.labels, self.parts = sde, tuple(classes), tuple(classes.values())
-        priors = torch.tensor(priors or [1.0] * len(classes), dtype=torch.float64)
-        self.priors = priors / priors.sum()
+        frequencies = torch.tensor(priors or [1.0] * len(classes), dtype=torch.float64)
+        self.priors = frequencies / frequencies.sum()
 
     index = ScoreModel.index  # of label strings
 
@@ -101,13 +94,10 @@ class ClassMixture:
         return eps[y, torch.arange(len(y), device=y.device)]
 
     def log_prob(self, x: Images, t: float = 0.0) -> Float[Tensor, "batch classes"]:
-        """Exact log-density of ``x_t`` under each class, in nats; at time 0 of clean images.
-
-        A variance-exploding diffusion has its least noise at time 0 as well.
-        """
+        """Exact log-density of ``x_t`` under each class, in nats; at time 0 of clean images."""
         times = x.new_full((len(x),), t)
         return torch.stack([part.log_prob(self.sde, x, times) for part in self.parts], 1)
 
     def posterior(self, x: Images, t: float = 0.0) -> Float[Tensor, "batch classes"]:
-        """Exact probability of each class."""
+        """Exact probability of each class given ``x_t``."""
         return (self.log_prob(x, t) + self.priors.log().to(x)).softmax(1)

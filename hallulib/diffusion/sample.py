@@ -34,19 +34,11 @@ Rng = torch.Generator
 
 
 class State(NamedTuple):
-    """Where a sampler is.
-
-    Attributes:
-        x: the noisy images ``x_t``.
-        x_0: the clean images expected from the last network call.
-        t: the time of ``x``, in [0, 1]; 0 at a level of 0.
-        evaluations: network calls so far.
-    """
+    """Noisy images at time t in [0, 1], and the clean images that the last call expects."""
 
     x: Images
     x_0: Images
     t: float
-    evaluations: int
 
 
 States = Iterator[State]
@@ -55,14 +47,9 @@ States = Iterator[State]
 def noise_levels(
     sde: SDE, steps: int, rho: float | None = 7.0, start_time: float | int = 1.0
 ) -> Levels:
-    """Falling noise levels from ``start_time`` to ``sde.t_min``, then 0.
+    """So many falling noise levels from ``start_time`` to ``sde.t_min``, then 0.
 
-    Args:
-        sde: the forward diffusion.
-        steps: network stages; ``steps + 1`` levels come back.
-        rho: levels uniform in ``s ** (1 / rho)`` (Karras et al. 2022, eq. 5, small steps where
-            the image takes shape); ``None`` makes them uniform in time, as DDPM does.
-        start_time: of the first level, above ``sde.t_min``; 1 is pure noise.
+    They are even in ``s ** (1 / rho)`` (Karras et al. 2022, eq. 5), or without ``rho`` in time.
     """
     ends = torch.tensor([start_time, sde.t_min], dtype=torch.float64)
     part = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -75,10 +62,10 @@ def noise_levels(
 
 
 class _Walk:
-    """The shared part of the samplers: ``eps`` as a function of ``y`` and ``s``, counted."""
+    """The shared part of the samplers: ``eps`` as a function of ``y`` and ``s``."""
 
     def __init__(self, sde: SDE, eps: EpsFn):
-        self.sde, self.network, self.evaluations = sde, eps, 0
+        self.sde, self.network = sde, eps
 
     def at(self, s: Tensor) -> tuple[float, float]:
         """Time and signal scale of a noise level."""
@@ -87,7 +74,6 @@ class _Walk:
 
     def eps(self, y: Images, s: Tensor) -> Images:
         t, alpha = self.at(s)
-        self.evaluations += 1
         return self.network(alpha * y, y.new_full((len(y),), t))
 
     def denoised(self, y: Images, s: Tensor) -> Images:
@@ -95,7 +81,7 @@ class _Walk:
 
     def state(self, y: Images, x_0: Images, s: Tensor) -> State:
         t, alpha = self.at(s)
-        return State(alpha * y if s > 0 else x_0, x_0, t, self.evaluations)
+        return State(alpha * y if s > 0 else x_0, x_0, t)
 
 
 def _noise(like: Images, rng: Rng) -> Images:
@@ -103,7 +89,7 @@ def _noise(like: Images, rng: Rng) -> Images:
 
 
 def _given_image(y: Images, x_0: Images, s: Tensor, r: Tensor, rng: Rng) -> Images:
-    """A draw at level ``r`` given the levels around it: ``y`` at ``s`` and the image at 0."""
+    """A draw at level ``r`` given ``y`` at ``s`` and the image at 0."""
     share = float((r / s) ** 2)
     return x_0 + share * (y - x_0) + float(r) * (1 - share) ** 0.5 * _noise(y, rng)
 
@@ -112,8 +98,7 @@ def _given_image(y: Images, x_0: Images, s: Tensor, r: Tensor, rng: Rng) -> Imag
 def ancestral(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> States:
     r"""DDPM's ancestral sampling: draw each level from its law given the next and the image.
 
-    Exact for the forward process of all three diffusions, whatever the levels, were the image
-    known; with levels uniform in time and 1000 steps it is the sampler of the DDPM paper.
+    Exact for all three diffusions, were the image known.
 
     Source: Ho et al. 2020, eqs. (6)-(7), written for :math:`y = x / \alpha`.
     """
@@ -127,7 +112,7 @@ def ancestral(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> Stat
 
 @torch.no_grad()
 def euler_maruyama(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> States:
-    """The reverse SDE by the Euler-Maruyama rule, the sampler of Pachetti & Colantonio 2024.
+    """The reverse SDE by the Euler-Maruyama rule, as in Pachetti & Colantonio 2024.
 
     Source: Song et al. 2021, eq. (6); the last step removes the noise at once (appendix G).
     """
@@ -137,22 +122,22 @@ def euler_maruyama(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) ->
         times = x.new_full((len(x),), t)
         noise = walk.eps(x / alpha, s)
         x_0 = x / alpha - float(s) * noise
-        drift, g = sde.reverse(lambda x, t, eps=noise: score_of_eps(sde, eps, t), x, times)
+        score = score_of_eps(sde, noise, times)
+        drift, g = sde.reverse(lambda *_: score, x, times)  # noqa: B023  # called at once
         dt = t_next - t
         if r > 0:
             x = x + drift * dt + g.view(-1, 1, 1, 1) * (-dt) ** 0.5 * _noise(x, rng)
         else:
             x = x_0
-        yield State(x, x_0, t_next, walk.evaluations)
+        yield State(x, x_0, t_next)
 
 
 @torch.no_grad()
 def predictor_corrector(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> States:
     r"""At each level, a Langevin step that mends the sample, then an ancestral step.
 
-    Its size is :math:`2\,(0.16\,\sigma)^2`. The paper divides batch means of norms
-    for it, so that an image depends on its neighbours in the batch; the norms' ratio is
-    :math:`\sigma`, which is used here.
+    Its size is :math:`2\,(0.16\,\sigma)^2`; the paper divides batch means of norms whose ratio
+    is :math:`\sigma`, so that images depend on their neighbours.
 
     Source: Song et al. 2021, algorithms 2-5.
     """
@@ -170,7 +155,7 @@ def predictor_corrector(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rn
 def heun(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng | None = None) -> States:
     """The probability flow by Heun's rule; no randomness after the start.
 
-    Source: Karras et al. 2022, algorithm 1, which leaves out the second call at level 0.
+    Source: Karras et al. 2022, algorithm 1.
     """
     walk = _Walk(sde, eps)
     y = x / walk.at(levels[0])[1]
@@ -222,23 +207,13 @@ def draw(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Images:
-    """Images of the given classes from a trained model.
+    """Images of the given classes from a trained model, on its device.
 
-    Args:
-        model: a trained model, on the device to sample on.
-        y: one class index per wanted image, ``model.null`` for none; or one embedding each.
-        sampler: a name in ``SAMPLERS``.
-        steps: steps of the sampler.
-        guidance_scale: see :func:`hallulib.diffusion.score.guided`.
-        steer: changes the noise prediction of the images at the given positions, as classifier
-            guidance does (:func:`hallulib.augment.steering.steered`).
-        clip: keep denoised images in [-1, 1] on the way
-            (:func:`hallulib.diffusion.score.clipped`); not for latents, which have no such limits.
-        images: what the walk starts from, one per wanted image, noised to ``start_time``: the
-            later, the less of them is left. Pure noise unless given.
-        start_time: of ``images``, above ``sde.t_min`` to 1; pure noise is at 1.
-        seed: of the noise.
-        batch_size: images that go through the network together.
+    Each ``y`` is a class index, ``model.null`` for none, or an embedding. The noise is `guided`;
+    ``steer`` changes it for the images at the positions it is given, as
+    :func:`hallulib.augment.steering.steered` does; with ``clip`` it is `clipped`, which latents
+    must not be. The walk starts from pure noise or, if they are given, from ``images`` noised to
+    ``start_time``, above ``sde.t_min`` to 1: the later, the less of them is left.
     """
     device = next(model.parameters()).device
     y, rng = y.to(device), torch.Generator(device).manual_seed(seed)

@@ -12,6 +12,7 @@ Source:
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,7 @@ from hallulib.diffusion.sde import SDE, per_image
 from hallulib.shapes import Images, Labels, PerImage, Times
 
 EpsFn = Callable[[Images, Times], Images]
+LogProb = Callable[[Images, Times], PerImage]
 Condition = Labels | Float[Tensor, "batch embedding"]
 
 
@@ -51,9 +53,8 @@ class ScoreModel(nn.Module):
     .. math:: \epsilon = \sin\phi\;c\,x_t + \cos\phi\;v, \qquad
               x_0 = \cos\phi\;c\,x_t - \sin\phi\;v, \qquad c = (\alpha^2 + \sigma^2)^{-1/2}.
 
-    A network that answered :math:`\epsilon` itself would have to repeat its input ever more
-    exactly as :math:`t \to 1`, because :math:`x_0 = (x_t - \sigma\epsilon)/\alpha` divides its
-    error by :math:`\alpha_1 = 0.0066`; the error of the velocity is never enlarged.
+    The error of an :math:`\epsilon` that the network answered itself would be divided by
+    :math:`\alpha_1 = 0.0066` in :math:`x_0`; the error of the velocity is never enlarged.
 
     A class may also be the density of another one, *moved* by an image :math:`d_y`: its
     denoiser is that of the network on :math:`x_t - \alpha_t d_y`, plus :math:`d_y`.
@@ -61,14 +62,17 @@ class ScoreModel(nn.Module):
     Args:
         sde: the forward diffusion.
         network: ``network(x, timesteps, y) -> Images``; timesteps run to 999 as in DDPM.
-        labels: the strings of the label scheme; class ``i`` is ``labels[i]``.
-        shifts: the image by which each class, and last the null class, is moved; ``None`` moves
-            none. See :func:`hallulib.diffusion.unet.moved_to_means`.
+        labels: of the label scheme; class ``i`` is ``labels[i]``.
+        shifts: the image by which each class, and last the null class, is moved, as by
+            :func:`hallulib.diffusion.unet.moved_to_means`.
 
     Source:
         Salimans & Ho, *Progressive Distillation for Fast Sampling of Diffusion Models*, 2022,
         section 4 and appendix D. https://arxiv.org/abs/2202.00512
     """
+
+    network: Any  # a `ClassUNet`, or another module with its signature
+    shifts: Images | None
 
     def __init__(
         self,
@@ -78,9 +82,7 @@ class ScoreModel(nn.Module):
         shifts: Images | None = None,
     ):
         super().__init__()
-        self.sde = sde
-        self.network = network
-        self.labels = tuple(labels)
+        self.sde, self.network, self.labels = sde, network, tuple(labels)
         self.register_buffer("shifts", shifts)
 
     @property
@@ -89,7 +91,7 @@ class ScoreModel(nn.Module):
         return len(self.labels)
 
     def velocity(self, x_t: Images, t: Times, y: Condition | None = None) -> Images:
-        """The network's own answer, moved with the class; this is the one place that calls it."""
+        """The network's own answer, moved with the class; only here is it called."""
         if len(x_t) == 0:  # which attention has no shape for
             return torch.zeros_like(x_t)
         if y is None:
@@ -101,23 +103,12 @@ class ScoreModel(nn.Module):
         return self.network(scale * x_t - cos * d, 999 * t, y) - sin * d
 
     def forward(self, x_t: Images, t: Times, y: Condition | None = None) -> Images:
-        """Predict the noise in ``x_t``.
-
-        Args:
-            x_t: noisy images.
-            t: times in [0, 1].
-            y: class indices (``null`` where there is none), or embeddings, which move nothing;
-                ``None`` is all null.
-        """
+        """The noise in ``x_t``; ``y`` holds class indices, or embeddings, which move nothing."""
         cos, sin, scale = (per_image(a, x_t) for a in self.sde.angle(t))
         return sin * scale * x_t + cos * self.velocity(x_t, t, y)
 
     def index(self, labels: Sequence[str]) -> Labels:
-        """Class indices of label strings.
-
-        Raises:
-            UserError: a label the model was not trained with.
-        """
+        """Class indices of label strings, which the model must know."""
         unknown = sorted(set(labels) - set(self.labels))
         if unknown:
             known = ", ".join(self.labels) or "none: it was trained without labels"
@@ -132,19 +123,12 @@ def guided(model: ScoreModel, y: Condition, guidance_scale: float | int = 1.0) -
 
     .. math:: \epsilon = \epsilon_\varnothing + w\,(\epsilon_y - \epsilon_\varnothing)
 
-    Args:
-        model: a model trained with dropped labels.
-        y: one class, or one ready embedding, per image.
-        guidance_scale: 0 unconditional, 1 conditional, above 1 exaggerated. The paper's own
-            weight is ``guidance_scale - 1``.
-
-    Returns:
-        A function of ``(x_t, t)`` that makes one network call on a doubled batch (a single
-        batch where the scale is 0 or 1).
+    At scale w = 0 it is unconditional, at 1 conditional, above 1 exaggerated. It costs one network
+    call, on a doubled batch unless w is 0 or 1.
 
     Source:
-        Ho & Salimans, *Classifier-Free Diffusion Guidance*, 2022, eq. (6).
-        https://arxiv.org/abs/2207.12598
+        Ho & Salimans, *Classifier-Free Diffusion Guidance*, 2022, eq. (6), whose own weight is
+        w - 1. https://arxiv.org/abs/2207.12598
     """
     # the vector of the null class is zero
     null = torch.zeros_like(y) if y.is_floating_point() else torch.full_like(y, model.null)
@@ -160,20 +144,13 @@ def guided(model: ScoreModel, y: Condition, guidance_scale: float | int = 1.0) -
 
 
 def classifier_guided(
-    sde: SDE,
-    eps: EpsFn,
-    log_prob: Callable[[Images, Times], PerImage],
-    gradient_scale: float | int = 1.0,
+    sde: SDE, eps: EpsFn, log_prob: LogProb, gradient_scale: float | int = 1.0
 ) -> EpsFn:
     r"""Classifier guidance: steer a model by the gradient of a classifier of noisy images.
 
     .. math:: \epsilon - \gamma\,\sigma_t\,\nabla_{x_t}\log p(y \mid x_t)
 
-    Args:
-        sde: the forward diffusion.
-        eps: the unguided noise prediction.
-        log_prob: ``log p(y | x_t)`` of the wanted class, in nats, differentiable in ``x_t``.
-        gradient_scale: 0 leaves the model as it is, 1 is Bayes' rule.
+    ``log_prob`` is that of the wanted class, in nats; :math:`\gamma = 1` is Bayes' rule.
 
     Source:
         Dhariwal & Nichol, *Diffusion Models Beat GANs*, 2021, algorithm 2.
@@ -192,8 +169,8 @@ def classifier_guided(
 def clipped(sde: SDE, eps: EpsFn) -> EpsFn:
     r"""The noise whose denoised image stays in [-1, 1], where images live.
 
-    Near :math:`t = 1` a small error of the noise is divided by a small :math:`\alpha`; without
-    this, a briefly trained model throws some samples far outside, and they never come back.
+    Without it a briefly trained model throws some samples far outside near :math:`t = 1`, where
+    :math:`\alpha` is small, and they never come back.
 
     Source: Ho et al. 2020 (their released sampler clips; the paper does not say so).
     """
@@ -206,10 +183,9 @@ def clipped(sde: SDE, eps: EpsFn) -> EpsFn:
 
 
 def stratified_times(n: int, t_min: float, rng: torch.Generator) -> Times:
-    """Times in ``[t_min, 1]``, one in each of ``n`` equal strata, all shifted together.
+    """Times in ``[t_min, 1]``, each uniform, one in each of n equal strata: a less noisy loss.
 
-    Each time alone is uniform; as a batch they cover every noise level, which makes the loss of
-    a step less noisy. Source: Kingma et al., *Variational Diffusion Models*, 2021, app. I.
+    Source: Kingma et al., *Variational Diffusion Models*, 2021, appendix I.
     https://arxiv.org/abs/2107.00630
     """
     shift = torch.rand((), generator=rng, device=rng.device)

@@ -38,6 +38,7 @@ def per_image(a: Times, x: Images) -> Float[Tensor, "batch 1 1 1"]:
     return a.to(x.dtype).view(-1, 1, 1, 1)
 
 
+@dataclass(frozen=True)
 class SDE(ABC):
     """What the three diffusions share; a subclass gives its scales, drift and diffusion."""
 
@@ -54,7 +55,7 @@ class SDE(ABC):
 
     @abstractmethod
     def time_of(self, noise_level: Scalars) -> Scalars:
-        """The time at which ``sigma / alpha`` has this value: the inverse of ``noise_level``."""
+        """Inverse of ``noise_level``."""
 
     def noise_level(self, t: Scalars) -> Scalars:
         """``sigma / alpha``, increasing in ``t``."""
@@ -62,29 +63,20 @@ class SDE(ABC):
         return sigma / alpha
 
     def angle(self, t: Scalars) -> tuple[Scalars, Scalars, Scalars]:
-        """Shares of image and noise in ``x_t`` once it is scaled to unit variance, and that scale.
-
-        Cosine, sine and ``c`` such that ``c x_t = cos x_0 + sin eps`` with ``cos^2 + sin^2 = 1``;
-        for VP, ``c`` is 1.
-        """
+        """Cosine, sine and c such that ``c x_t = cos x_0 + sin eps``; for VP, c is 1."""
         alpha, sigma = self.alpha_sigma(t)
         scale = (alpha**2 + sigma**2).rsqrt()
         return alpha * scale, sigma * scale, scale
 
-    def marginal_prob(self, x_0: Images, t: Times) -> tuple[Images, Times]:
-        """Mean and standard deviation of ``x_t`` given ``x_0``."""
-        alpha, sigma = self.alpha_sigma(t)
-        return per_image(alpha, x_0) * x_0, sigma
-
     def diffuse(self, x_0: Images, t: Times, eps: Images) -> Images:
         """The noisy image ``alpha x_0 + sigma eps``."""
-        mean, sigma = self.marginal_prob(x_0, t)
-        return mean + per_image(sigma, x_0) * eps
+        alpha, sigma = self.alpha_sigma(t)
+        return per_image(alpha, x_0) * x_0 + per_image(sigma, x_0) * eps
 
     def reverse(self, score: ScoreFn, x: Images, t: Times) -> tuple[Images, Times]:
-        r"""Drift and diffusion of the reverse SDE: :math:`f - g^2 \nabla\log p_t` and :math:`g`.
+        r"""Drift :math:`f - g^2 \nabla\log p_t` and diffusion of the reverse SDE (``dt < 0``).
 
-        Time runs backwards (``dt < 0``). Source: Anderson 1982; Song et al. 2021, eq. (6).
+        Source: Anderson 1982; Song et al. 2021, eq. (6).
         """
         drift, g = self.drift_diffusion(x, t)
         return drift - per_image(g**2, x) * score(x, t), g
@@ -131,18 +123,16 @@ class _Decaying(SDE):
 
 
 class VPSDE(_Decaying):
-    r"""Variance-preserving SDE, the continuous limit of DDPM.
+    r"""Variance-preserving SDE; its default rates are ``diffusers``' DDPM schedule at ``999 t``.
 
     .. math:: f = -\tfrac12 \beta_t x, \quad g = \sqrt{\beta_t}, \quad
               \alpha_t = e^{-\frac12\int_0^t\beta}, \quad \alpha_t^2 + \sigma_t^2 = 1
-
-    With the default rates it is ``diffusers``' linear DDPM schedule at ``999 t``.
 
     Source: Song et al. 2021, eqs. (11) and (33).
     """
 
     def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
-        """Signal and noise scales; their squares sum to 1."""
+        """Scales whose squares sum to 1."""
         integral = self.integral(t)
         # expm1 keeps sigma accurate near t = 0, where 1 - exp loses 1 % in float32
         return torch.exp(-0.5 * integral), torch.sqrt(-torch.expm1(-integral))
@@ -167,7 +157,7 @@ class SubVPSDE(_Decaying):
     """
 
     def alpha_sigma(self, t: Scalars) -> tuple[Scalars, Scalars]:
-        """Signal and noise scales; ``sigma`` is the square of VP's."""
+        """The signal scale of VP, and the square of its noise scale."""
         integral = self.integral(t)
         return torch.exp(-0.5 * integral), -torch.expm1(-integral)
 
@@ -212,4 +202,4 @@ class VESDE(SDE):
         return torch.log(noise_level / self.sigma_min) / self._log_ratio()
 
 
-SDES = {"vp": VPSDE, "sub-vp": SubVPSDE, "ve": VESDE}
+SDES: dict[str, type[SDE]] = {"vp": VPSDE, "sub-vp": SubVPSDE, "ve": VESDE}

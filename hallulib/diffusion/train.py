@@ -4,10 +4,11 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hallulib import UserError
 from hallulib.data.imageset import ImageSet
@@ -17,6 +18,7 @@ from hallulib.shapes import Images, Labels, PerImage
 from hallulib.storage import checkpoint, parallel, store
 from hallulib.storage.checkpoint import Stateful
 
+Loss = Callable[..., PerImage]  # `denoising_loss`, compiled or not
 P_UNCOND = 0.1  # chance that a label is dropped, which trains the null class as well
 MAX_NORM = 1.0  # of the gradient, which is scaled down to it
 
@@ -25,13 +27,8 @@ MAX_NORM = 1.0  # of the gradient, which is scaled down to it
 class State(Stateful):
     """Everything a training run is at one step; a checkpoint is this, written down.
 
-    Attributes:
-        model: the weights being trained.
-        ema: their exponential moving average, the model to sample from.
-        optimizer: Adam, with its moments.
-        rng: where all randomness of the run comes from, on the images' device.
-        losses: the loss of every step so far, on the device, so that reading none costs no wait.
-        step: optimiser steps taken.
+    ``ema`` is the moving average of the model's weights, to sample from. ``losses``, one for each
+    step so far, stay on the device: only who reads them waits for it.
     """
 
     model: ScoreModel
@@ -50,11 +47,7 @@ class State(Stateful):
         return {"loss": self.losses[: self.step].tolist()}
 
     def check(self) -> None:
-        """Stops a training that has lost its way.
-
-        Raises:
-            UserError: a loss is not finite.
-        """
+        """Raises a `UserError` if a loss is not finite."""
         bad = (~torch.isfinite(self.losses[: self.step])).nonzero()
         if len(bad):
             raise UserError(
@@ -63,14 +56,7 @@ class State(Stateful):
             )
 
 
-def step(
-    state: State,
-    x_0: Images,
-    y: Labels,
-    *,
-    ema_decay: float = 0.999,
-    loss_of: Callable[..., PerImage] = denoising_loss,
-) -> None:
+def step(state: State, x_0: Images, y: Labels, ema_decay: float, loss_of: Loss) -> None:
     """One step of denoising score matching on a batch, and of the averaged weights."""
     model, rng, n = state.model, state.rng, len(x_0)
     t = stratified_times(n, model.sde.t_train, rng)
@@ -81,7 +67,8 @@ def step(
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=x_0.device.type == "cuda"):
         loss = loss_of(model, x_0[mine], t[mine], eps[mine], y[mine]).mean()
     loss.backward()
-    weights, averages = list(model.parameters()), list(state.ema.parameters())
+    weights: list[Tensor] = list(model.parameters())
+    averages: list[Tensor] = list(state.ema.parameters())
     state.losses[state.step] = parallel.combine(weights, loss, counts)
     torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
     state.optimizer.step()
@@ -116,23 +103,22 @@ def pretrain(
     see :mod:`hallulib.storage.parallel`.
 
     Args:
-        model: trained in place, on its own device.
-        images: the training images, in [-1, 1], on the model's device.
+        model: trained in place.
+        images: in [-1, 1], on the model's device.
         labels: class index per image, -1 where unlabelled; ``None`` is all unlabelled.
         steps: optimiser steps in the whole run.
         weights: how often to draw each image, relative to the others; equal unless given.
         batch_size: images per step.
         lr: Adam's learning rate, reached linearly over ``warmup`` steps.
-        class_rate: learning rate of the class vectors as a multiple of ``lr``. A pretrained
-            model with new labels needs more than 1: its vectors start at zero, and until they
-            have grown, the other weights have nothing to tell classes apart by.
+        class_rate: rate of the class vectors as a multiple of ``lr``. New labels need more than 1:
+            their vectors start at zero, and until they have grown, the other weights have nothing
+            to tell classes apart by.
         warmup: steps of the linear rise.
         ema_decay: of the averaged weights; early averages are shorter.
-        seed: of every draw in the run.
-        folder: where the checkpoint and ``losses.csv`` are kept; a checkpoint found there is
-            resumed, to the same bytes on a CPU as if it had never stopped.
-        identity: of the images and the start, kept in the checkpoint: one of another identity is
-            refused. Needed where the folder does not stand for them.
+        seed: of every draw.
+        folder: of the checkpoint and ``losses.csv``, see :func:`hallulib.storage.checkpoint.loop`.
+        identity: of images and start, where the folder does not stand for them; a checkpoint of
+            another is refused.
         every: steps between checkpoints, and between looks at whether the loss is finite; see
             :class:`hallulib.storage.checkpoint.Due`.
 
@@ -140,16 +126,14 @@ def pretrain(
         UserError: no step, no image in a batch, a checkpoint of other settings, or a loss that is
             no longer finite.
 
-    Source:
-        Ho et al. 2020 (loss, Adam 2e-4, clipping at 1); Ho & Salimans 2022, algorithm 1
-        (dropped labels).
+    Source: Ho et al. 2020 (loss, clipping); Ho & Salimans 2022, algorithm 1 (dropped labels).
     """
     if steps < 1 or batch_size < 1:
         raise UserError(f"steps is {steps}, batch_size is {batch_size}; at least 1 is needed")
     device = images.device
-    settings = dict(steps=steps, batch_size=batch_size, lr=lr, class_rate=class_rate)
-    settings |= dict(warmup=warmup, ema_decay=ema_decay, seed=seed, images=list(images.shape))
-    settings |= dict(identity=identity) if identity else {}
+    settings: dict[str, Any] = dict(steps=steps, batch_size=batch_size, lr=lr)
+    settings |= dict(class_rate=class_rate, warmup=warmup, ema_decay=ema_decay, seed=seed)
+    settings |= dict(images=list(images.shape)) | (dict(identity=identity) if identity else {})
     # in this layout a step takes 0.73 of the time, on a CPU too
     model.train().to(memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -167,15 +151,17 @@ def pretrain(
             rows = torch.multinomial(weights, batch_size, replacement=True, generator=state.rng)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["rate"] * min(1.0, (state.step + 1) / max(warmup, 1))
-        step(state, images[rows], y[rows], ema_decay=ema_decay, loss_of=loss_of)
+        step(state, images[rows], y[rows], ema_decay, loss_of)
 
-    keeping = dict(due=checkpoint.Due(every, steps), folder=folder, settings=settings)
-    return checkpoint.loop(start, take, steps=steps, look=State.check, **keeping)
+    due = checkpoint.Due(every, steps)
+    return checkpoint.loop(
+        start, take, steps=steps, due=due, look=State.check, folder=folder, settings=settings
+    )
 
 
 def _adam(model: ScoreModel, lr: float, class_rate: float | int) -> torch.optim.Adam:
     """Adam with a rate of their own for the class vectors, where the network has any."""
-    rates = {1.0: [], class_rate: []}
+    rates: dict[float, list[nn.Parameter]] = {1.0: [], class_rate: []}
     for name, p in model.named_parameters():
         rates[class_rate if name == "network.classes.weight" else 1.0].append(p)
     groups = [dict(params=params, rate=rate) for rate, params in rates.items() if params]
@@ -196,17 +182,8 @@ def pretrained(
     """The class-conditional score model of an image set: found by its settings, or trained now.
 
     It learns from the images without labels and from the split ``train``; where there are both,
-    half of every batch comes from each. Validation and test images are never seen.
-
-    Args:
-        images: an open image set.
-        scheme: the label column that conditions the model; ``None`` makes it unconditional.
-        steps: optimiser steps.
-        batch_size: images per step.
-        width: of the network, see :func:`hallulib.diffusion.unet.build`.
-        seed: of the initial weights and of every draw.
-        device: where to train and to leave the model; a GPU if there is one.
-        from_scratch: train even if such a model is there.
+    half of every batch comes from each. Validation and test images are never seen. Without
+    ``scheme``, the label column, it is unconditional; it is trained on a GPU if there is one.
 
     Returns:
         The averaged model in evaluation mode, and the folder of its run.
@@ -216,13 +193,16 @@ def pretrained(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     labels = images.classes(scheme) if scheme else ()
-    settings = dict(steps=steps, batch_size=batch_size, seed=seed)
+    settings: dict[str, Any] = dict(steps=steps, batch_size=batch_size, seed=seed)
 
     def start(folder: Path) -> Iterator[State]:
         x, y, weights = (part.to(device) for part in images.for_training(scheme))
-        network = dict(size=images.size, channels=images.channels, width=width, seed=seed)
-        model = unet.build(labels=labels, **network).to(device)
-        return pretrain(model, x, y, weights=weights, lr=4e-4, folder=folder, **settings)
+        model = unet.build(
+            size=images.size, channels=images.channels, labels=labels, width=width, seed=seed
+        )
+        return pretrain(
+            model.to(device), x, y, weights=weights, lr=4e-4, folder=folder, **settings
+        )
 
     folder = store.kept(
         f"score-{images.name}",

@@ -4,19 +4,23 @@ A class enters as a vector added to the time embedding. The vector of the null c
 the network without class *is* a plain ``UNet2DModel`` and a saved model is an ordinary
 ``DDPMPipeline`` with the class vectors in a small file beside it.
 
-A pretrained model is given other labels by `relabelled`. Then all its weights learn, or the class
-vectors alone (`adaptable`); or nothing at all, where each class is the density of all images,
-moved to the mean of its own (`moved_to_means`).
+A pretrained model is given other labels by `relabelled`. Then all its weights learn, the class
+vectors alone (`adaptable`), or nothing at all (`moved_to_means`).
 """
 
+import contextlib
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers.models import UNet2DModel
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.ddpm import DDPMPipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,30 +31,29 @@ from hallulib.shapes import Images, Labels, Times, seeded
 from hallulib.storage import disk
 
 SIDECAR, CLASSES = "score_model.json", "classes.safetensors"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 ADAPTS = ("all", "classes")
+Network = TypeVar("Network", bound=ModelMixin)
 
 
 class ClassUNet(nn.Module):
     """A ``UNet2DModel`` whose time embedding is shifted by a vector per class.
 
-    Args:
-        unet: a ``UNet2DModel`` with ``class_embed_type="identity"``.
-        n_classes: number of classes; index ``n_classes`` is the null class, whose vector is zero.
+    Its ``class_embed_type`` is "identity"; index ``n_classes`` is the null class, its vector zero.
     """
 
     def __init__(self, unet: UNet2DModel, n_classes: int):
         super().__init__()
         self.unet = unet
-        width = unet.config.block_out_channels[0] * 4
+        width = unet.config["block_out_channels"][0] * 4
         self.classes = nn.Embedding(n_classes + 1, width, padding_idx=n_classes)
         nn.init.normal_(self.classes.weight[:n_classes], std=0.02)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
-        config = self.unet.config
-        return config.in_channels, config.sample_size, config.sample_size
+        side = self.unet.config["sample_size"]
+        return self.unet.config["in_channels"], side, side
 
     def forward(self, x: Images, timesteps: Times, y: Condition) -> Images:
         """Predict the noise; ``y`` holds class indices or ready embeddings."""
@@ -70,16 +73,9 @@ def build(
     """A fresh score model for square images.
 
     The image is halved until its side is 8 pixels or odd; the resolutions have once, twice, and
-    from the third on three times ``width`` channels, with self-attention at the coarsest.
-
-    Args:
-        sde: the forward diffusion, VP unless given.
-        size: side of the images in pixels.
-        channels: 1 for grey, 3 for colour, more for latents.
-        labels: the label strings, in order; none makes an unconditional model.
-        width: channels at full resolution, a multiple of 8; 32 suits a CPU at 32 pixels (1.8 M
-            weights), 128 a GPU.
-        seed: of the initial weights.
+    from the third on three times ``width`` channels, with self-attention at the coarsest. A width
+    of 32 suits a CPU at 32 pixels (1.8 M weights), 128 a GPU. Without labels the model is
+    unconditional, without ``sde`` it is VP.
 
     Raises:
         UserError: a width that is no multiple of 8, or a size that leaves more than 16 pixels a
@@ -112,18 +108,10 @@ def build(
 
 
 def relabelled(model: ScoreModel, labels: Sequence[str], forget: bool = False) -> ScoreModel:
-    """A copy of a score model for other labels.
+    """A copy of a score model for other labels, on the same device.
 
-    A label it knows keeps its class vector and shift, a new one starts at those of the null class,
-    so the copy denoises it as an image of no class until it learns better.
-
-    Args:
-        model: any score model, one without labels included.
-        labels: of the copy.
-        forget: start all labels at the null class, as after a pretraining without labels.
-
-    Returns:
-        The copy, on the same device; the model itself stays as it is.
+    A label it knows keeps its class vector and shift, unless the copy is to ``forget`` them; a new
+    one starts at those of the null class, so it is denoised as an image of no class at first.
     """
     old = model.network.classes.weight.detach()
     with seeded():  # its random vectors are not kept
@@ -145,21 +133,11 @@ def moved_to_means(model: ScoreModel, x: Images, y: Labels) -> ScoreModel:
     .. math:: p(x \mid c) = p(x - d_c \mid \varnothing), \qquad
               d_c = \bar x_c - \tfrac1k \textstyle\sum_b \bar x_b .
 
-    For Gaussian images this is the linear discriminant whose covariance is known from images
-    without labels; only the means are left to learn, which is why few labels are enough. What
-    classes differ in must be where things are and how bright, not a texture.
+    For Gaussian images this is Fisher's linear discriminant, whose covariance is known from images
+    without labels; only the means are left to learn, so few labels are enough. What classes differ
+    in must be where things are and how bright, not a texture. There must be images of every class.
 
-    Args:
-        model: a score model with labels; its shifts so far are replaced, its class vectors kept.
-        x: labelled images, at least one of each class.
-        y: their classes.
-
-    Returns:
-        A model that shares the network.
-
-    Source:
-        Few labels suffice generative classifiers: Ng & Jordan, *On Discriminative vs. Generative
-        Classifiers*, 2001. Linear discriminant: Fisher 1936.
+    Source: Ng & Jordan, *On Discriminative vs. Generative Classifiers*, 2001; Fisher 1936.
     """
     means = torch.stack([x[y == c].mean(0) for c in range(len(model.labels))])
     shifts = torch.cat([means - means.mean(0), torch.zeros_like(means[:1])])
@@ -167,12 +145,7 @@ def moved_to_means(model: ScoreModel, x: Images, y: Labels) -> ScoreModel:
 
 
 def adaptable(model: ScoreModel, adapt: str) -> list[nn.Parameter]:
-    """The weights of a model that few labels may change; all others are frozen.
-
-    Args:
-        model: changed in place.
-        adapt: one of `ADAPTS`; the class vectors are among them in every case.
-    """
+    """The weights that few labels may change, one of `ADAPTS`; all others are frozen in place."""
     model.requires_grad_(adapt == "all")
     model.network.classes.requires_grad_()
     return [p for p in model.parameters() if p.requires_grad]
@@ -181,8 +154,8 @@ def adaptable(model: ScoreModel, adapt: str) -> list[nn.Parameter]:
 def save(model: ScoreModel, folder: Path) -> None:
     """Write a model as a ``diffusers`` folder of safetensors.
 
-    For a VP model with the default rates, ``DDPMPipeline.from_pretrained(folder)`` samples the
-    null class; other diffusions keep the network but are no DDPM, so no scheduler is written.
+    Of a VP model with the default rates, ``DDPMPipeline.from_pretrained(folder)`` samples the null
+    class; other diffusions are no DDPM, so only the network is written.
 
     Raises:
         UserError: the folder cannot be written.
@@ -194,24 +167,21 @@ def save(model: ScoreModel, folder: Path) -> None:
     of_classes = {"classes": model.network.classes.weight.detach()}
     if model.shifts is not None:
         of_classes["shifts"] = model.shifts.contiguous()
-    with disk.whole_files(folder) as partial:
+    with replaced(Path(folder), SIDECAR) as partial:
         if model.sde == VPSDE():
-            schedule = dict(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
-            DDPMPipeline(unet, DDPMScheduler(**schedule)).save_pretrained(partial)
+            ddpm = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
+            DDPMPipeline(unet, ddpm).save_pretrained(partial)
         else:
+            disk.drop(Path(folder) / "model_index.json")  # of a DDPM that was there before
             unet.save_pretrained(partial / "unet")
         save_file(of_classes, partial / CLASSES)
         (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
 
 
 def load(folder: Path) -> ScoreModel:
-    """Read a model that ``save`` wrote, in evaluation mode.
-
-    Raises:
-        UserError: the folder is not such a model.
-    """
+    """Read a model that ``save`` wrote, in evaluation mode, or raise a `UserError`."""
     folder = Path(folder)
-    try:
+    with understood(folder, "a score model", f"{SIDECAR}, {CLASSES} and a folder unet"):
         sidecar = json.loads((folder / SIDECAR).read_text())
         of_classes = load_file(folder / CLASSES)
         unet = load_network(UNet2DModel, folder / "unet", class_embed_type="identity")
@@ -220,35 +190,44 @@ def load(folder: Path) -> ScoreModel:
             network = ClassUNet(unet, len(sidecar["labels"]))
         network.classes.load_state_dict({"weight": of_classes["classes"]})
         return ScoreModel(sde, network, sidecar["labels"], of_classes.get("shifts")).eval()
-    except Exception as fault:  # what a damaged configuration makes diffusers throw
+
+
+@contextlib.contextmanager
+def replaced(folder: Path, key: str) -> Iterator[Path]:
+    """`disk.whole_files` of a model, of which ``key`` goes first and comes back last.
+
+    No model is read without it, so a process that is killed leaves none of old and new files.
+    """
+    with disk.whole(folder / key) as last, disk.whole_files(folder) as partial:
+        yield partial
+        (partial / key).rename(last)
+        disk.drop(folder / key)
+
+
+@contextlib.contextmanager
+def understood(folder: Path, kind: str, needed: str) -> Iterator[None]:
+    """Tells whatever a damaged folder of a network makes diffusers throw in a `UserError`."""
+    try:
+        yield
+    except Exception as fault:
         what = f"{type(fault).__name__}: {fault}".splitlines()[0]
         raise UserError(
-            f"{folder} is not a score model that hallulib saved ({what}); it needs {SIDECAR}, "
-            f"{CLASSES} and a folder unet"
+            f"{folder} is not {kind} that hallulib saved ({what}); it needs {needed}"
         ) from fault
 
 
-def load_network(kind: type[ModelMixin], folder: Path, **changes: object) -> ModelMixin:
-    """A network of diffusers, from its folder of one configuration and one file of weights.
+def load_network(kind: type[Network], folder: Path, **changes: object) -> Network:
+    """A network of diffusers from a folder of ``save_pretrained``, its configuration changed.
 
     Unlike ``from_pretrained``, it follows no index to other files, which may hold code, and makes
-    up no weight that is missing.
-
-    Args:
-        kind: its class.
-        folder: what ``save_pretrained`` wrote.
-        **changes: of the configuration.
-
-    Raises:
-        Exception: whatever diffusers and PyTorch throw at an impossible configuration, or at
-            weights of another one.
+    up no weight that is missing. What is wrong is for `understood` to tell.
     """
-    config = json.loads((folder / "config.json").read_text()) | changes
+    config = json.loads((folder / CONFIG).read_text()) | changes
     tensors = load_file(folder / WEIGHTS)
     # diffusers would go on for ever building layers that no weight is there for
     if config["layers_per_block"] > len(tensors):
         raise ValueError(f"{config['layers_per_block']} layers for {len(tensors)} tensors")
     with torch.device("meta"):  # takes no memory, whatever the configuration asks for
-        network = kind.from_config(config)
+        network = kind.from_config(config)  # type: ignore[attr-defined]
     network.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     return network

@@ -285,7 +285,7 @@ def of_folds(
     neither alone would tell how much another experiment might differ.
 
     Args:
-        scores: one row per fold and test image, as :func:`hallulib.augment.experiment.run` gives.
+        scores: one row per fold and test image, as :func:`hallulib.augment.run` gives.
         arms: whose scores are compared.
         against: the arm that gains are over, on the same folds and patients.
         resamples: of the bootstrap.

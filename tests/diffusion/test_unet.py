@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from cut_off import save_cut_off
 
 from hallulib import UserError
 from hallulib.diffusion import unet
@@ -88,6 +89,7 @@ def clipped_image(m, x, t):
 
 
 def test_a_ve_model_is_no_ddpm_pipeline(tmp_path):
+    unet.save(small(), tmp_path)
     unet.save(small(VESDE()), tmp_path)
     assert not (tmp_path / "model_index.json").exists()
 
@@ -123,6 +125,11 @@ def test_a_model_that_cannot_be_saved_is_as_it_was_and_so_is_its_folder(tmp_path
         unet.save(m, tmp_path)
     assert sorted(tmp_path.rglob("*")) == files
     assert m.network.unet.config.class_embed_type == "identity"
+
+
+def test_a_save_that_is_cut_off_leaves_no_model_of_old_and_new_files(tmp_path, monkeypatch):
+    old, new = small(seed=1), small(VESDE(), seed=2)
+    assert save_cut_off(unet.save, unet.load, old, new, tmp_path, monkeypatch) == 1
 
 
 def test_a_folder_that_is_no_model_is_explained(tmp_path):
