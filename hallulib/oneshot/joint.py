@@ -364,33 +364,26 @@ def evaluate(
         if new:
             x = images.tensor(new).to(device)
             vectors.update(zip(new, classifier.embed(x), strict=True))
-        return torch.stack([vectors[row] for row in rows.ravel().tolist()]).unflatten(
-            0, rows.shape
-        )
-
-    def chances(
-        method: Method, chunk: list[Episode], extra: MoreShots
-    ) -> Float[Tensor, "episodes n_query n_way"]:
-        n, classifier = method
-        real = embedded(classifier, np.stack([episode.support for episode in chunk]))
-        query = embedded(classifier, np.stack([episode.query for episode in chunk]))
-        offered, made = extra[:, :, :n], real[:, :, :0]
-        if n:
-            made = classifier.embed(offered.flatten(0, 2)).unflatten(0, offered.shape[:3])
-        return predict(classifier, real, made, query, weight).softmax(-1)
+        stacked = torch.stack([vectors[row] for row in rows.ravel().tolist()])
+        return stacked.unflatten(0, rows.shape)
 
     def measured(begin: int) -> Float[np.ndarray, "episodes methods"]:
         chunk = [episodes[i] for i in range(begin, min(begin + EPISODES_AT_ONCE, n_episodes))]
-        support = images_at(images, np.stack([episode.support for episode in chunk])).to(device)
-        extra = _make(source, chunk, support, most, [seed, begin])
+        supports = np.stack([episode.support for episode in chunk])
+        queries = np.stack([episode.query for episode in chunk])
         answers = np.stack([episode.answers for episode in chunk])
-        orders = [answers]
-        if permute:
-            rng = np.random.default_rng([seed, begin])
-            orders = [rng.permuted(answers, axis=1) for _ in range(SHUFFLES)]
-        scores = [chances(method, chunk, extra) for method in methods]
-        found = [[np.asarray(auroc(y, x)) for y in orders] for x in scores]
-        return np.stack([np.mean(over_orders, 0) for over_orders in found], 1)
+        extra = _make(source, chunk, images_at(images, supports).to(device), most, [seed, begin])
+        rng = np.random.default_rng([seed, begin])
+        shuffled = (rng.permuted(answers, axis=1) for _ in range(SHUFFLES))
+        orders, columns = list(shuffled) if permute else [answers], []
+        for n, classifier in methods:
+            real, query = embedded(classifier, supports), embedded(classifier, queries)
+            offered, made = extra[:, :, :n], real[:, :, :0]
+            if n:
+                made = classifier.embed(offered.flatten(0, 2)).unflatten(0, offered.shape[:3])
+            chances = predict(classifier, real, made, query, weight).softmax(-1)
+            columns.append(np.mean([np.asarray(auroc(y, chances)) for y in orders], 0))
+        return np.stack(columns, 1)
 
     yield from parallel.dealt(measured, range(first, n_episodes, EPISODES_AT_ONCE))
 
