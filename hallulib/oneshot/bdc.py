@@ -120,10 +120,7 @@ def to_vector(matrices: Matrices) -> Vectors:
 
 
 def reduction(channels: int, reduce_to: int | None) -> nn.Module:
-    """A 1 x 1 convolution, normalised and rectified, to fewer channels; nothing where not needed.
-
-    Source: Xie et al. 2022, the BDC module.
-    """
+    """A 1 x 1 convolution, normalised and rectified, to fewer channels, where that is asked."""
     if reduce_to in (None, channels):
         return nn.Identity()
     convolution = nn.Conv2d(channels, reduce_to, 1, bias=False)
