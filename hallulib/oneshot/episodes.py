@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from hallulib import UserError
 from hallulib.data.checks import count_units
@@ -29,11 +30,11 @@ class Episode(NamedTuple):
 
     Attributes:
         classes: the classes to tell apart, in the order of the card.
-        support: (n_way, k_shot) images to learn from; row c shows ``classes[c]``.
-        query: (n_queries,) images to classify, each once, class by class.
-        answers: (n_queries,) their positions in ``classes``.
-        spare: (n_way, n_spare) other real images of each class, for an oracle that may add real
-            supports where another method adds generated ones.
+        support: images to learn from; row c shows ``classes[c]``.
+        query: images to classify, each once, class by class.
+        answers: the positions of the queries' classes in ``classes``.
+        spare: other real images of each class, for an oracle that may add real supports where
+            another method adds generated ones.
     """
 
     classes: tuple[str, ...]
@@ -47,6 +48,13 @@ def unasked(classes: tuple[str, ...]) -> Episode:
     """A task of these classes that names no images."""
     nothing = np.empty((len(classes), 0), np.int64)
     return Episode(classes, nothing, nothing[0], nothing[0], nothing)
+
+
+def images_at(
+    images: ImageSet, rows: Int[np.ndarray, "*axes"]
+) -> Float[Tensor, "*axes channels height width"]:
+    """Images at positions that have several axes, as those of a support."""
+    return images.tensor(rows.ravel()).unflatten(0, rows.shape)
 
 
 class _Class(NamedTuple):
@@ -121,12 +129,18 @@ class Episodes:
         seed: int = 0,
         share_patients: bool = False,
     ):
-        self.n_way = len(images.classes(scheme)) if n_way is None else n_way
+        known, labels = images.classes(scheme), images.labels(scheme).numpy()
+        self.n_way = len(known) if n_way is None else n_way
+        if self.n_way > len(known):
+            raise UserError(
+                f"{images.name}: n_way is {self.n_way}; scheme {scheme} has {len(known)} classes"
+            )
         self.k_shot, self.n_query, self.n_spare, self.seed = k_shot, n_query, n_spare, seed
-        self.share_patients = share_patients
         patient = np.arange(len(images)) if share_patients else images.table["patient"]
         self._patient = np.unique(patient, return_inverse=True)[1]
-        found = self._grouped(images, scheme, split)
+        labels = np.where(images.table["split"] == split, labels, -1)
+        rows = [np.flatnonzero(labels == index) for index in range(len(known))]
+        found = [_Class(name, r, self._patient[r]) for name, r in zip(known, rows, strict=True)]
         faults = self._faults(found, "unknown" if share_patients else images.unit)
         if len(found) - len(faults) < self.n_way:
             raise TooFew(
@@ -161,8 +175,10 @@ class Episodes:
         patients = rng.choice(np.unique(c.patients), self.k_shot, replace=False)
         return np.array([c.images_of(patient, rng)[0] for patient in patients.tolist()])
 
-    def _spare(self, classes: list[_Class], taken: Bool[np.ndarray, " n"], rng: Draw):
-        """Spare images (n_way, n_spare); their patients are marked in ``taken``."""
+    def _spare(
+        self, classes: list[_Class], taken: Bool[np.ndarray, " n"], rng: Draw
+    ) -> Int[np.ndarray, "n_way n_spare"]:
+        """Spare images; their patients are marked in ``taken``."""
         if not self.n_spare:
             return np.empty((self.n_way, 0), np.int64)
         unused = [np.unique(c.patients[~taken[c.patients]]) for c in classes]
@@ -181,22 +197,10 @@ class Episodes:
         spare = [_in_turns(c, mine, rng) for c, mine in zip(classes, kept, strict=True)]
         return np.stack([np.resize(rows, self.n_spare) for rows in spare])
 
-    def _grouped(self, images: ImageSet, scheme: str, split: str) -> list[_Class]:
-        known, labels = images.classes(scheme), images.labels(scheme).numpy()
-        if self.n_way > len(known):
-            raise UserError(
-                f"{images.name}: n_way is {self.n_way}; scheme {scheme} has {len(known)} classes"
-            )
-        used = (images.table["split"] == split).to_numpy()
-        rows = [np.flatnonzero(used & (labels == index)) for index in range(len(known))]
-        return [_Class(name, r, self._patient[r]) for name, r in zip(known, rows, strict=True)]
-
     def _faults(self, found: list[_Class], unit: str) -> dict[str, str]:
         """What is wrong with each class that cannot serve in every draw; unit: of the set."""
-        seen = np.zeros((len(found), len(self._patient)), bool)
-        for mine, c in zip(seen, found, strict=True):
-            mine[c.patients] = True
-        several = seen.sum(0) > 1
+        once = np.concatenate([np.unique(c.patients) for c in found])
+        several = np.bincount(once, minlength=len(self._patient)) > 1
         spare, faults = int(self.n_spare > 0), {}
         for c in found:
             patients, images = np.unique(c.patients, return_counts=True)
@@ -219,10 +223,7 @@ def _in_turns(c: _Class, patients: list[int], rng: Draw) -> np.ndarray:
 
 
 def _left_at_worst(images: np.ndarray, several: np.ndarray, own: int, others: int) -> int:
-    """Images left when the largest patients go: ``own``, and ``own`` for each of the others.
-
-    Another class takes away only patients that have ``several`` classes.
-    """
+    """Images left when the largest go: ``own`` and, of patients of ``several`` classes, more."""
     shared = np.sort(images[several])[::-1]
     rest = np.concatenate([shared[own * others :], images[~several]])
     return int(np.sort(rest)[::-1][own:].sum())

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from hallulib import UserError
 from hallulib.evidence.calibration import finite, log_odds
-from hallulib.oneshot import experiment, prototypes
+from hallulib.oneshot import bdc, experiment
 from hallulib.oneshot.episodes import unasked
-from hallulib.oneshot.hallucinate import Hallucinator
 from hallulib.storage import store
 from hallulib.storage.estimator import ImageEstimator
 from hallulib.storage.settings import Count, needed
@@ -58,7 +57,7 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
         ((6, 2), (2, 1, 1, 32, 32))
     """
 
-    keeps = {"network_": (prototypes.save, prototypes.load)}
+    keeps = {"network_": (bdc.save, bdc.load)}
     pretrained: Annotated[Path | str, needed("the folder of a run is needed")]
     n_hallucinated: Count
 
@@ -79,13 +78,9 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
         self.random_state = random_state
 
     def fit(self, X, y) -> "OneShotClassifier":
-        """Learn the support and make more of it.
+        """Learn the support, one image of each class at least, and make more of it.
 
         Classes that the generator knows by name keep what the joint training taught it of them.
-
-        Args:
-            X: the support, one image of each class at least.
-            y: their labels, numbers or strings.
 
         Raises:
             UserError: the folder is no finished joint training of a score model, or the images
@@ -106,25 +101,19 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
         most = max(map(len, rows))
         own = torch.tensor([[float(i < len(r)) for i in range(most)] for r in rows])
         support = x[np.stack([np.resize(r, most) for r in rows])].to(self._on())
-        made = self._hallucinate(source, names, support)
+        made = support[:, :0]
+        if self.n_hallucinated:
+            episode = unasked(names)
+            source.adapt(episode, support, self._seed)
+            made = source.make(episode, support, self.n_hallucinated, self._seed)
         with torch.no_grad():
             vectors = [self.network_.embed(part.flatten(0, 1)) for part in (support, made)]
         real, new = (v.unflatten(0, (len(names), -1)) for v in vectors)
         extra = own.new_full((len(names), self.n_hallucinated), float(trial.fit.weight))
         weights = torch.cat([own, extra], 1).to(real)
-        self.prototypes_ = prototypes.prototypes(torch.cat([real, new], 1), weights).cpu()
+        self.prototypes_ = bdc.prototypes(torch.cat([real, new], 1), weights).cpu()
         self.hallucinated_ = made.cpu().numpy()
         return self
-
-    def _hallucinate(
-        self, source: Hallucinator, names: tuple[str, ...], support: Tensor
-    ) -> Tensor:
-        """More images of each class, from the generator after it has learnt the support."""
-        if not self.n_hallucinated:
-            return support[:, :0]
-        episode = unasked(names)
-        source.adapt(episode, support, self._seed)
-        return source.make(episode, support, self.n_hallucinated, self._seed)
 
     def _folder(self) -> Path:
         """The run that is asked for: a folder, or a name among those that ship."""

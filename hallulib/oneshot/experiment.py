@@ -7,45 +7,37 @@ where it was stopped, its weights and its table checked by checksum.
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hallulib import UserError
-from hallulib.data.changes import CHANGES
 from hallulib.data.checks import UNITS
 from hallulib.data.imageset import ImageSet
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.unet import relabelled
-from hallulib.oneshot import joint, prototypes
+from hallulib.oneshot import bdc, hallucinate, joint
+from hallulib.oneshot.bdc import PrototypeClassifier
 from hallulib.oneshot.episodes import Episodes, TooFew
-from hallulib.oneshot.hallucinate import (
-    Changed,
-    ClassMemory,
-    Hallucinator,
-    Oracle,
-    Pool,
-    Recipe,
-    Source,
-)
+from hallulib.oneshot.hallucinate import Hallucinator, Pool, Recipe, Source
 from hallulib.oneshot.joint import Fit, Method, evaluate
-from hallulib.oneshot.prototypes import PrototypeClassifier
 from hallulib.storage import disk, parallel, store
 from hallulib.storage.settings import Count, Positive, Seed, Several, Width, check, one_of, vary
 
-GENERATORS = ("score_model", "oracle", "memory", *CHANGES)
+GENERATORS = ("score_model", *hallucinate.CONTROLS)
 SPLITS_OF = {"train": 1, "val": 2, "test": 3}  # each split has episodes of its own
-TABLE, PART = "auroc.csv", ".part.csv"
-Classifiers = Mapping[int, PrototypeClassifier]
+TABLE, PART, GENERATOR = "auroc.csv", ".part.csv", "generator.safetensors"
+PERMUTED = "permuted labels"  # the control whose answers are shuffled
+Classifiers = dict[int, PrototypeClassifier]  # by the number of extra supports
+Measurement = tuple[dict[str, Method], Source]  # the columns that share a source
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Trial:
         pool: images per class that are made once and drawn from, where the recipe allows; 0
             makes the supports of every episode anew.
         kind, metric, width, reduce_to: of the classifiers, see
-            :func:`hallulib.oneshot.prototypes.build`.
+            :func:`hallulib.oneshot.bdc.build`.
         steps: training episodes.
         decays: parts of them after which the learning rate is divided by 10.
         per_epoch: episodes between two validations.
@@ -93,8 +85,8 @@ class Trial:
     pretraining_width: Width = 24
     forget: bool = False
     pool: Count = 0
-    kind: Annotated[str, one_of(prototypes.KINDS)] = "bdc"
-    metric: Annotated[str, one_of(prototypes.METRICS)] = "cosine"
+    kind: Annotated[str, one_of(bdc.KINDS)] = "bdc"
+    metric: Annotated[str, one_of(bdc.METRICS)] = "cosine"
     width: Positive = 12
     reduce_to: Positive = 64
     steps: Count = 300
@@ -121,10 +113,6 @@ class Trial:
 
     def episodes(self, images: ImageSet, split: str) -> Episodes:
         """The episodes of a split: the same for every trial with the same task and seed.
-
-        Args:
-            images: an open image set.
-            split: ``"train"``, ``"val"`` or ``"test"``.
 
         Raises:
             UserError: the split does not have what the episodes need.
@@ -165,19 +153,14 @@ class Result:
     folder: Path
     auroc: pd.DataFrame
     source: Source
-    classifiers: dict[int, PrototypeClassifier]
+    classifiers: Classifiers
 
 
 def run(images: ImageSet, trial: Trial, *, from_scratch: bool = False) -> Result:
     """The experiment with these settings: found, or done now and resumed where it was stopped.
 
-    Args:
-        images: an open image set.
-        trial: all settings.
-        from_scratch: do it again even if it is there.
-
     Raises:
-        UserError: the image set does not have what the episodes need, or a setting is impossible.
+        UserError: the image set does not have what the episodes need.
     """
     check_served(images, trial)  # what is missing is told before hours of training
     folder = store.load_or_train(
@@ -228,74 +211,6 @@ def _too_few(images: ImageSet, trial: Trial) -> TooFew | None:
 
 def _do(images: ImageSet, trial: Trial, folder: Path) -> None:
     """Train, keep the weights, and measure what is kept, in half precision."""
-    source, classifiers = _train(images, trial, folder)
-    if parallel.is_main():
-        _save(folder, source, classifiers, images)
-    parallel.wait()
-    _load(folder, source, classifiers)
-    todo = list(_todo(images, trial, source, classifiers))
-    parts = [folder / f"{measurement.name}{PART}" for measurement in todo]
-    bar = tqdm(
-        total=len(todo) * trial.n_episodes, desc="test episodes", disable=not parallel.is_main()
-    )
-    for i, (measurement, part) in enumerate(zip(todo, parts, strict=True)):
-        for done in _measure(images, trial, measurement, part):
-            bar.update(i * trial.n_episodes + done - bar.n)
-    bar.close()
-    if parallel.is_main():
-        _write(folder / TABLE, pd.concat(map(pd.read_csv, parts), axis=1))
-        for part in parts:
-            disk.drop(part)
-
-
-def start(
-    images: ImageSet, trial: Trial, *, pretrained: bool = True
-) -> tuple[Source, dict[int, PrototypeClassifier]]:
-    """The generator and the classifiers of a trial before the joint training.
-
-    Args:
-        images: an open image set.
-        trial: its settings.
-        pretrained: begin with the pretrained score model, which is trained now if it is not
-            there; without it the weights are random, to be replaced by those of a finished run.
-
-    Raises:
-        UserError: the image set has no such label column, or a setting is impossible.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    classifiers = _fresh(trial, images.channels, device)
-    return _source(images, trial, pretrained, device), classifiers
-
-
-def _fresh(trial: Trial, channels: int, device: str) -> dict[int, PrototypeClassifier]:
-    """A classifier for each number of extra supports, all of the same initial weights."""
-    shape = dict(channels=channels, width=trial.width, reduce_to=trial.reduce_to)
-    how = dict(metric=trial.metric, seed=trial.seed)
-    return {n: prototypes.build(trial.kind, **shape, **how).to(device) for n in trial.counts}
-
-
-def _source(images: ImageSet, trial: Trial, pretrained: bool, device: str) -> Source:
-    if trial.generator == "oracle":
-        return Oracle(images)
-    if trial.generator == "memory":
-        return ClassMemory(images, trial.test_scheme)
-    if trial.generator in CHANGES:
-        return Changed(trial.generator)
-    width = trial.pretraining_width
-    if pretrained:
-        asked = dict(steps=trial.pretraining, width=width, device=device)
-        model, _ = train.pretrained(images, scheme=images.schemes[0], **asked)
-    else:
-        model = unet.build(size=images.size, channels=images.channels, width=width).to(device)
-    schemes = dict.fromkeys([trial.train_scheme, trial.test_scheme])
-    labels = [label for scheme in schemes for label in images.classes(scheme)]
-    forget = trial.forget or len(schemes) > 1  # the labels of the test are not known before it
-    hallucinator = Hallucinator(relabelled(model, labels, forget), trial.recipe)
-    return Pool(hallucinator, trial.pool, seed=trial.seed) if trial.pool else hallucinator
-
-
-def _train(images: ImageSet, trial: Trial, folder: Path) -> tuple[Source, Classifiers]:
-    """The generator and the classifiers after the joint training, each with its best weights."""
     source, classifiers = start(images, trial)
     own = ("steps", "fit", "n_validation", "per_epoch", "decays", "seed")
     loop = joint.meta_train(
@@ -311,71 +226,98 @@ def _train(images: ImageSet, trial: Trial, folder: Path) -> tuple[Source, Classi
     state = store.finished(loop, trial.steps, f"joint training on {images.name}")
     for classifier, best in zip(classifiers.values(), state.best, strict=True):
         classifier.load_state_dict(best)
-    return source, classifiers
+    if parallel.is_main():
+        _save(folder, source, classifiers, images)
+    parallel.wait()
+    _load(folder, source, classifiers)
+    _measure(images, trial, folder, _todo(images, trial, source, classifiers))
 
 
-class _Measurement(NamedTuple):
-    """Columns of the table that share one source of extra supports."""
+def start(
+    images: ImageSet, trial: Trial, *, pretrained: bool = True
+) -> tuple[Source, Classifiers]:
+    """The generator and the classifiers of a trial before the joint training.
 
-    name: str
-    methods: dict[str, Method]
-    source: Source
-    permute: bool = False
+    A score model is the ``pretrained`` one, which is trained now if it is not there, or has random
+    weights, to be replaced by those of a finished run.
+
+    Raises:
+        UserError: the image set has no such label column, or a setting is impossible.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    classifiers = _fresh(trial, images.channels, device)
+    if trial.generator in hallucinate.CONTROLS:
+        return hallucinate.control(trial.generator, images, trial.test_scheme), classifiers
+    steps, width = trial.pretraining, trial.pretraining_width
+    if pretrained:
+        scheme = images.schemes[0]
+        model, _ = train.pretrained(images, scheme=scheme, steps=steps, width=width, device=device)
+    else:
+        model = unet.build(size=images.size, channels=images.channels, width=width).to(device)
+    schemes = dict.fromkeys([trial.train_scheme, trial.test_scheme])
+    labels = [label for scheme in schemes for label in images.classes(scheme)]
+    forget = trial.forget or len(schemes) > 1  # the labels of the test are not known before it
+    source = Hallucinator(relabelled(model, labels, forget), trial.recipe)
+    return (Pool(source, trial.pool, seed=trial.seed) if trial.pool else source), classifiers
+
+
+def _fresh(trial: Trial, channels: int, device: str) -> Classifiers:
+    """A classifier for each number of extra supports, all of the same initial weights."""
+    own = {k: getattr(trial, k) for k in ("kind", "width", "reduce_to", "metric", "seed")}
+    return {n: bdc.build(channels=channels, **own).to(device) for n in trial.counts}
 
 
 def _todo(
     images: ImageSet, trial: Trial, source: Source, classifiers: Classifiers
-) -> Iterator[_Measurement]:
+) -> dict[str, Measurement]:
     """The trial's own measurement, after those that it is compared with."""
     extra, baseline = [n for n in trial.counts if n], classifiers[0]
-    method = Method(0, baseline)
-    yield _Measurement("baseline", {"baseline": method}, Source())
-    yield _Measurement("permuted labels", {"permuted labels": method}, Source(), permute=True)
-    for name, control in _controls(images, trial):
+    scheme, most = trial.test_scheme, max(extra)
+    memory = min(map(len, hallucinate.ClassMemory(images, scheme).rows.values()))
+    possible = {
+        "oracle": trial.n_spare >= most,
+        "memory": memory >= most and trial.train_scheme == scheme,
+        "flips": True,
+        "shifts": True,
+    }
+    todo = {name: ({name: Method(0, baseline)}, Source()) for name in ("baseline", PERMUTED)}
+    for name in (name for name, can_serve in possible.items() if can_serve):
         methods = {f"{name} +{n}": Method(n, baseline) for n in extra}
-        yield _Measurement(name, methods, control)
+        todo[name] = methods, hallucinate.control(name, images, scheme)
     own = {f"+{n}": Method(n, classifiers[n]) for n in extra}
     own |= {f"+{n} at test only": Method(n, baseline) for n in extra}
-    yield _Measurement("generator", own, source)
+    return todo | {"generator": (own, source)}
 
 
-def _controls(images: ImageSet, trial: Trial) -> Iterator[tuple[str, Source]]:
-    """What a generator is compared with, given to the classifier of the baseline."""
-    most = max(trial.counts)
-    if trial.n_spare >= most:
-        yield "oracle", Oracle(images)
-    if trial.train_scheme == trial.test_scheme:
-        memory = ClassMemory(images, trial.test_scheme)
-        if min(map(len, memory.rows.values())) >= most:
-            yield "memory", memory
-    for change in ("flips", "shifts"):
-        yield change, Changed(change)
-
-
-def _measure(
-    images: ImageSet, trial: Trial, measurement: _Measurement, part: Path
-) -> Iterator[int]:
-    """Write the AUROC of all episodes, after each few; yields how many are done.
-
-    What an interrupted call has written is not measured again.
-    """
-    names = list(measurement.methods)
-    done = pd.read_csv(part) if part.exists() else pd.DataFrame(columns=names, dtype=float)
-    for new in evaluate(
-        list(measurement.methods.values()),
-        measurement.source,
-        images,
-        trial.episodes(images, "test"),
-        trial.n_episodes,
-        first=len(done),
-        weight=trial.fit.weight,
-        permute=measurement.permute,
-        seed=trial.seed,
-    ):
-        done = pd.DataFrame(np.concatenate([done.to_numpy(), new]), columns=names)
-        if parallel.is_main():
-            _write(part, done)
-        yield len(done)
+def _measure(images: ImageSet, trial: Trial, folder: Path, todo: dict[str, Measurement]) -> None:
+    """Write the AUROC of all episodes after each few, on from what an interrupted call wrote."""
+    tasks, parts = trial.episodes(images, "test"), {k: folder / f"{k}{PART}" for k in todo}
+    total, hidden = len(todo) * trial.n_episodes, not parallel.is_main()
+    bar = tqdm(total=total, desc="test episodes", disable=hidden)
+    for name, (methods, source) in todo.items():
+        part, columns = parts[name], list(methods)
+        done = pd.read_csv(part) if part.exists() else pd.DataFrame(columns=columns, dtype=float)
+        bar.update(len(done))
+        for new in evaluate(
+            list(methods.values()),
+            source,
+            images,
+            tasks,
+            trial.n_episodes,
+            first=len(done),
+            weight=trial.fit.weight,
+            permute=name == PERMUTED,
+            seed=trial.seed,
+        ):
+            done = pd.DataFrame(np.concatenate([done.to_numpy(), new]), columns=columns)
+            bar.update(len(new))
+            if parallel.is_main():
+                _write(part, done)
+    bar.close()
+    if parallel.is_main():
+        _write(folder / TABLE, pd.concat(map(pd.read_csv, parts.values()), axis=1))
+        for part in parts.values():
+            disk.drop(part)
 
 
 def _write(file: Path, table: pd.DataFrame) -> None:
@@ -396,53 +338,47 @@ def _save(folder: Path, source: Source, classifiers: Classifiers, images: ImageS
     parts |= {f"plus_{n}": c.state_dict() for n, c in classifiers.items()}
     with disk.whole_files(folder) as partial:
         for name, tensors in parts.items():
-            halved = {k: v.to(_precision(k, v)).contiguous() for k, v in tensors.items()}
+            halved = {k: _halved(k, v).contiguous() for k, v in tensors.items()}
             save_file(halved, partial / f"{name}.safetensors", metadata)
 
 
-def _precision(name: str, tensor: Tensor) -> torch.dtype:
+def _halved(name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.float32 or name.endswith(".step"):  # counts, rates
-        return tensor.dtype
+        return tensor
     # squares of gradients are too small for half precision
-    return torch.bfloat16 if name.startswith("adam.") else torch.half
+    return tensor.bfloat16() if name.startswith("adam.") else tensor.half()
 
 
 def load(
     folder: Path, names: tuple[str, ...], device: str
-) -> tuple[Trial, Hallucinator, dict[int, PrototypeClassifier]]:
+) -> tuple[Trial, Hallucinator, Classifiers]:
     """What a joint training left, its generator ready for classes of these names.
 
-    Args:
-        folder: of a finished `run`.
-        names: of the classes; those it knows keep what the joint training taught it of them.
-        device: for the networks.
+    Those it knows keep what the joint training taught it of them.
 
     Raises:
-        UserError: the folder is not one, or its supports came from no score model.
+        UserError: the folder is not one of a finished `run`, or its supports came from no score
+            model.
     """
-    try:
-        if not (folder / store.CARD).exists():
-            raise FileNotFoundError(store.CARD)
-        settings = store.told(folder, Trial)
-        trial = Trial.of(settings)
-        if trial.generator != "score_model" or trial.pool:
-            raise UserError(
-                f"{folder} was trained with generator={trial.generator} pool={trial.pool}; "
-                "generator=score_model pool=0 is needed"
-            )
-        with safe_open(folder / "generator.safetensors", "pt") as file:
-            trained_on = json.loads(file.metadata()["images"])
-        channels, width = trained_on["channels"], trial.pretraining_width
-        model = unet.build(size=settings["size"], channels=channels, width=width).to(device)
-        source = Hallucinator(relabelled(model, names), trial.recipe)
-        classifiers = _fresh(trial, channels, device)
-        _load(folder, source, classifiers, trained_on["labels"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
+    if not all((folder / file).exists() for file in (store.CARD, GENERATOR)):
         raise UserError(
-            f"{folder} is not a finished joint training "
-            f"({type(fault).__name__}: {str(fault).splitlines()[0]}); the folder of a "
+            f"{folder} is not a finished joint training; the folder of a "
             "hallulib.oneshot.experiment.run is needed"
-        ) from fault
+        )
+    settings: dict[str, Any] = store.told(folder, Trial)  # its files have their checksums
+    trial = Trial.of(settings)
+    if trial.generator != "score_model" or trial.pool:
+        raise UserError(
+            f"{folder} was trained with generator={trial.generator} pool={trial.pool}; "
+            "generator=score_model pool=0 is needed"
+        )
+    with safe_open(folder / GENERATOR, "pt") as file:
+        trained_on = json.loads(file.metadata()["images"])
+    channels, width = trained_on["channels"], trial.pretraining_width
+    model = unet.build(size=settings["size"], channels=channels, width=width).to(device)
+    source = Hallucinator(relabelled(model, names), trial.recipe)
+    classifiers = _fresh(trial, channels, device)
+    _load(folder, source, classifiers, trained_on["labels"])
     return trial, source, classifiers
 
 
@@ -450,32 +386,23 @@ def _load(
     folder: Path, source: Source, classifiers: Classifiers, labels: list[str] | None = None
 ) -> None:
     """Give a source and classifiers their weights; labels: of the source, where it has others."""
-    saved = load_file(folder / "generator.safetensors")
-    if saved:
-        halves = torch.half, torch.bfloat16
-        full = {k: v.float() if v.dtype in halves else v for k, v in saved.items()}
-        full = full if labels is None else _renamed(full, source, labels)
-        source.load_state_dict(source.state_dict() | full)
+    saved, halves = load_file(folder / GENERATOR), (torch.half, torch.bfloat16)
+    learnt = {k: v.float() if v.dtype in halves else v for k, v in saved.items()}
+    if labels is not None and isinstance(source, Hallucinator):
+        _rename(learnt, source, labels)
+    source.load_state_dict(source.state_dict() | learnt)
     for n, classifier in classifiers.items():
         classifier.load_state_dict(load_file(folder / f"plus_{n}.safetensors"))
         classifier.eval()
 
 
-def _renamed(
-    saved: dict[str, Tensor], source: Hallucinator, labels: list[str]
-) -> dict[str, Tensor]:
-    """What a generator has learnt, its class vectors those of the labels of another.
-
-    A label it knows keeps its vector and what Adam remembers of it; new ones start at zero, as
-    does the null class, which is the last.
-    """
-    weight = source.model.network.classes.weight
+def _rename(learnt: dict[str, Tensor], source: Hallucinator, labels: list[str]) -> None:
+    """Class vectors, and Adam's memory of them, for a source's labels: new ones start at zero."""
+    weight = source.model.get_parameter("network.classes.weight")
     place = [p is weight for p in source.optimizer.param_groups[0]["params"]].index(True)
     of_classes = {"model.network.classes.weight"}
     of_classes |= {f"adam.{place}.exp_avg", f"adam.{place}.exp_avg_sq"}
     rows = {i: labels.index(name) for i, name in enumerate(source.model.labels) if name in labels}
-    renamed = dict(saved)
-    for key in of_classes & saved.keys():
-        renamed[key] = saved[key].new_zeros(weight.shape)
-        renamed[key][list(rows)] = saved[key][list(rows.values())]
-    return renamed
+    for key in of_classes & learnt.keys():
+        old, learnt[key] = learnt[key], learnt[key].new_zeros(weight.shape)
+        learnt[key][list(rows)] = old[list(rows.values())]

@@ -29,11 +29,13 @@ from hallulib.data.imageset import ImageSet
 from hallulib.diffusion.sample import SAMPLERS, draw
 from hallulib.diffusion.score import ScoreModel, denoising_loss, stratified_times
 from hallulib.diffusion.unet import ADAPTS, adaptable
-from hallulib.oneshot.episodes import Episode, unasked
+from hallulib.oneshot.episodes import Episode, images_at, unasked
 from hallulib.shapes import Images, Labels, Shots
 from hallulib.storage import parallel
 from hallulib.storage.checkpoint import Stateful
 from hallulib.storage.settings import Amount, Count, Positive, Share, ShareAbove0, check, one_of
+
+CONTROLS = ("oracle", "memory", *CHANGES)
 
 
 class Source(Stateful):
@@ -47,38 +49,20 @@ class Source(Stateful):
     per_class = True
 
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
-        """``n`` more images of each class; the first of them do not depend on ``n``.
-
-        Args:
-            episode: the classes, and the positions of all images of the task.
-            support: the real images of each class, in [-1, 1].
-            n: images per class.
-            seed: of every draw.
+        """``n`` more images of each class, in [-1, 1]; the first do not depend on ``n``.
 
         Raises:
-            UserError: it has not so many images of a class.
+            UserError: it has not so many images of a class, or does not know the class.
         """
         raise NotImplementedError
 
-    def learn(
-        self, episode: Episode, support: Shots, query: Images, seed: int
-    ) -> Float[Tensor, ""]:
-        """Learn from a training episode.
-
-        Args:
-            episode: the classes, and the classes of the queries.
-            support: the real images of each class, in [-1, 1].
-            query: (n_queries, ...) images that a test episode would not show; ``make`` is to
-                help with such ones.
-            seed: of every draw.
+    def adapt(self, episode: Episode, support: Shots, seed: int) -> Float[Tensor, ""]:
+        """Learn from the support of an episode, before ``make``; what a test taught is `undone`.
 
         Returns:
             The loss, or nan where nothing is learnt.
         """
         return torch.tensor(torch.nan)
-
-    def adapt(self, episode: Episode, support: Shots, seed: int) -> None:
-        """Learn from the support of an episode outside of the training, before ``make``."""
 
     def undone(self) -> contextlib.AbstractContextManager:
         """A context at whose end everything is as it was before."""
@@ -86,35 +70,21 @@ class Source(Stateful):
 
 
 class Oracle(Source):
-    """Other real images of the class, from the episode's own split: the ceiling of any generator.
-
-    Args:
-        images: the image set that the episodes were drawn from, with spare images.
-    """
+    """Spare real images of the episode, from its own split: the ceiling of any generator."""
 
     def __init__(self, images: ImageSet):
         self.images = images
 
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
-        """The episode's spare images.
-
-        Raises:
-            UserError: the episode has fewer.
-        """
+        """The episode's spare images."""
         found = episode.spare.shape[1]
         if found < n:
             raise UserError(f"an oracle needs {n} spare images per class; the episode has {found}")
-        rows = episode.spare[:, :n]
-        return self.images.tensor(rows.ravel()).unflatten(0, rows.shape).to(support)
+        return images_at(self.images, episode.spare[:, :n]).to(support)
 
 
 class ClassMemory(Source):
-    """Real images that the class has in the split ``train``: what a generator could remember.
-
-    Args:
-        images: the whole image set.
-        scheme: the label column of the episodes.
-    """
+    """Real images that the class has in the split ``train``: what a generator could remember."""
 
     def __init__(self, images: ImageSet, scheme: str):
         self.images = images
@@ -122,11 +92,7 @@ class ClassMemory(Source):
         self.rows = {c: np.flatnonzero(labels == c) for c in images.classes(scheme)}
 
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
-        """Training images of each class, drawn without replacement.
-
-        Raises:
-            UserError: a class has fewer.
-        """
+        """Training images of each class, drawn without replacement."""
         rng, chosen = np.random.default_rng(seed), []
         for name in episode.classes:
             rows = self.rows.get(name, ())
@@ -136,16 +102,11 @@ class ClassMemory(Source):
                     f" train; there are {len(rows)}"
                 )
             chosen.append(rng.permutation(rows)[:n])
-        rows = np.stack(chosen)
-        return self.images.tensor(rows.ravel()).unflatten(0, rows.shape).to(support)
+        return images_at(self.images, np.stack(chosen)).to(support)
 
 
 class Changed(Source):
-    """Copies of the support, each changed at random: flips, shifts, jitter, mixup, or all.
-
-    Args:
-        change: a name in ``CHANGES``.
-    """
+    """Copies of the support, each changed at random in one of the ways of ``CHANGES``."""
 
     def __init__(self, change: str):
         self.change = CHANGES[change]
@@ -153,10 +114,16 @@ class Changed(Source):
 
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
         """The j-th copy is one of the j-th support, counted round and round."""
-        rngs = [torch.Generator().manual_seed(seed + j) for j in range(n)]
-        rounds = [support[:, j % support.shape[1]] for j in range(n)]
-        pairs = zip(rounds, rngs, strict=True)
-        return torch.stack([self.change(shot, support, rng) for shot, rng in pairs], 1)
+        rngs, k = [torch.Generator().manual_seed(seed + j) for j in range(n)], support.shape[1]
+        made = [self.change(support[:, j % k], support, rng) for j, rng in enumerate(rngs)]
+        return torch.stack(made, 1)
+
+
+def control(name: str, images: ImageSet, scheme: str) -> Source:
+    """A source that needs no training, by its name in ``CONTROLS``."""
+    if name == "oracle":
+        return Oracle(images)
+    return ClassMemory(images, scheme) if name == "memory" else Changed(name)
 
 
 @dataclass(frozen=True)
@@ -194,12 +161,7 @@ class Recipe:
 
 
 class Hallucinator(Source):
-    """A score model that learns from episodes and makes more of their supports.
-
-    Args:
-        model: the pretrained score model; changed in place.
-        recipe: how it learns and generates.
-    """
+    """A pretrained score model that learns from episodes and makes more of their supports."""
 
     def __init__(self, model: ScoreModel, recipe: Recipe):
         # a quarter faster, on a CPU too
@@ -208,12 +170,6 @@ class Hallucinator(Source):
         self.optimizer = torch.optim.Adam(adaptable(model, recipe.adapt), lr=recipe.lr)
         # where a test episode is learnt, it has to be made by itself
         self.per_class = recipe.adapt_steps == 0
-
-    def learn(
-        self, episode: Episode, support: Shots, query: Images, seed: int
-    ) -> Float[Tensor, ""]:
-        """The steps of `adapt`, which stay."""
-        return self.adapt(episode, support, seed)
 
     def adapt(self, episode: Episode, support: Shots, seed: int) -> Float[Tensor, ""]:
         """Steps on the support alone, images and their classes.
@@ -224,10 +180,10 @@ class Hallucinator(Source):
         Raises:
             UserError: a class that the model does not know.
         """
-        loss, rng = torch.tensor(torch.nan), torch.Generator(self._device).manual_seed(seed)
-        copies = self.recipe.copies
+        y, copies = self._classes(episode), self.recipe.copies
+        loss, rng = torch.tensor(torch.nan), torch.Generator(y.device).manual_seed(seed)
         x_0 = support.flatten(0, 1).repeat_interleave(copies, 0)
-        y = self._classes(episode).repeat_interleave(support.shape[1] * copies)
+        y = y.repeat_interleave(support.shape[1] * copies)
         for _ in range(self.recipe.adapt_steps):
             loss = self._step(x_0, y, rng)
         return loss
@@ -238,14 +194,11 @@ class Hallucinator(Source):
 
         The first images do not depend on ``n`` with ``heun`` and ``dpm_solver``, on a CPU; the
         other samplers draw noise for all images on the way.
-
-        Raises:
-            UserError: a class that the model does not know.
         """
-        recipe, (n_way, k_shot) = self.recipe, support.shape[:2]
-        starts = None
+        recipe, starts = self.recipe, None
         if recipe.start_time < 1:
-            starts = support[:, torch.arange(n) % k_shot].transpose(0, 1).flatten(0, 1)
+            rounds = torch.arange(n) % support.shape[1]
+            starts = support[:, rounds].transpose(0, 1).flatten(0, 1)
         made = draw(
             self.model,
             self._classes(episode).repeat(n),
@@ -257,7 +210,7 @@ class Hallucinator(Source):
             seed=seed,
         )
         # drawn shot by shot: the first shots stay the same when more are asked for
-        return made.unflatten(0, (n, n_way)).transpose(0, 1)
+        return made.unflatten(0, (n, len(episode.classes))).transpose(0, 1)
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -272,12 +225,8 @@ class Hallucinator(Source):
         """All that training changes."""
         return {"model": self.model, "adam": self.optimizer}
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.network.classes.weight.device
-
     def _classes(self, episode: Episode) -> Labels:
-        return self.model.index(episode.classes).to(self._device)
+        return self.model.index(episode.classes).to(next(self.model.parameters()).device)
 
     def _step(self, x_0: Images, y: Labels, rng: torch.Generator) -> Float[Tensor, ""]:
         """One step of Adam on the denoising loss, classes dropped now and then."""
@@ -305,10 +254,8 @@ class Pool(Source):
     independent draws from one law for each class, so thousands of episodes can share a pool at
     the cost of making it once.
 
-    Args:
-        hallucinator: it makes images from noise, without adaptation.
+    Attributes:
         size: images per class.
-        seed: of the images.
     """
 
     def __init__(self, hallucinator: Hallucinator, size: int, seed: int = 0):
@@ -316,24 +263,17 @@ class Pool(Source):
         self.images: Shots | None = None
 
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
-        """Images of the pool, drawn without replacement for each class of the episode.
-
-        Raises:
-            UserError: the pool holds fewer than ``n``.
-        """
+        """Images of the pool, drawn without replacement for each class of the episode."""
         if n > self.size:
             raise UserError(f"{n} images per class asked of a pool of {self.size}")
+        model = self.hallucinator.model
         if self.images is None:
-            self.images = self._all(support)
-        rng, classes = np.random.default_rng(seed), self.hallucinator.model.index(episode.classes)
+            blank = support.new_zeros(len(model.labels), 1, *support.shape[2:])
+            every = unasked(model.labels)
+            self.images = self.hallucinator.make(every, blank, self.size, self.seed)
+        rng, classes = np.random.default_rng(seed), model.index(episode.classes)
         chosen = np.stack([rng.permutation(self.size)[:n] for _ in classes])
         return self.images[classes[:, None], torch.as_tensor(chosen)].to(support)
-
-    def _all(self, like: Float[Tensor, "_ways _shots channels height width"]) -> Shots:
-        """All images of the pool, class by class."""
-        names = self.hallucinator.model.labels
-        blank = like.new_zeros(len(names), 1, *like.shape[2:])
-        return self.hallucinator.make(unasked(names), blank, self.size, self.seed)
 
     def parts(self) -> dict[str, object]:
         """The images, once they are there."""

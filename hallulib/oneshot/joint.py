@@ -5,21 +5,36 @@ forms prototypes from the real support and the first n of these images, and lowe
 
 .. math:: F\bigl(\operatorname{softmax}(\beta \cos(q, p)),\; y\bigr), \qquad
           p_k = \frac{\sum_{i \le k_\text{shot}} v_{ki} + w \sum_{j \le n} \hat v_{kj}}
-          {k_\text{shot} + n w},
+          {k_\text{shot} + n w}.
 
-the AUC margin loss of its queries. Nothing flows back from the classifiers into the generator, so
-the baseline (n = 0) and all other n share one generator and the same episodes. `evaluate` asks
-several classifiers about the same test episodes, with the same extra supports.
+Nothing flows back from the classifiers into the generator, so the baseline (n = 0) and all other
+n share one generator and the same episodes. `evaluate` asks several classifiers about the same
+test episodes, with the same extra supports.
+
+F is the AUC margin loss of each class against the rest, so that every class weighs the same. The
+AUROC of class c is the chance that one of its images scores above another image. Its smooth
+stand-in is the mean of :math:`(m - h_i + h_j)^2` over pairs of a positive i and a negative j.
+Written as a saddle point it needs no pairs,
+
+.. math::
+
+    F_c = \mathrm{E}_+[(h - a)^2] + \mathrm{E}_-[(h - b)^2]
+        + 2 \alpha\,(m + \mathrm{E}_-[h] - \mathrm{E}_+[h]) - \alpha^2,
+
+minimal in the network, a and b, maximal in :math:`\alpha \ge 0`; then a and b are the means of
+the two sides and :math:`\alpha = [m + \mathrm{E}_-[h] - \mathrm{E}_+[h]]_+`. LibAUC's `pesg` is
+the optimiser that descends and ascends.
 
 Source:
-    Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024.
+    Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; Yuan et al., *Large-scale Robust
+    Deep AUC Maximization*, 2021. https://arxiv.org/abs/2012.03173
 """
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,20 +44,22 @@ from torch import Tensor, nn
 from hallulib import UserError
 from hallulib.data.imageset import ImageSet
 from hallulib.evidence.metrics import auroc
-from hallulib.oneshot import auc
-from hallulib.oneshot.auc import Memory
-from hallulib.oneshot.episodes import Episode, Episodes
+from hallulib.oneshot.bdc import PrototypeClassifier, at_least_float32
+from hallulib.oneshot.episodes import Episode, Episodes, images_at
 from hallulib.oneshot.hallucinate import Source
-from hallulib.oneshot.prototypes import PrototypeClassifier
-from hallulib.shapes import Images, Labels, Shots
+from hallulib.shapes import Images, Labels, Shots, seeded
 from hallulib.storage import checkpoint, parallel
 from hallulib.storage.checkpoint import Stateful
 from hallulib.storage.settings import Above0, Amount, check, one_of
 
 EPISODES_AT_ONCE = 20  # whose classes are made and embedded together
 SHUFFLES = 20  # of the answers of an episode, for the control without information
+PULL = 3e-3  # gamma of `pesg`: the pull to the last reference, LibAUC's epoch_decay
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # what it remembers of one parameter
 
 MoreShots = Float[Tensor, "episodes n_way _shots channels height width"]
+Scores = Float[Tensor, "batch n_classes"]
+PerClass = Float[Tensor, " n_classes"]
 
 
 @dataclass(frozen=True)
@@ -75,35 +92,168 @@ class Fit:
         check(self)
 
 
-class Learner(Stateful):
-    """A classifier with the number of extra supports it works with, its loss and its optimiser.
+class AUCMarginLoss:
+    """The loss with its own a, b and alpha, one of each per class.
 
-    Args:
-        classifier: trained in place.
-        n: extra supports per class.
-        n_way: classes per episode.
-        fit: how it learns.
+    It is no module on purpose: inside the model its alpha would be one of the parameters that
+    the optimiser lowers, and a second copy would be one that nothing moves.
+
+    Attributes:
+        margin: how far positives should score above negatives, in the unit of the scores.
+        a: running mean score of each class's own images.
+        b: running mean score of all other images.
+        alpha: what it is worth to widen the gap between them, >= 0.
+
+    Source:
+        Yuan et al. 2021, without the class prior (version 2 of LibAUC, whose multi-label loss on
+        one-hot labels is the same up to rounding).
     """
+
+    def __init__(self, n_classes: int, margin: float | int = 1.0):
+        self.margin = float(margin)
+        self.a, self.b, self.alpha = (torch.zeros(n_classes, requires_grad=True) for _ in range(3))
+
+    def __call__(self, scores: Scores, y: Labels) -> Float[Tensor, ""]:
+        """The loss of one batch; it may be negative before a, b and alpha have settled.
+
+        Two classes at least are needed; one that is absent contributes nothing.
+        """
+        scores = at_least_float32(scores)
+        plus, minus = _means(scores, y)
+        within = _means((scores - self.a) ** 2, y)[0] + _means((scores - self.b) ** 2, y)[1]
+        of_class = within + 2 * self.alpha * (self.margin + minus - plus) - self.alpha**2
+        present = torch.isin(torch.arange(len(of_class), device=y.device), y)
+        return of_class.where(present, 0).sum() / present.sum()
+
+    @torch.no_grad()
+    def settle(self, scores: Scores, y: Labels) -> None:
+        """Set a, b and alpha to their best values for these scores, before `pesg`.
+
+        From zero, alpha takes some 1 / (2 lr) steps to get near; until then the loss draws the
+        scores together and hardly ranks them. At lr 1e-4 that is five thousand steps.
+        """
+        plus, minus = _means(at_least_float32(scores), y)
+        self.a.copy_(plus)
+        self.b.copy_(minus)
+        self.alpha.copy_((self.margin + minus - plus).clamp(min=0))
+
+
+def _means(values: Scores, y: Labels) -> tuple[PerClass, PerClass]:
+    """Mean of each column over the rows of its class, and over all other rows."""
+    positive = y[:, None] == torch.arange(values.shape[1], device=y.device)
+    n = positive.sum(0)
+    plus = values.where(positive, 0).sum(0) / n.clamp(min=1)
+    return plus, values.where(~positive, 0).sum(0) / (len(y) - n)
+
+
+def pesg(
+    model: nn.Module,
+    loss: AUCMarginLoss,
+    *,
+    lr: float | int = 1e-4,
+    weight_decay: float | int = 1e-2,
+    mode: str = "adam",
+) -> Any:
+    r"""LibAUC's PESG over a model and the loss: descends on weights, a and b, ascends on alpha.
+
+    .. math::
+
+        g &= \mathrm{clip}(\nabla F, \pm 1) + \gamma\,(v - v_\mathrm{ref}) + \lambda v,
+        \qquad v = (w, a, b), \\
+        \alpha &\leftarrow [\alpha + 2\,\mathrm{lr}\,(m + b - a - \alpha)]_+,
+
+    and v moves along g, averaged over steps (``"sgd"``) or scaled as by Adam (``"adam"``, with
+    both decays inside the gradient). ``update_regularizer(10)`` of the result divides lr by 10 and
+    moves :math:`v_\mathrm{ref}` to the mean of v over the steps since the last time, at least one.
+
+    Repaired here: PESG starts :math:`v_\mathrm{ref}` at random numbers, where its documentation
+    says at :math:`v_0`, so that a pretrained network would be pulled to zero; it draws them
+    from the global generator; and it expects a GPU wherever there is one. The loss is moved to
+    the device of the model.
+
+    The weight decay :math:`\lambda` is of a and b as well: a settles a little below its mean. A
+    rate of 1e-4 suits ``"adam"``; ``"sgd"`` stands still there and needs 0.01 to 0.1.
+
+    Source:
+        Yuan et al. 2021, and libauc 2.0.1, optimizers/pesg.py.
+    """
+    from libauc.optimizers import PESG  # seconds to import
+
+    weights = [p for p in model.parameters() if p.requires_grad]
+    device = weights[0].device
+    for own in (loss.a, loss.b, loss.alpha):
+        own.data = own.data.to(device)
+    options = dict(lr=lr, weight_decay=weight_decay, epoch_decay=PULL, device=device)
+    with seeded():  # its random reference is replaced below
+        optimizer = PESG(weights, loss_fn=loss, mode=mode, verbose=False, **options)
+    for reference, value in zip(optimizer.model_ref, optimizer.params, strict=True):
+        reference.copy_(value.detach())
+    return optimizer
+
+
+class PESGState:
+    """All that `pesg` and its loss are at a step, apart from the model's weights.
+
+    Names are ``a``, ``b``, ``alpha``, ``lr``, ``steps``, ``T`` (steps since the last reference)
+    and, for the i-th parameter, ``exp_avg.i``, ``model_ref.i`` and the like.
+    """
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+
+    def _in_place(self) -> dict[str, Tensor]:
+        """What is there from the first step on."""
+        tensors = {name: getattr(self.optimizer, name).detach() for name in ("a", "b", "alpha")}
+        for name in ("model_ref", "model_acc"):
+            tensors |= {f"{name}.{i}": v for i, v in enumerate(getattr(self.optimizer, name))}
+        return tensors
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it; no copies."""
+        pesg = self.optimizer
+        tensors = self._in_place() | {n: torch.tensor(getattr(pesg, n)) for n in ("steps", "T")}
+        tensors["lr"] = torch.tensor(pesg.param_groups[0]["lr"], dtype=torch.float64)
+        for i, p in enumerate(pesg.params):
+            tensors |= {f"{name}.{i}": torch.as_tensor(v) for name, v in pesg.state[p].items()}
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take on what `state_dict` gave, as if the run had not been left.
+
+        Raises:
+            KeyError, RuntimeError: the tensors are of another model or other settings.
+        """
+        pesg = self.optimizer
+        for name, own in self._in_place().items():
+            own.copy_(tensors[name])
+        pesg.steps, pesg.T = int(tensors["steps"]), int(tensors["T"])
+        pesg.param_groups[0]["lr"] = float(tensors["lr"])
+        for name, value in tensors.items():
+            key, _, i = name.partition(".")
+            if key == "step":
+                pesg.state[pesg.params[int(i)]][key] = int(value)
+            elif key in MOMENTS:
+                p = pesg.params[int(i)]
+                # in the layout of the parameter: it decides the order of sums on some devices
+                pesg.state[p][key] = torch.empty_like(p.data).copy_(value)
+
+
+class Learner(Stateful):
+    """A classifier, trained in place with n extra supports per class, its loss and optimiser."""
 
     def __init__(self, classifier: PrototypeClassifier, n: int, n_way: int, fit: Fit):
         self.classifier, self.n, self.fit = classifier, n, fit
-        rates = {"lr": fit.lr, "weight_decay": fit.weight_decay}
+        rates: dict[str, Any] = {"lr": fit.lr, "weight_decay": fit.weight_decay}
+        self.margin_loss = AUCMarginLoss(n_way, fit.margin)
         if fit.loss == "aucm":
-            self.margin_loss = auc.AUCMarginLoss(n_way, fit.margin)
-            self.optimizer = auc.optimizer(classifier, self.margin_loss, mode=fit.mode, **rates)
+            self.optimizer = pesg(classifier, self.margin_loss, mode=fit.mode, **rates)
         else:
             self.optimizer = torch.optim.Adam(classifier.parameters(), **rates)
 
-    def step(
+    def learn(
         self, support: Shots, extra: Shots, query: Images, answers: Labels
     ) -> Float[Tensor, ""]:
         """One step on one episode, all of whose images go through the network as one batch.
-
-        Args:
-            support: real images of each class.
-            extra: ``n`` further images of each class.
-            query: images to classify.
-            answers: position of the class of each query.
 
         Returns:
             The loss before the step.
@@ -120,7 +270,7 @@ class Learner(Stateful):
         self.optimizer.step()
         return loss.detach()
 
-    def _loss(self, logits: Float[Tensor, "batch n_way"], answers: Labels) -> Float[Tensor, ""]:
+    def _loss(self, logits: Scores, answers: Labels) -> Float[Tensor, ""]:
         if self.fit.loss == "cross_entropy":
             return nn.functional.cross_entropy(logits, answers)
         scores = logits.softmax(-1)
@@ -138,7 +288,7 @@ class Learner(Stateful):
 
     def parts(self) -> dict[str, object]:
         """All that training changes."""
-        memory = Memory(self.optimizer) if self.fit.loss == "aucm" else self.optimizer
+        memory = PESGState(self.optimizer) if self.fit.loss == "aucm" else self.optimizer
         return {"classifier": self.classifier, "optimizer": memory}
 
 
@@ -149,18 +299,7 @@ def predict(
     query: Float[Tensor, "*episodes n_query d"],
     weight: float | int = 1.0,
 ) -> Float[Tensor, "*episodes n_query n_way"]:
-    """Logits of queries from real and made supports.
-
-    Args:
-        classifier: as trained.
-        real: vectors of the real support.
-        made: vectors of the extra supports.
-        query: vectors of the queries.
-        weight: of an extra support, where a real one has 1; 0 leaves them out.
-
-    Returns:
-        One logit per query and class; their softmax is the chance of each class.
-    """
+    """Logits of queries from vectors of real supports, and of made ones with a weight beside 1."""
     vectors = torch.cat([real, made], -2)
     weights = torch.ones(vectors.shape[:-1], device=vectors.device)
     weights[..., real.shape[-2] :] = weight
@@ -168,10 +307,9 @@ def predict(
 
 
 def pictures(images: ImageSet, episode: Episode, device: torch.device) -> tuple[Shots, Images]:
-    """Support (n_way, k_shot, ...) and query images of an episode."""
-    x = images.tensor(np.concatenate([episode.support.ravel(), episode.query])).to(device)
-    support, query = x.split([episode.support.size, len(episode.query)])
-    return support.unflatten(0, episode.support.shape), query
+    """Support and query images of an episode."""
+    support, query = images_at(images, episode.support), images.tensor(episode.query)
+    return support.to(device), query.to(device)
 
 
 class Method(NamedTuple):
@@ -196,21 +334,14 @@ def evaluate(
 ) -> Iterator[Float[np.ndarray, "episodes methods"]]:
     """Macro one-vs-rest AUROC of episodes, for several methods with one source of supports.
 
-    What the source learns from an episode is undone after it. Vectors of real images are computed
-    once; episodes are made and embedded ``EPISODES_AT_ONCE`` together where the source allows.
-    Several processes take turns at them, and all get all results.
+    All methods see the same episodes and the first n of the same extra supports; ``weight`` is
+    that of an extra support in a prototype. What the source learns from an episode is undone after
+    it. Vectors of real images are computed once; episodes are made and embedded
+    ``EPISODES_AT_ONCE`` together where the source allows. ``first`` of them, a multiple of that,
+    are done already. Several processes take turns at them, and all get all results.
 
-    Args:
-        methods: all of them see the same episodes and the first n of the same extra supports.
-        source: of the extra supports.
-        images: the image set of the episodes.
-        episodes: tasks.
-        n_episodes: how many of them.
-        first: episodes that are done already, a multiple of ``EPISODES_AT_ONCE``.
-        weight: of an extra support in a prototype.
-        permute: shuffle the answers, a control that must come out at 0.5: the mean over
-            ``SHUFFLES`` orders of the answers of each episode.
-        seed: of everything that is made.
+    To ``permute`` the answers is a control that must come out at 0.5: the mean over ``SHUFFLES``
+    orders of the answers of each episode.
 
     Yields:
         AUROC of the next episodes, one column for each method. That of an episode depends on the
@@ -222,54 +353,39 @@ def evaluate(
     """
     most = max(method.n for method in methods)
     device = methods[0].classifier.log_scale.device
-    vectors = {m.classifier: _Vectors(m.classifier.eval(), images) for m in methods}
+    known: dict[nn.Module, dict[int, Tensor]] = {m.classifier.eval(): {} for m in methods}
+
+    def embedded(
+        classifier: PrototypeClassifier, rows: Int[np.ndarray, "*shape"]
+    ) -> Float[Tensor, "*shape d"]:
+        """Vectors of real images, each computed once."""
+        vectors = known[classifier]
+        new = [row for row in np.unique(rows).tolist() if row not in vectors]
+        if new:
+            x = images.tensor(new).to(device)
+            vectors.update(zip(new, classifier.embed(x), strict=True))
+        stacked = torch.stack([vectors[row] for row in rows.ravel().tolist()])
+        return stacked.unflatten(0, rows.shape)
 
     def measured(begin: int) -> Float[np.ndarray, "episodes methods"]:
         chunk = [episodes[i] for i in range(begin, min(begin + EPISODES_AT_ONCE, n_episodes))]
-        support = torch.stack([pictures(images, episode, device)[0] for episode in chunk])
-        extra = _make(source, chunk, support, most, [seed, begin])
+        supports = np.stack([episode.support for episode in chunk])
+        queries = np.stack([episode.query for episode in chunk])
         answers = np.stack([episode.answers for episode in chunk])
-        orders = [answers]
-        if permute:
-            rng = np.random.default_rng([seed, begin])
-            orders = [rng.permuted(answers, axis=1) for _ in range(SHUFFLES)]
-        logits = [_logits(m, vectors[m.classifier], chunk, extra, weight) for m in methods]
-        scores = [x.softmax(-1) for x in logits]
-        return np.stack([np.mean([auroc(y, x) for y in orders], 0) for x in scores], 1)
+        extra = _make(source, chunk, images_at(images, supports).to(device), most, [seed, begin])
+        rng = np.random.default_rng([seed, begin])
+        shuffled = (rng.permuted(answers, axis=1) for _ in range(SHUFFLES))
+        orders, columns = list(shuffled) if permute else [answers], []
+        for n, classifier in methods:
+            real, query = embedded(classifier, supports), embedded(classifier, queries)
+            offered, made = extra[:, :, :n], real[:, :, :0]
+            if n:
+                made = classifier.embed(offered.flatten(0, 2)).unflatten(0, offered.shape[:3])
+            chances = predict(classifier, real, made, query, weight).softmax(-1)
+            columns.append(np.mean([np.asarray(auroc(y, chances)) for y in orders], 0))
+        return np.stack(columns, 1)
 
-    begins = range(first, n_episodes, EPISODES_AT_ONCE)
-    measurements = parallel.dealt(measured, begins)
-    for begin, scores in zip(begins, measurements, strict=True):
-        yield scores[: n_episodes - begin]
-
-
-def _logits(
-    method: Method, known: "_Vectors", chunk: list[Episode], extra: MoreShots, weight: float | int
-) -> Float[Tensor, "episodes n_query n_way"]:
-    """What a method says of the queries of several episodes."""
-    real = known(np.stack([episode.support for episode in chunk]))
-    query = known(np.stack([episode.query for episode in chunk]))
-    offered = extra[:, :, : method.n]
-    made = real[:, :, :0]
-    if method.n:
-        made = method.classifier.embed(offered.flatten(0, 2)).unflatten(0, offered.shape[:3])
-    return predict(method.classifier, real, made, query, weight)
-
-
-class _Vectors:
-    """Vectors of real images by one classifier, each computed once."""
-
-    def __init__(self, classifier: PrototypeClassifier, images: ImageSet):
-        self.classifier, self.images, self.known = classifier, images, {}
-
-    def __call__(self, rows: Int[np.ndarray, "*shape"]) -> Float[Tensor, "*shape d"]:
-        """One vector for each row, in the shape of ``rows``."""
-        new = [row for row in np.unique(rows).tolist() if row not in self.known]
-        if new:
-            x = self.images.tensor(new).to(self.classifier.log_scale.device)
-            self.known.update(zip(new, self.classifier.embed(x), strict=True))
-        vectors = torch.stack([self.known[row] for row in rows.ravel().tolist()])
-        return vectors.unflatten(0, rows.shape)
+    yield from parallel.dealt(measured, range(first, n_episodes, EPISODES_AT_ONCE))
 
 
 def _make(
@@ -295,35 +411,21 @@ def _make(
 class State(Stateful):
     """Everything a joint training is at one step.
 
-    Args:
+    Attributes:
         source: of the extra supports, with what it has learnt.
         learners: one for each number of extra supports.
-        steps: episodes in all.
-        per_epoch: episodes per epoch.
-        decays: parts of the steps after which the learning rates fall.
-
-    Attributes:
         losses: (steps, 1 + learners) of the source and of each learner.
         validation: (epochs, learners) mean AUROC over the validation episodes.
         best: weights of each learner's classifier after its best epoch, the later of equals.
-        decay_at: steps after which the learning rates fall.
         step: episodes done.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        learners: Sequence[Learner],
-        steps: int,
-        per_epoch: int,
-        decays: Sequence[float | int],
-    ):
+    def __init__(self, source: Source, learners: Sequence[Learner], steps: int, per_epoch: int):
         self.source, self.learners = source, learners
         device = learners[0].classifier.log_scale.device
         self.losses = torch.full((steps, 1 + len(learners)), torch.nan, device=device)
         self.validation = torch.full((-(-steps // per_epoch), len(learners)), torch.nan)
         self.best = [copy.deepcopy(learner.classifier.state_dict()) for learner in learners]
-        self.decay_at = {round(part * steps) for part in decays} - {0}
 
     def parts(self) -> dict[str, object]:
         """All but the step."""
@@ -355,29 +457,24 @@ class State(Stateful):
 
     def keep_best(self, epoch: int) -> None:
         """Keep the weights of each classifier that has not done better in an epoch before."""
-        worst = torch.full((1, len(self.learners)), -1.0)
-        before = torch.cat([worst, self.validation[:epoch].nan_to_num(-1)]).amax(0)
+        better_before = (self.validation[:epoch] > self.validation[epoch]).any(0)
         for i, learner in enumerate(self.learners):
-            if not self.validation[epoch, i] < before[i]:
+            if not better_before[i]:
                 self.best[i] = copy.deepcopy(learner.classifier.state_dict())
 
 
 def episode(state: State, images: ImageSet, task: Episode, seed: int) -> None:
     """One training episode: the source learns it and makes images, each classifier takes a step.
 
-    Args:
-        state: its source and learners change; their losses become a row of ``losses``.
-        images: the image set of the task.
-        task: the episode.
-        seed: of everything that is made.
+    Its losses become a row of the state's ``losses``; the seed is of everything that is made.
     """
     support, query = pictures(images, task, state.losses.device)
     answers = torch.as_tensor(task.answers, device=state.losses.device)
-    losses = [state.source.learn(task, support, query, seed)]
+    losses = [state.source.adapt(task, support, seed)]
     most = max(learner.n for learner in state.learners)
     extra = state.source.make(task, support, most, seed) if most else support[:, :0]
     for learner in state.learners:
-        losses.append(learner.step(support, extra[:, : learner.n], query, answers))
+        losses.append(learner.learn(support, extra[:, : learner.n], query, answers))
     state.losses[state.step] = torch.stack([loss.to(state.losses.device) for loss in losses])
 
 
@@ -407,36 +504,32 @@ def meta_train(
         steps: episodes in all.
         fit: how classifiers learn.
         validation: tasks of the validation split; after each epoch the weights that did best on
-            them so far are kept. Without it the last weights are the best.
+            ``n_validation`` of them so far are kept. Without it the last weights are the best.
         n_validation: such tasks, the same after each epoch.
         per_epoch: episodes per epoch, and between checkpoints.
         decays: parts of the steps after which the learning rate of classifiers is divided by 10.
         seed: of everything that is made.
-        folder: where the checkpoint and ``losses.csv`` are kept; a checkpoint found there is
-            resumed, to the same bytes on a CPU as if it had never stopped.
-        settings: all else that the run depends on, what JSON can hold; other settings do not
-            resume.
+        folder: where the checkpoint and ``losses.csv`` are kept, see
+            :func:`hallulib.storage.checkpoint.loop`.
+        settings: all else that the run depends on, what JSON can hold; others do not resume.
 
     Yields:
-        The state after each episode, the same object every time. After the last one of a
-        finished run it is yielded once, with nothing done.
+        The state after each episode, the same object every time.
 
     Raises:
         UserError: a support image or a loss that is not finite, a damaged checkpoint or one of
             other settings.
-
-    Source:
-        Pachetti & Colantonio 2024; the loss is theirs where `Fit` says ``"aucm"``.
     """
     settings = (settings or {}) | {"steps": steps, "per_epoch": per_epoch, "seed": seed}
     settings |= {"fit": asdict(fit), "decays": list(decays), "n_validation": n_validation}
     learners = [Learner(c, n, episodes.n_way, fit) for n, c in classifiers.items()]
     methods = [Method(n, c) for n, c in classifiers.items()]
+    decay_at = {round(part * steps) for part in decays} - {0}
 
     def take(state: State) -> None:
         own = int(np.random.default_rng([seed, state.step]).integers(2**31))  # of the episode
         episode(state, images, episodes[state.step], own)
-        if state.step + 1 in state.decay_at:
+        if state.step + 1 in decay_at:
             for learner in learners:
                 learner.decay()
 
@@ -444,13 +537,14 @@ def meta_train(
         state.check()
         epoch = (state.step - 1) // per_epoch
         if validation is not None and n_validation:
-            how = dict(weight=fit.weight, seed=seed)
-            parts = evaluate(methods, source, images, validation, n_validation, **how)
+            parts = evaluate(
+                methods, source, images, validation, n_validation, weight=fit.weight, seed=seed
+            )
             state.validation[epoch] = torch.as_tensor(np.concatenate(list(parts)).mean(0))
         state.keep_best(epoch)
 
     return checkpoint.loop(
-        State(source, learners, steps, per_epoch, decays),
+        State(source, learners, steps, per_epoch),
         take,
         steps=steps,
         due=lambda step: step % per_epoch == 0 or step == steps,

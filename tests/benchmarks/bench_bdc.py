@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from hallulib.oneshot.prototypes import bdc_matrix, to_vector
+from hallulib.oneshot.bdc import bdc_matrix, to_vector
 
 SIZES = {64: 64, 256: 32, 640: 16}  # channels: maps in a batch
 

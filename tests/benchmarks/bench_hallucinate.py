@@ -31,9 +31,9 @@ def seconds(source, learner, images, episode, repeats):
     times = []
     for seed in range(repeats):
         start = time.perf_counter()
-        source.learn(episode, support, query, seed)
+        source.adapt(episode, support, seed)
         extra = source.make(episode, support, learner.n, seed)
-        learner.step(support, extra, query, answers)
+        learner.learn(support, extra, query, answers)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

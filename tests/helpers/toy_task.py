@@ -5,7 +5,7 @@ import pandas as pd
 
 from hallulib.data.imageset import ImageSet
 from hallulib.diffusion import unet
-from hallulib.oneshot import prototypes
+from hallulib.oneshot import bdc
 from hallulib.oneshot.episodes import Episodes
 from hallulib.oneshot.hallucinate import Hallucinator, Recipe
 
@@ -51,7 +51,7 @@ def hallucinator(**options):
 
 def classifiers(counts=(0, 1), kind="mean"):
     """Fresh ones of the same initial weights, one for each number of extra supports."""
-    return {n: prototypes.build(kind, width=4, reduce_to=8) for n in counts}
+    return {n: bdc.build(kind, width=4, reduce_to=8) for n in counts}
 
 
 def same(one, other):

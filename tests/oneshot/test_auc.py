@@ -6,12 +6,8 @@ import torch
 from safetensors.torch import load, save
 
 from hallulib.evidence.metrics import auroc
-from hallulib.oneshot import auc
-from hallulib.oneshot.auc import (
-    AUCMarginLoss,
-    Memory,
-    optimizer,
-)
+from hallulib.oneshot import joint
+from hallulib.oneshot.joint import AUCMarginLoss, PESGState, pesg
 
 
 @pytest.fixture
@@ -67,12 +63,12 @@ def trained(model, *, steps, settled=False, **options):
     loss = AUCMarginLoss(4)
     if settled:
         loss.settle(model(x), y)
-    pesg = optimizer(model, loss, **options)
+    optimizer = pesg(model, loss, **options)
     before = auroc(y_new, model(x_new))
     for _ in range(steps):
-        pesg.zero_grad()
+        optimizer.zero_grad()
         loss(model(x), y).backward()
-        pesg.step()
+        optimizer.step()
     return before, auroc(y_new, model(x_new)), loss
 
 
@@ -184,14 +180,14 @@ def test_half_precision_scores_are_averaged_in_single_precision(batch):
 
 @pytest.mark.parametrize("mode", ["adam", "sgd"])
 def test_at_fixed_scores_a_and_b_and_alpha_reach_their_closed_forms(batch, mode, monkeypatch):
-    monkeypatch.setattr(auc, "PULL", 1e-9)
+    monkeypatch.setattr(joint, "PULL", 1e-9)
     scores, y = batch[0].float(), batch[1]
     loss = AUCMarginLoss(4, margin=2.0)
-    pesg = optimizer(linear(), loss, lr=0.05, mode=mode, weight_decay=0)
+    optimizer = pesg(linear(), loss, lr=0.05, mode=mode, weight_decay=0)
     for _ in range(600):
-        pesg.zero_grad()
+        optimizer.zero_grad()
         loss(scores, y).backward()
-        pesg.step()
+        optimizer.step()
     best = AUCMarginLoss(4, margin=2.0)
     best.settle(scores, y)
     for name in ("a", "b", "alpha"):
@@ -201,14 +197,14 @@ def test_at_fixed_scores_a_and_b_and_alpha_reach_their_closed_forms(batch, mode,
 def test_alpha_ascends_from_zero_and_never_falls_below_it(batch):
     scores, y = batch[0].float(), batch[1]
     loss = AUCMarginLoss(4)
-    pesg = optimizer(linear(), loss, lr=0.1, mode="sgd")
+    optimizer = pesg(linear(), loss, lr=0.1, mode="sgd")
     rising = []
     for apart in (0.0, 50.0):  # first mixed, then with positives far above negatives
         raised = scores + apart * torch.nn.functional.one_hot(y)
         for _ in range(100):
             loss(raised, y).backward()
-            pesg.step()
-            pesg.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             rising.append(loss.alpha.detach().clone())
     alphas = torch.stack(rising)
     assert (alphas[:5].diff(dim=0) > 0).all()
@@ -218,13 +214,13 @@ def test_alpha_ascends_from_zero_and_never_falls_below_it(batch):
 
 def test_one_step_is_the_documented_one_with_the_reference_at_the_start(monkeypatch):
     model, loss, (x, y) = linear(), AUCMarginLoss(4), toy(50, 2)
-    monkeypatch.setattr(auc, "PULL", 0.5)
-    pesg = optimizer(model, loss, mode="sgd", lr=0.1, weight_decay=0.01)
+    monkeypatch.setattr(joint, "PULL", 0.5)
+    optimizer = pesg(model, loss, mode="sgd", lr=0.1, weight_decay=0.01)
     variables = [*model.parameters(), loss.a, loss.b]
     start = [v.detach().clone() for v in variables]
     mine, average, alpha = start, None, torch.zeros(4)
     for _ in range(4):
-        pesg.zero_grad()
+        optimizer.zero_grad()
         loss(model(x), y).backward()
         steps = [
             v.grad.clamp(-1, 1) + 0.5 * (w - w_0) + 0.01 * w
@@ -234,23 +230,23 @@ def test_one_step_is_the_documented_one_with_the_reference_at_the_start(monkeypa
         average = [0.1 * old + 0.9 * new for old, new in zip(before, steps, strict=True)]
         mine = [w - 0.1 * move for w, move in zip(mine, average, strict=True)]
         alpha = (alpha + 0.2 * (1 + mine[3] - mine[2] - alpha)).clamp(min=0)
-        pesg.step()
+        optimizer.step()
         for v, w in zip([*variables, loss.alpha], [*mine, alpha], strict=True):
             assert torch.allclose(v, w, atol=1e-6)
 
 
 def test_the_adam_mode_is_adam_with_both_decays_in_the_gradient(monkeypatch):
-    monkeypatch.setattr(auc, "PULL", 0.5)
+    monkeypatch.setattr(joint, "PULL", 0.5)
     model, other, loss, (x, y) = linear(), linear(), AUCMarginLoss(4), toy(50, 2)
-    pesg = optimizer(model, loss, lr=0.01, weight_decay=0.01)
+    optimizer = pesg(model, loss, lr=0.01, weight_decay=0.01)
     start = [p.detach().clone() for p in other.parameters()]
     adam = torch.optim.Adam(other.parameters(), lr=0.01)
     for _ in range(5):
-        pesg.zero_grad()
+        optimizer.zero_grad()
         loss(model(x), y).backward()
         for p, w, w_0 in zip(model.parameters(), other.parameters(), start, strict=True):
             w.grad = p.grad.clamp(-1, 1) + 0.5 * (w.detach() - w_0) + 0.01 * w.detach()
-        pesg.step()
+        optimizer.step()
         adam.step()
         for p, w in zip(model.parameters(), other.parameters(), strict=True):
             assert torch.allclose(p, w, atol=1e-6)
@@ -258,34 +254,34 @@ def test_the_adam_mode_is_adam_with_both_decays_in_the_gradient(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["adam", "sgd"])
 def test_without_a_gradient_a_pretrained_network_stays_where_it_is(mode, monkeypatch):
-    monkeypatch.setattr(auc, "PULL", 0.5)
+    monkeypatch.setattr(joint, "PULL", 0.5)
     model, loss, (x, y) = linear(), AUCMarginLoss(4), toy(50, 2)
     before = model.weight.detach().clone()
-    pesg = optimizer(model, loss, lr=0.1, mode=mode, weight_decay=0)
+    optimizer = pesg(model, loss, lr=0.1, mode=mode, weight_decay=0)
     for _ in range(5):
-        pesg.zero_grad()
+        optimizer.zero_grad()
         loss(0 * model(x) + torch.randn(50, 4), y).backward()
-        pesg.step()
+        optimizer.step()
     assert torch.equal(model.weight, before)
 
 
 def test_making_the_optimiser_leaves_the_global_generator_alone():
     model, state = linear(), torch.get_rng_state()
-    optimizer(model, AUCMarginLoss(4))
+    pesg(model, AUCMarginLoss(4))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_new_stage_divides_the_rate_and_moves_the_reference_to_the_mean(capsys):
     model, loss, (x, y) = linear(), AUCMarginLoss(4), toy(50, 2)
-    pesg, path = optimizer(model, loss, lr=0.1, mode="sgd"), []
+    optimizer, path = pesg(model, loss, lr=0.1, mode="sgd"), []
     for _ in range(3):
-        pesg.zero_grad()
+        optimizer.zero_grad()
         loss(model(x), y).backward()
-        pesg.step()
+        optimizer.step()
         path.append(model.weight.detach().clone())
-    pesg.update_regularizer(10)
-    assert pesg.param_groups[0]["lr"] == pytest.approx(0.01)
-    assert torch.allclose(pesg.model_ref[0], torch.stack(path).mean(0))
+    optimizer.update_regularizer(10)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert torch.allclose(optimizer.model_ref[0], torch.stack(path).mean(0))
     assert capsys.readouterr().out == ""
 
 
@@ -315,28 +311,28 @@ def test_a_run_that_is_resumed_ends_in_the_same_bytes(options):
 
     def new():
         model, loss = perceptron(), AUCMarginLoss(4)
-        return model, loss, optimizer(model, loss, lr=0.01, **options)
+        return model, loss, pesg(model, loss, lr=0.01, **options)
 
-    def run(model, loss, pesg, stages):
+    def run(model, loss, optimizer, stages):
         for steps in stages:
             for _ in range(steps):
-                pesg.zero_grad()
+                optimizer.zero_grad()
                 loss(model(x), y).backward()
-                pesg.step()
-            pesg.update_regularizer(2)
+                optimizer.step()
+            optimizer.update_regularizer(2)
 
     first = new()
     run(*first, [3, 4])
     weights = {k: v.clone() for k, v in first[0].state_dict().items()}
-    written = save(Memory(first[2]).state_dict())
+    written = save(PESGState(first[2]).state_dict())
     run(*first, [2, 3])
     resumed = new()
     resumed[0].load_state_dict(weights)
-    Memory(resumed[2]).load_state_dict(load(written))
+    PESGState(resumed[2]).load_state_dict(load(written))
     run(*resumed, [2, 3])
     for name, value in first[0].state_dict().items():
         assert torch.equal(value, resumed[0].state_dict()[name])
-    ends = Memory(first[2]).state_dict(), Memory(resumed[2]).state_dict()
+    ends = PESGState(first[2]).state_dict(), PESGState(resumed[2]).state_dict()
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     assert resumed[1].alpha is resumed[2].alpha
@@ -344,6 +340,6 @@ def test_a_run_that_is_resumed_ends_in_the_same_bytes(options):
 
 
 def test_the_state_of_another_model_is_not_taken_on():
-    tensors = Memory(optimizer(linear(), AUCMarginLoss(4))).state_dict()
+    tensors = PESGState(pesg(linear(), AUCMarginLoss(4))).state_dict()
     with pytest.raises((KeyError, RuntimeError)):
-        Memory(optimizer(perceptron(), AUCMarginLoss(4))).load_state_dict(tensors)
+        PESGState(pesg(perceptron(), AUCMarginLoss(4))).load_state_dict(tensors)

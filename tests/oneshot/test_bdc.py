@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hallulib.oneshot.prototypes import BDC, Covariance, Mean, bdc_matrix, reduction, to_vector
+from hallulib.oneshot.bdc import BDC, Covariance, Mean, bdc_matrix, reduction, to_vector
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 10), st.integers(0, 10**6))
 

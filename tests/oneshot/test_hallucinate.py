@@ -13,7 +13,7 @@ from hallulib.oneshot.hallucinate import Hallucinator, Pool, Recipe
 from hallulib.oneshot.joint import pictures
 
 EPISODE = tasks()[0]
-SUPPORT, QUERY = pictures(IMAGES, EPISODE, torch.device("cpu"))
+SUPPORT, _ = pictures(IMAGES, EPISODE, torch.device("cpu"))
 X_T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([0.2, 0.5, 0.9])
 recipes = pytest.mark.parametrize("recipe", [{"adapt": adapt} for adapt in ADAPTS], ids=ADAPTS)
@@ -25,7 +25,7 @@ def copies(tensors):
 
 def learn(source, steps=1):
     for seed in range(steps):
-        source.learn(EPISODE, SUPPORT, QUERY, seed)
+        source.adapt(EPISODE, SUPPORT, seed)
 
 
 def loss_on_support(source):
@@ -109,7 +109,7 @@ def test_after_an_undone_episode_training_goes_on_as_if_it_had_not_been(recipe):
     with one.undone():
         learn(one, 3)
     for source in (one, two):
-        source.learn(EPISODE, SUPPORT, QUERY, 77)
+        source.adapt(EPISODE, SUPPORT, 77)
     assert same(one.state_dict(), two.state_dict())
 
 
@@ -176,9 +176,9 @@ def test_making_changes_nothing():
 
 def test_the_same_seed_learns_the_same_bytes():
     one, two, other = (hallucinator() for _ in range(3))
-    one.learn(EPISODE, SUPPORT, QUERY, 3)
-    two.learn(EPISODE, SUPPORT, QUERY, 3)
-    other.learn(EPISODE, SUPPORT, QUERY, 4)
+    one.adapt(EPISODE, SUPPORT, 3)
+    two.adapt(EPISODE, SUPPORT, 3)
+    other.adapt(EPISODE, SUPPORT, 4)
     assert same(one.state_dict(), two.state_dict())
     assert not same(one.state_dict(), other.state_dict())
 
@@ -187,7 +187,7 @@ def test_the_same_seed_learns_the_same_bytes():
 def test_without_steps_nothing_is_learnt(recipe):
     source = hallucinator(adapt_steps=0, **recipe)
     before = copies(source.state_dict())
-    assert torch.isnan(source.learn(EPISODE, SUPPORT, QUERY, 0))
+    assert torch.isnan(source.adapt(EPISODE, SUPPORT, 0))
     assert same(source.state_dict(), before)
     assert source.per_class
 

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from toy_task import IMAGES, classifiers, hallucinator, image_set, same, score_model, tasks
 
 from hallulib import UserError
-from hallulib.oneshot import prototypes
+from hallulib.oneshot import bdc
 from hallulib.oneshot.hallucinate import Changed, Hallucinator, Recipe, Source
 from hallulib.oneshot.joint import Fit, Learner, Method, evaluate, meta_train, pictures, predict
 from hallulib.storage.checkpoint import CHECKPOINT, LOG
@@ -57,7 +57,7 @@ def test_weightless_and_missing_supports_give_the_baseline():
 
 
 def test_a_prediction_is_that_of_the_weighted_mean():
-    classifier = prototypes.build("mean", width=4, metric="euclidean")
+    classifier = bdc.build("mean", width=4, metric="euclidean")
     real, made, query = vectors(3, 1, 5), vectors(3, 2, 5, seed=1), vectors(6, 5, seed=2)
     means = (real.sum(1) + 0.5 * made.sum(1)) / 2
     expected = -(torch.cdist(query, means) ** 2)
@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_sentence(tmp_path):
 class Bursting(Source):
     """Its loss grows until it is none."""
 
-    def learn(self, episode, support, query, seed):
+    def adapt(self, episode, support, seed):
         self.loss = getattr(self, "loss", 1e30) * 1e5
         return torch.tensor(self.loss)
 
@@ -257,17 +257,16 @@ def test_training_learns_from_each_episode_once_and_before_it_makes():
     calls = []
 
     class Told(Changed):
-        def learn(self, episode, support, query, seed):
-            calls.append(("learn", episode.support.tolist()))
-            assert query.shape == (6, 1, 8, 8)
-            return super().learn(episode, support, query, seed)
+        def adapt(self, episode, support, seed):
+            calls.append(("adapt", episode.support.tolist()))
+            return super().adapt(episode, support, seed)
 
         def make(self, episode, support, n, seed):
             calls.append(("make", episode.support.tolist()))
             return super().make(episode, support, n, seed)
 
     train(source=Told("flips"), steps=3, validation=None)
-    expected = [(what, TRAIN[i].support.tolist()) for i in range(3) for what in ("learn", "make")]
+    expected = [(what, TRAIN[i].support.tolist()) for i in range(3) for what in ("adapt", "make")]
     assert calls == expected
 
 
@@ -310,7 +309,7 @@ def test_several_classes_are_macro_averaged_as_scikit_learn_does():
         support, query = pictures(IMAGES, episodes[i], torch.device("cpu"))
         with torch.no_grad():
             embedded = classifier.embed(support.flatten(0, 1))[:, None]
-            scores = classifier.probabilities(classifier.embed(query), embedded).double()
+            scores = classifier.logits(classifier.embed(query), embedded).softmax(-1).double()
         expected = roc_auc_score(
             episodes[i].answers, scores / scores.sum(1, keepdim=True), multi_class="ovr"
         )
@@ -407,7 +406,7 @@ def test_a_learner_learns_one_episode_by_heart():
         learner = Learner(classifiers()[0], 0, 2, fit)
         support, query = pictures(IMAGES, TRAIN[0], torch.device("cpu"))
         answers = torch.as_tensor(TRAIN[0].answers)
-        losses = [learner.step(support, support[:, :0], query, answers) for _ in range(25)]
+        losses = [learner.learn(support, support[:, :0], query, answers) for _ in range(25)]
         assert losses[-1] < 0.7 * losses[0]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hallulib.oneshot.prototypes import (
+from hallulib.oneshot.bdc import (
     BDC,
     KINDS,
     METRICS,
@@ -157,13 +157,13 @@ def test_similarities_have_exact_gradients(metric):
 def test_episodes_in_one_batch_do_not_see_each_other(metric):
     queries, support, weights = task((2, 3))
     model = classifier(metric)
-    together = model.probabilities(queries, support, weights)
+    together = model.logits(queries, support, weights).softmax(-1)
     assert together.shape == (2, 3, 5, 3)
     for i in range(2):
         for j in range(3):
-            alone = model.probabilities(queries[i, j], support[i, j], weights[i, j])
+            alone = model.logits(queries[i, j], support[i, j], weights[i, j]).softmax(-1)
             torch.testing.assert_close(together[i, j], alone)
-    one = model.probabilities(queries[:1, :1], support[:1, :1], weights[:1, :1])
+    one = model.logits(queries[:1, :1], support[:1, :1], weights[:1, :1]).softmax(-1)
     assert one.shape == (1, 1, 5, 3)
 
 
@@ -193,7 +193,7 @@ def test_probabilities_are_the_softmax_of_scaled_similarities(metric):
     model = classifier(metric, math.log(3.0))
     value = similarity(queries, prototypes(support), metric)
     torch.testing.assert_close(model.logits(queries, support), 3 * value)
-    probabilities = model.probabilities(queries, support)
+    probabilities = model.logits(queries, support).softmax(-1)
     torch.testing.assert_close(probabilities, (3 * value).softmax(-1))
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 5).double())
 
@@ -207,8 +207,8 @@ def test_at_equal_norms_euclidean_and_inner_logits_are_one_classifier():
     """-|q - p|^2 = 2 q.p - |q|^2 - |p|^2, and what all classes share drops out of the softmax."""
     queries, support, _ = task(n=1)
     support = nn.functional.normalize(support, dim=-1)
-    euclidean = classifier("euclidean").probabilities(queries, support)
-    inner = classifier("inner", math.log(2.0)).probabilities(queries, support)
+    euclidean = classifier("euclidean").logits(queries, support).softmax(-1)
+    inner = classifier("inner", math.log(2.0)).logits(queries, support).softmax(-1)
     torch.testing.assert_close(euclidean, inner)
 
 

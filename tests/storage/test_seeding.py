@@ -11,7 +11,7 @@ from hallulib.augment import autoencoder
 from hallulib.diffusion import unet
 from hallulib.evidence import resnet
 from hallulib.evidence.resnet import train_resnet
-from hallulib.oneshot import prototypes
+from hallulib.oneshot import bdc
 from hallulib.shapes import seeded
 
 
@@ -19,7 +19,7 @@ from hallulib.shapes import seeded
     "make",
     [
         lambda seed: unet.build(size=8, width=8, seed=seed),
-        lambda seed: prototypes.build("mean", width=2, reduce_to=4, seed=seed),
+        lambda seed: bdc.build("mean", width=2, reduce_to=4, seed=seed),
     ],
 )
 def test_no_generator_of_the_program_is_touched(make, monkeypatch):
@@ -42,7 +42,7 @@ def test_the_numbers_are_those_of_the_seed():
 
 NETWORKS = {
     "unet": lambda seed: unet.build(size=8, width=8, labels=("low", "high"), seed=seed),
-    "prototypes": lambda seed: prototypes.build("bdc", width=2, reduce_to=4, seed=seed),
+    "prototypes": lambda seed: bdc.build("bdc", width=2, reduce_to=4, seed=seed),
     "autoencoder": lambda seed: autoencoder.build(size=8, channels=1, width=8, seed=seed),
     "resnet": lambda seed: train_resnet(
         torch.zeros(2, 1, 8, 8), torch.arange(2), steps=0, width=2, seed=seed
@@ -65,7 +65,7 @@ def test_weights_are_those_that_the_seed_gives_to_all_of_pytorch(name, monkeypat
             torch.default_generator.manual_seed(seed)
             yield
 
-    for module in (unet, prototypes, autoencoder, resnet):
+    for module in (unet, bdc, autoencoder, resnet):
         monkeypatch.setattr(module, "seeded", globally)
     assert torch.equal(found, weights(NETWORKS[name](3)))
 

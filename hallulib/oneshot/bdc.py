@@ -1,8 +1,7 @@
-r"""What a feature map becomes, a vector, and how vectors are compared: by the nearest prototype.
+r"""Brownian distance covariance of feature maps, and classification by the nearest prototype.
 
-A vector is the Brownian distance covariance of a map: each channel :math:`x_i` is a point in the
-space of positions, and the matrix of distances between channels, centred along rows and columns,
-is the BDC matrix
+Each channel :math:`x_i` of a map is a point in the space of positions, and the matrix of distances
+between channels, centred along rows and columns, is the BDC matrix
 
 .. math:: \tilde A_{ij} = \sqrt{\tau\,\lVert x_i - x_j \rVert^2 + \varepsilon}, \qquad
           A_{ij} = \tilde A_{ij} - \bar A_{i\cdot} - \bar A_{\cdot j} + \bar A_{\cdot\cdot},
@@ -67,16 +66,16 @@ def bdc_matrix(
 
     One product of matrices gives all squared distances, and means take the place of the
     reference's products with all-ones matrices: :math:`O(c^2 m)` for c channels and m positions,
-    not :math:`O(c^3)`. Under autocast, and for half-precision features, it is computed in float32.
+    not :math:`O(c^3)`. Computed in float32 at least, also under autocast.
 
     Args:
-        features: channels over positions, of any size; a height and a width are one axis.
+        features: channels over positions; a height and a width are one axis.
         scale: positive factor of the squared distances; a tensor receives its gradient.
         eps: keeps the slope of the square root finite, at most ``0.5 * eps ** -0.5``, where two
             channels are equal; 0 is exact, with finite gradients only for channels that differ.
 
     Returns:
-        Symmetric matrices whose rows sum to zero; float32, or float64 for such features.
+        Symmetric matrices whose rows sum to zero.
 
     Source:
         Xie et al. 2022, the BDC module. Before centring the diagonal is ``sqrt(eps)``, as there.
@@ -121,15 +120,7 @@ def to_vector(matrices: Matrices) -> Vectors:
 
 
 def reduction(channels: int, reduce_to: int | None) -> nn.Module:
-    """A 1 x 1 convolution, normalised and rectified, to fewer channels; nothing where not needed.
-
-    Args:
-        channels: of the feature maps that come in.
-        reduce_to: channels that go out; ``None`` keeps them as they are.
-
-    Source:
-        Xie et al. 2022, the BDC module.
-    """
+    """A 1 x 1 convolution, normalised and rectified, to fewer channels, where that is asked."""
     if reduce_to in (None, channels):
         return nn.Identity()
     convolution = nn.Conv2d(channels, reduce_to, 1, bias=False)
@@ -138,18 +129,13 @@ def reduction(channels: int, reduce_to: int | None) -> nn.Module:
 
 
 class BDC(nn.Module):
-    r"""The BDC vector of a feature map of any height h and width w.
+    r"""The BDC vector of a feature map of any height h and width w, after a `reduction`.
 
     The squared distances are divided by :math:`2hw` and multiplied by a learned factor
     :math:`e^\theta` that starts at 1: the temperature of the paper, whose initial value here
     follows the map that comes in.
 
-    Args:
-        channels: of the feature maps.
-        reduce_to: channels after a `reduction` by a 1 x 1 convolution; ``None`` keeps them.
-
-    Source:
-        Xie et al. 2022, the BDC module.
+    Source: Xie et al. 2022, the BDC module.
 
     Example:
         >>> BDC(512, reduce_to=64)(torch.rand(2, 512, 4, 4)).shape
@@ -172,7 +158,7 @@ class Covariance(nn.Module):
 
     .. math:: \tfrac1m\,(X - \bar X)(X - \bar X)^\top \qquad X \in \mathbb R^{d \times m}
 
-    The second moments against which BDC is compared; arguments as for `BDC`.
+    The second moments against which BDC is compared.
 
     Source:
         Wertheimer & Hariharan, *Few-Shot Learning with Localization in Realistic Settings*, 2019
@@ -192,12 +178,7 @@ class Covariance(nn.Module):
 
 
 class Mean(nn.Module):
-    """The mean of each channel of a feature map over its positions: global average pooling.
-
-    Source:
-        The embedding of Snell et al., *Prototypical Networks for Few-shot Learning*, 2017, on a
-        network that ends in a map. https://arxiv.org/abs/1703.05175
-    """
+    """The mean of each channel over its positions: the embedding of prototypical networks."""
 
     def forward(self, maps: FeatureMaps) -> Vectors:
         """One vector per map, with an entry per channel."""
@@ -209,8 +190,7 @@ def prototypes(vectors: Support, weights: Weights | None = None) -> Prototypes:
 
     Args:
         vectors: the examples of each class.
-        weights: not negative and not all zero in a class; their common factor has no effect.
-            An example of weight 0 is left out. ``None`` weighs all alike.
+        weights: not negative and not all zero in a class; an example of weight 0 is left out.
 
     Example:
         >>> prototypes(torch.tensor([[[0.0], [4.0]]]), torch.tensor([[3.0, 1.0]]))
@@ -248,13 +228,9 @@ METRICS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (cosine, inn
 
 
 def similarity(queries: Queries, prototypes: Prototypes, metric: str = "cosine") -> Similarities:
-    """How near each query is to each prototype; higher is nearer.
+    """How near each query is to each prototype of its episode; higher is nearer.
 
-    Args:
-        queries: vectors to be classified.
-        prototypes: one vector per class of the same episode.
-        metric: ``"cosine"`` in [-1, 1], ``"inner"`` product, or ``"euclidean"``, minus the
-            *squared* distance. Computed in float32 at least, also under autocast.
+    Computed in float32 at least, also under autocast.
 
     Source:
         Cosine: Pachetti & Colantonio 2024. Xie et al. 2022 take the inner product for one shot
@@ -273,10 +249,10 @@ class PrototypeClassifier(nn.Module):
     """Classifies queries by their nearest prototype; its embedding is all that it learns.
 
     Args:
-        backbone: images to feature maps ``(b, c, h, w)``.
-        embedding: feature maps to vectors ``(b, d)``, e.g. `BDC`.
-        metric: as for `similarity`. It is multiplied by ``exp(log_scale)``, learned from 10 for
-            the cosine, which alone could not come near a probability of 1, and from 1 otherwise.
+        backbone: images to feature maps.
+        embedding: feature maps to vectors, e.g. `BDC`.
+        metric: of `METRICS`. It is multiplied by ``exp(log_scale)``, learned from 10 for the
+            cosine, which alone could not come near a probability of 1, and from 1 otherwise.
 
     Attributes:
         settings: what `build` was told; none for a classifier put together otherwise.
@@ -299,19 +275,10 @@ class PrototypeClassifier(nn.Module):
     ) -> Similarities:
         """Similarity to the prototype of each class, times the learned scale.
 
-        Args:
-            query_vectors: of the images to be classified.
-            support_vectors: of the examples of each class, in the order of the logits.
-            weights: of the examples, as for `prototypes`.
+        Their softmax is the chance of each class. Weights are those of `prototypes`.
         """
         means = prototypes(support_vectors, weights)
         return self.log_scale.exp() * similarity(query_vectors, means, self.metric)
-
-    def probabilities(
-        self, query_vectors: Queries, support_vectors: Support, weights: Weights | None = None
-    ) -> Similarities:
-        """Chance of each class, the softmax of `logits`."""
-        return self.logits(query_vectors, support_vectors, weights).softmax(-1)
 
 
 KINDS: dict[str, Callable[[int, int | None], nn.Module]] = {
@@ -333,22 +300,16 @@ def build(
     """A fresh classifier on a ResNet-18.
 
     Args:
-        kind: what a feature map becomes: ``"bdc"`` its BDC matrix, ``"covariance"`` that of its
-            channels, ``"mean"`` their averages over positions (prototypical networks).
+        kind: what a feature map becomes, a name in `KINDS`.
         channels: 1 for grey, 3 for colour images.
         width: of the `hallulib.evidence.resnet.resnet18`, whose maps have ``8 * width`` channels.
         reduce_to: channels before a matrix is taken; 64 give 2080 entries. No effect on a mean.
-        metric: as for `similarity`.
+        metric: of `METRICS`.
         seed: of the initial weights; backbones of one seed are equal for every kind.
-
-    Source:
-        Xie et al. 2022 (BDC), Wertheimer & Hariharan 2019 (covariance), Snell et al. 2017 (mean).
     """
-    embedding = KINDS[kind]
     with seeded(seed):
-        classifier = PrototypeClassifier(
-            resnet18(channels, width), embedding(8 * width, reduce_to), metric
-        )
+        backbone, embedding = resnet18(channels, width), KINDS[kind](8 * width, reduce_to)
+        classifier = PrototypeClassifier(backbone, embedding, metric)
     classifier.settings = dict(
         kind=kind, channels=channels, width=width, reduce_to=reduce_to, metric=metric
     )
