@@ -153,13 +153,15 @@ def execute(
         # the kernel warns at each start that it talks to us over TCP on this machine
         extra_arguments=["--IPKernelApp.log_level=40"],
     )
+    tries = 1
     try:
-        for last in (False, False, True):
+        while True:
             try:
                 return papermill.execute_notebook(chapter, out, values, **settings)
             except RuntimeError as error:  # another program took a port that was just found free
-                if last or isinstance(error, DeadKernelError):
+                if tries == 3 or isinstance(error, DeadKernelError):
                     raise
+                tries += 1
     except papermill.PapermillExecutionError as error:
         if error.ename == "UserError":
             raise UserError(f"{chapter.stem}: {error.evalue}") from None
