@@ -44,6 +44,7 @@ from hallulib.storage import disk, store
 
 Cell = dict[str, Any]
 MOST_CELLS = 10_000  # each is a run of a chapter, minutes at least
+PATIENCE = 10  # seconds for a scheduler to answer
 TIMEOUT = 12 * 3600  # seconds for one code cell: a training run on real data is one of them
 
 
@@ -286,7 +287,7 @@ def _connect(address, workers, stack):
         client.run(_leave_interrupts)
         return client
     try:
-        return stack.enter_context(Client(address, timeout=10, set_as_default=False))
+        return stack.enter_context(Client(address, timeout=PATIENCE, set_as_default=False))
     except (OSError, ValueError) as error:
         raise UserError(
             f"no dask scheduler answers at {address}; give the address that dask scheduler "

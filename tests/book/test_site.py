@@ -78,7 +78,7 @@ def visit(browser, address):
     """A function that opens a page, once for all tests, and notes what goes wrong there."""
 
     @functools.cache
-    def open_page(name, device="desk", scheme="light"):
+    def open_page(name, device, scheme):
         page, faults = browser.new_page(viewport=DEVICES[device], color_scheme=scheme), []
         page.on("console", lambda m: m.type in ("error", "warning") and faults.append(m.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
@@ -91,7 +91,7 @@ def visit(browser, address):
         )
         return page, faults
 
-    return open_page
+    return lambda name, device="desk", scheme="light": open_page(name, device, scheme)
 
 
 def _is_outside(url, address):

@@ -315,8 +315,9 @@ def test_a_kernel_that_lost_its_port_to_another_program_is_started_again(tiny, m
     assert executed.cells[-1].outputs
 
 
-def test_an_address_without_a_scheduler_is_named(tiny, capsys):
+def test_an_address_without_a_scheduler_is_named(tiny, capsys, monkeypatch):
     tiny.ask("cells: [{}]")
+    monkeypatch.setattr(grid, "PATIENCE", 1)
     for address in ("tcp://127.0.0.1:9", "nonsense://here"):
         assert tiny.run("--address", address) == 2
         printed = capsys.readouterr().err
