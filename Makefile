@@ -15,7 +15,8 @@ help:  ## this list
 env: $(READY)  ## the virtual environment in .venv, from requirements.lock
 
 book: $(READY)  ## execute the chapters and publish _build/html (PARAMS=book/params/gpu.yaml)
-	@exec $(BIN)/python book/build.py $(if $(PARAMS),--params "$(PARAMS)")
+	@exec $(BIN)/python book/build.py $(if $(PARAMS),--params "$(PARAMS)") \
+		$(if $(WORKERS),--workers $(WORKERS))
 
 serve: $(READY) | _build/html/index.html  ## show the book on 127.0.0.1 (PORT=8000)
 	@echo "http://127.0.0.1:$(PORT)/ shows the book; Ctrl-C stops"

@@ -2,7 +2,8 @@
 
 A chapter is executed again only if something it depends on has changed: its own cells, its
 parameters, the data set they name, the library, the installed versions. So an interrupted
-build goes on where it was, and a repeated one only publishes.
+build goes on where it was, and a repeated one only publishes. Without a GPU chapters run side by
+side, on as many threads as that leaves each of them.
 """
 
 import argparse
@@ -14,11 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import house
 import nbformat
 import papermill
+import psutil
+import torch
+from dask.system import CPU_COUNT
 
 from hallulib import UserError
 from hallulib.__main__ import run
@@ -144,20 +149,42 @@ def publish(pages: Path, html: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def build(source: Path, target: Path, chosen: dict[str, dict]) -> None:
-    """Bring the executed chapters (``target/book``) and the pages (``target/html``) up to date."""
-    pages, todo = target / "book", chapters(source)
+def build(source: Path, target: Path, chosen: dict[str, dict], workers: int = 1) -> None:
+    """Bring the executed chapters (``target/book``) and the pages (``target/html``) up to date.
+
+    If a chapter fails, those that run beside it are finished and no other is begun.
+    """
+    pages, every = target / "book", chapters(source)
     collect(source, pages)
-    for number, chapter in enumerate(todo, 1):
+
+    def bring_up(chapter: Path) -> None:
         settings, out = chosen[chapter.stem], pages / chapter.name
-        title = f"{chapter.stem} ({number} of {len(todo)})"
+        title = f"{chapter.stem} ({every.index(chapter) + 1} of {len(every)})"
         if is_current(chapter, out, settings):
             print(f"{title}: unchanged", flush=True)
-            continue
+            return
         print(f"{title}: executing {settings or 'with its own parameters'}", flush=True)
         execute(chapter, out, settings, title)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for job in as_completed([pool.submit(bring_up, chapter) for chapter in every]):
+                job.result()
+        except BaseException as stop:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(stop, Exception):  # a request to end
+                for kernel in psutil.Process().children(recursive=True):
+                    kernel.kill()
+            raise
     print("publishing", flush=True)
     publish(pages, target / "html")
+
+
+def side_by_side(workers: int | None) -> int:
+    """How many chapters to run at once, each on its share of the threads of this machine."""
+    workers = workers or (1 if torch.cuda.is_available() else min(CPU_COUNT, 4))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPU_COUNT // workers)))
+    return workers
 
 
 def choose(file: Path | None, pairs: list, source: Path) -> dict[str, dict]:
@@ -200,16 +227,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs"
     )
+    parser.add_argument("--workers", type=int, help="chapters side by side; 1 on a GPU, else 4")
     parser.add_argument("--source", type=Path, default=ROOT / "book", help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, default=BUILD, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     return run(lambda: _bring_up(**vars(options)))
 
 
-def _bring_up(params: Path | None, pairs: list, source: Path, target: Path) -> int:
+def _bring_up(
+    params: Path | None, pairs: list, workers: int | None, source: Path, target: Path
+) -> int:
     start = time.monotonic()
+    source, target = source.resolve(), target.resolve()
+    chosen = choose(params, pairs, source)
+    os.chdir(ROOT)  # as papermill does for each chapter, but for the whole process
     try:
-        build(source, target, choose(params, pairs, source))
+        build(source, target, chosen, side_by_side(workers))
     except papermill.PapermillExecutionError as error:
         print(error, file=sys.stderr)
         return 1
