@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from hallulib import UserError
 from hallulib.diffusion import unet
 from hallulib.shapes import Images, Latents, PerImage, seeded
-from hallulib.storage import checkpoint, parallel
+from hallulib.storage import checkpoint, disk, parallel
 from hallulib.storage.checkpoint import Stateful
 
 WEIGHTS = dict(sharpness=0.5, kl=1e-4)  # of the terms of the loss besides the pixels
@@ -124,7 +124,7 @@ def build(
 
 def save(model: Autoencoder, folder: Path) -> None:
     """Write weights and standardisation as an ``AutoencoderKL`` folder, or raise a `UserError`."""
-    with unet.replaced(Path(folder), unet.CONFIG) as partial:
+    with disk.whole_files(folder, last=unet.CONFIG) as partial:
         model.kl.save_pretrained(partial)
 
 
@@ -166,10 +166,6 @@ class State(Stateful):
     rng: torch.Generator
     losses: Float[Tensor, "steps terms"]
     step: int = 0
-
-    def parts(self) -> dict[str, object]:
-        """All but the step."""
-        return {name: part for name, part in vars(self).items() if name != "step"}
 
     def log(self) -> dict[str, list]:
         """The terms so far."""
@@ -216,8 +212,7 @@ def train(
             group["lr"] = lr * 0.5 * (1 + cosine)
         step(state, images[rows])
 
-    due = checkpoint.Due(every, steps)
-    return checkpoint.loop(state, take, steps=steps, due=due, folder=folder, settings=settings)
+    return checkpoint.loop(state, take, steps=steps, every=every, folder=folder, settings=settings)
 
 
 def step(state: State, x: Images) -> None:

@@ -167,7 +167,7 @@ def save(model: ScoreModel, folder: Path) -> None:
     of_classes = {"classes": model.network.classes.weight.detach()}
     if model.shifts is not None:
         of_classes["shifts"] = model.shifts.contiguous()
-    with replaced(Path(folder), SIDECAR) as partial:
+    with disk.whole_files(folder, last=SIDECAR) as partial:
         if model.sde == VPSDE():
             ddpm = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
             DDPMPipeline(unet, ddpm).save_pretrained(partial)
@@ -190,18 +190,6 @@ def load(folder: Path) -> ScoreModel:
             network = ClassUNet(unet, len(sidecar["labels"]))
         network.classes.load_state_dict({"weight": of_classes["classes"]})
         return ScoreModel(sde, network, sidecar["labels"], of_classes.get("shifts")).eval()
-
-
-@contextlib.contextmanager
-def replaced(folder: Path, key: str) -> Iterator[Path]:
-    """`disk.whole_files` of a model, of which ``key`` goes first and comes back last.
-
-    No model is read without it, so a process that is killed leaves none of old and new files.
-    """
-    with disk.whole(folder / key) as last, disk.whole_files(folder) as partial:
-        yield partial
-        (partial / key).rename(last)
-        disk.drop(folder / key)
 
 
 @contextlib.contextmanager

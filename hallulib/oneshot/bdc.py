@@ -8,8 +8,7 @@ between channels, centred along rows and columns, is the BDC matrix
 
 and :math:`\operatorname{tr}(A B) / c^2` is the squared distance covariance of two maps whose c
 channels are the paired samples. As their number grows it tends to zero only if the two are
-independent, where a covariance sees no more than linear dependence. Pooled means and covariances
-of channels are here too, to be compared with.
+independent, where a covariance sees no more than linear dependence.
 
 Classes are the mean of their examples, and a query belongs to the nearest of these prototypes,
 
@@ -64,21 +63,12 @@ def bdc_matrix(
 ) -> Matrices:
     r"""The doubly centred matrix of distances between channels.
 
-    One product of matrices gives all squared distances, and means take the place of the
-    reference's products with all-ones matrices: :math:`O(c^2 m)` for c channels and m positions,
-    not :math:`O(c^3)`. Computed in float32 at least, also under autocast.
+    They are symmetric and their rows sum to zero. The cost is :math:`O(c^2 m)` for c channels and
+    m positions, in float32 at least, also under autocast. The squared distances are multiplied by
+    ``scale``, above 0. Where two channels are equal, ``eps`` keeps the slope of the square root
+    finite, at most ``0.5 * eps ** -0.5``; 0 is exact.
 
-    Args:
-        features: channels over positions; a height and a width are one axis.
-        scale: positive factor of the squared distances; a tensor receives its gradient.
-        eps: keeps the slope of the square root finite, at most ``0.5 * eps ** -0.5``, where two
-            channels are equal; 0 is exact, with finite gradients only for channels that differ.
-
-    Returns:
-        Symmetric matrices whose rows sum to zero.
-
-    Source:
-        Xie et al. 2022, the BDC module. Before centring the diagonal is ``sqrt(eps)``, as there.
+    Source: Xie et al. 2022, the BDC module, whose diagonal before centring is ``sqrt(eps)``, too.
 
     Example:
         >>> bdc_matrix(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), eps=0)
@@ -104,9 +94,8 @@ def to_vector(matrices: Matrices) -> Vectors:
     """The upper triangle of symmetric matrices, row by row, as ``c * (c + 1) / 2`` entries.
 
     Entries off the diagonal stand for two and are multiplied by ``sqrt(2)``, so that the inner
-    product of two vectors is the trace of the product of their matrices, and the distance of two
-    vectors is the Frobenius distance. The reference code leaves out this factor, which halves
-    the weight of all that lies off the diagonal.
+    product of two vectors is the trace of the product of their matrices. The reference code
+    leaves out this factor, which halves the weight of all that lies off the diagonal.
 
     Example:
         >>> to_vector(torch.tensor([[1.0, 2.0], [2.0, 3.0]]))
@@ -158,8 +147,6 @@ class Covariance(nn.Module):
 
     .. math:: \tfrac1m\,(X - \bar X)(X - \bar X)^\top \qquad X \in \mathbb R^{d \times m}
 
-    The second moments against which BDC is compared.
-
     Source:
         Wertheimer & Hariharan, *Few-Shot Learning with Localization in Realistic Settings*, 2019
         ("covariance pooling"). https://arxiv.org/abs/1904.08502
@@ -186,11 +173,9 @@ class Mean(nn.Module):
 
 
 def prototypes(vectors: Support, weights: Weights | None = None) -> Prototypes:
-    """The mean vector of each class, or its mean with weights.
+    """The mean vector of each class.
 
-    Args:
-        vectors: the examples of each class.
-        weights: not negative and not all zero in a class; an example of weight 0 is left out.
+    Weights are not negative and not all zero in a class; an example of weight 0 is left out.
 
     Example:
         >>> prototypes(torch.tensor([[[0.0], [4.0]]]), torch.tensor([[3.0, 1.0]]))
@@ -228,9 +213,7 @@ METRICS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (cosine, inn
 
 
 def similarity(queries: Queries, prototypes: Prototypes, metric: str = "cosine") -> Similarities:
-    """How near each query is to each prototype of its episode; higher is nearer.
-
-    Computed in float32 at least, also under autocast.
+    """How near each query is to each prototype, in float32 at least; higher is nearer.
 
     Source:
         Cosine: Pachetti & Colantonio 2024. Xie et al. 2022 take the inner product for one shot
@@ -273,10 +256,7 @@ class PrototypeClassifier(nn.Module):
     def logits(
         self, query_vectors: Queries, support_vectors: Support, weights: Weights | None = None
     ) -> Similarities:
-        """Similarity to the prototype of each class, times the learned scale.
-
-        Their softmax is the chance of each class. Weights are those of `prototypes`.
-        """
+        """Similarity to the `prototypes`, times the learned scale; softmax makes them chances."""
         means = prototypes(support_vectors, weights)
         return self.log_scale.exp() * similarity(query_vectors, means, self.metric)
 
@@ -297,15 +277,11 @@ def build(
     metric: str = "cosine",
     seed: int = 0,
 ) -> PrototypeClassifier:
-    """A fresh classifier on a ResNet-18.
+    """A fresh classifier on a `hallulib.evidence.resnet.resnet18`.
 
-    Args:
-        kind: what a feature map becomes, a name in `KINDS`.
-        channels: 1 for grey, 3 for colour images.
-        width: of the `hallulib.evidence.resnet.resnet18`, whose maps have ``8 * width`` channels.
-        reduce_to: channels before a matrix is taken; 64 give 2080 entries. No effect on a mean.
-        metric: of `METRICS`.
-        seed: of the initial weights; backbones of one seed are equal for every kind.
+    A feature map of ``8 * width`` channels becomes what ``kind``, a name in `KINDS`, says; before
+    a matrix is taken they are reduced, to 64 for 2080 entries. The ``metric`` is one of `METRICS`.
+    Backbones of one seed are equal for every kind.
     """
     with seeded(seed):
         backbone, embedding = resnet18(channels, width), KINDS[kind](8 * width, reduce_to)

@@ -27,29 +27,14 @@ Parts = Mapping[str, Any]
 Tensors = dict[str, Tensor]
 
 
-class Due:
-    """Whether a checkpoint is due: every so many steps, after `PATIENCE`, and after the last."""
-
-    def __init__(self, every: int, steps: int):
-        self.every, self.steps, self._last = every, steps, time.monotonic()
-
-    def __call__(self, step: int) -> bool:
-        """After so many steps."""
-        late = time.monotonic() - self._last > PATIENCE
-        if step % self.every and step < self.steps and not late:
-            return False
-        self._last = time.monotonic()
-        return True
-
-
 class Stateful:
     """What a checkpoint holds whole, by PyTorch's protocol: all that `parts` names."""
 
     step: int = 0  # steps taken, by the state of a training
 
     def parts(self) -> Parts:
-        """All that is kept."""
-        return {}
+        """All that is kept: every attribute but the step, unless a class says otherwise."""
+        return {name: part for name, part in vars(self).items() if name != "step"}
 
     def state_dict(self) -> Tensors:
         """All parts as named tensors; no copies."""
@@ -217,7 +202,8 @@ def loop(
     step: Callable[[State], None],
     *,
     steps: int,
-    due: Callable[[int], bool],
+    every: int,
+    patience: float = PATIENCE,
     look: Callable[[State], None] = lambda state: None,
     folder: Path | str | None,
     settings: dict,
@@ -228,7 +214,8 @@ def loop(
         state: of a fresh start.
         step: takes one step, in place.
         steps: of the whole run.
-        due: whether to look and to write after so many steps, as `Due` says.
+        every: steps from one checkpoint to the next; there is one after the last step, too.
+        patience: seconds after which one is due whatever the step.
         look: before writing; it may stop the training by a `UserError`.
         folder: of the checkpoint and ``losses.csv``; a checkpoint found there is resumed, to the
             same bytes on a CPU as if it had never stopped.
@@ -244,10 +231,13 @@ def loop(
         resume(state, Path(folder), settings)
     if state.step == steps:  # killed between its last step and what the caller does with it
         yield state
+    last = time.monotonic()
     while state.step < steps:
         step(state)
         state.step += 1
-        if due(state.step):
+        late = time.monotonic() - last > patience
+        if state.step % every == 0 or state.step == steps or late:
+            last = time.monotonic()
             look(state)
             if folder is not None:
                 write(Path(folder), state.state_dict(), state.step, settings, state.log())
