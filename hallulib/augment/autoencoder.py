@@ -30,7 +30,6 @@ from hallulib import UserError
 from hallulib.diffusion import unet
 from hallulib.shapes import Images, Latents, PerImage, seeded
 from hallulib.storage import checkpoint, disk, parallel
-from hallulib.storage.checkpoint import Stateful
 
 WEIGHTS = dict(sharpness=0.5, kl=1e-4)  # of the terms of the loss besides the pixels
 TERMS = ("pixels", *WEIGHTS)
@@ -155,7 +154,7 @@ def sharpness(x: Images, y: Images, octaves: int = 3) -> PerImage:
 
 
 @dataclass
-class State(Stateful):
+class State(checkpoint.Stateful):
     """Everything a training is at one step; the model is not yet standardised.
 
     ``losses`` are the terms of `TERMS`, unweighted, for every step so far.

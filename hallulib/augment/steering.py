@@ -78,9 +78,8 @@ def train(
 ) -> Iterator[float]:
     """Train on noised images, every class drawn equally often, one yielded loss per step.
 
-    AdamW's rate falls from ``lr`` to 0 along a cosine; its weight decay is that of the paper.
-    Without ``noised`` it repeats the fault of the published code, which trains on clean images
-    and asks at all times.
+    The rate falls from ``lr`` to 0 along a cosine. Without ``noised`` it repeats the fault of the
+    published code, which trains on clean images and asks at all times.
     """
     classifier.train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)

@@ -54,17 +54,13 @@ class ScoreModel(nn.Module):
               x_0 = \cos\phi\;c\,x_t - \sin\phi\;v, \qquad c = (\alpha^2 + \sigma^2)^{-1/2}.
 
     The error of an :math:`\epsilon` that the network answered itself would be divided by
-    :math:`\alpha_1 = 0.0066` in :math:`x_0`; the error of the velocity is never enlarged.
+    :math:`\alpha_1 = 0.0066` in :math:`x_0`; the error of the velocity is never enlarged. It is
+    ``network(x, timesteps, y)``, with timesteps to 999 as in DDPM.
 
-    A class may also be the density of another one, *moved* by an image :math:`d_y`: its
-    denoiser is that of the network on :math:`x_t - \alpha_t d_y`, plus :math:`d_y`.
-
-    Args:
-        sde: the forward diffusion.
-        network: ``network(x, timesteps, y) -> Images``; timesteps run to 999 as in DDPM.
-        labels: of the label scheme; class ``i`` is ``labels[i]``.
-        shifts: the image by which each class, and last the null class, is moved, as by
-            :func:`hallulib.diffusion.unet.moved_to_means`.
+    A class may also be the density of another one, *moved* by an image :math:`d_y`, one of
+    ``shifts``, of which the last is of the null class: its denoiser is that of the network on
+    :math:`x_t - \alpha_t d_y`, plus :math:`d_y`. See
+    :func:`hallulib.diffusion.unet.moved_to_means`.
 
     Source:
         Salimans & Ho, *Progressive Distillation for Fast Sampling of Diffusion Models*, 2022,

@@ -40,7 +40,7 @@ def per_image(a: Times, x: Images) -> Float[Tensor, "batch 1 1 1"]:
 
 @dataclass(frozen=True)
 class SDE(ABC):
-    """What the three diffusions share; a subclass gives its scales, drift and diffusion."""
+    """A diffusion; a subclass gives its scales, drift and diffusion."""
 
     t_min: ClassVar[float] = 1e-3  # where sampling ends and the last noise is removed at once
     t_train: ClassVar[float] = 1e-5  # where training times begin

@@ -16,7 +16,6 @@ from hallulib.diffusion import unet
 from hallulib.diffusion.score import ScoreModel, denoising_loss, stratified_times
 from hallulib.shapes import Images, Labels, PerImage, Times
 from hallulib.storage import checkpoint, parallel, store
-from hallulib.storage.checkpoint import Stateful
 
 Loss = Callable[..., PerImage]  # `denoising_loss`, compiled or not
 P_UNCOND = 0.1  # chance that a label is dropped, which trains the null class as well
@@ -24,7 +23,7 @@ MAX_NORM = 1.0  # of the gradient, which is scaled down to it
 
 
 @dataclass
-class State(Stateful):
+class State(checkpoint.Stateful):
     """Everything a training run is at one step; a checkpoint is this, written down.
 
     ``ema`` is the moving average of the model's weights, to sample from. ``losses``, one for each
@@ -112,10 +111,8 @@ def pretrain(
 ) -> Iterator[State]:
     r"""Train a score model by denoising score matching, one yielded state per step.
 
-    Each step draws images with replacement, noises them at stratified times and lowers
-    :func:`hallulib.diffusion.score.denoising_loss`. The network runs channels last, on a GPU in
-    bfloat16 and compiled; nothing here waits for the device. Several processes share each batch,
-    see :mod:`hallulib.storage.parallel`.
+    The network runs channels last, on a GPU in bfloat16 and compiled; nothing here waits for the
+    device. Several processes share each batch, see :mod:`hallulib.storage.parallel`.
 
     Args:
         model: trained in place.
@@ -123,7 +120,7 @@ def pretrain(
         labels: class index per image, -1 where unlabelled; ``None`` is all unlabelled.
         steps: optimiser steps in the whole run.
         weights: how often to draw each image, relative to the others; equal unless given.
-        batch_size: images per step.
+        batch_size: images per step, drawn with replacement.
         lr: Adam's learning rate, reached linearly over ``warmup`` steps.
         class_rate: rate of the class vectors as a multiple of ``lr``. New labels need more than 1:
             their vectors start at zero, and until they have grown, the other weights have nothing
@@ -199,9 +196,7 @@ def pretrained(
     It learns from the images without labels and from the split ``train``; where there are both,
     half of every batch comes from each. Validation and test images are never seen. Without
     ``scheme``, the label column, it is unconditional; it is trained on a GPU if there is one.
-
-    Returns:
-        The averaged model in evaluation mode, and the folder of its run.
+    The averaged model is given, in evaluation mode, with the folder of its run.
 
     Raises:
         UserError: no image to train on.

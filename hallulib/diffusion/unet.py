@@ -111,7 +111,7 @@ def relabelled(model: ScoreModel, labels: Sequence[str], forget: bool = False) -
     """A copy of a score model for other labels, on the same device.
 
     A label it knows keeps its class vector and shift, unless the copy is to ``forget`` them; a new
-    one starts at those of the null class, so it is denoised as an image of no class at first.
+    one starts at those of the null class.
     """
     old = model.network.classes.weight.detach()
     with seeded():  # its random vectors are not kept
@@ -133,9 +133,9 @@ def moved_to_means(model: ScoreModel, x: Images, y: Labels) -> ScoreModel:
     .. math:: p(x \mid c) = p(x - d_c \mid \varnothing), \qquad
               d_c = \bar x_c - \tfrac1k \textstyle\sum_b \bar x_b .
 
-    For Gaussian images this is Fisher's linear discriminant, whose covariance is known from images
-    without labels; only the means are left to learn, so few labels are enough. What classes differ
-    in must be where things are and how bright, not a texture. There must be images of every class.
+    For Gaussian images this is Fisher's linear discriminant, with the covariance of images without
+    labels: few labels are enough for the means. What classes differ in must be where things are
+    and how bright, not a texture. There must be images of every class.
 
     Source: Ng & Jordan, *On Discriminative vs. Generative Classifiers*, 2001; Fisher 1936.
     """

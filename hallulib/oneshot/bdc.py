@@ -231,17 +231,12 @@ def similarity(queries: Queries, prototypes: Prototypes, metric: str = "cosine")
 class PrototypeClassifier(nn.Module):
     """Classifies queries by their nearest prototype; its embedding is all that it learns.
 
-    Args:
-        backbone: images to feature maps.
-        embedding: feature maps to vectors, e.g. `BDC`.
-        metric: of `METRICS`. It is multiplied by ``exp(log_scale)``, learned from 10 for the
-            cosine, which alone could not come near a probability of 1, and from 1 otherwise.
-
-    Attributes:
-        settings: what `build` was told; none for a classifier put together otherwise.
+    The ``backbone`` makes feature maps of images, the ``embedding``, e.g. `BDC`, vectors of these.
+    The metric, of `METRICS`, is multiplied by ``exp(log_scale)``, learned from 10 for the cosine,
+    which alone could not come near a probability of 1, and from 1 otherwise.
     """
 
-    settings: dict | None = None
+    settings: dict | None = None  # what `build` was told
 
     def __init__(self, backbone: nn.Module, embedding: nn.Module, metric: str = "cosine"):
         super().__init__()

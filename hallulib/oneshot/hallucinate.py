@@ -39,14 +39,9 @@ CONTROLS = ("oracle", "memory", *CHANGES)
 
 
 class Source(Stateful):
-    """Makes more supports; a source that has nothing to learn only needs ``make``.
+    """Makes more supports; a source that has nothing to learn only needs ``make``."""
 
-    Attributes:
-        per_class: whether the images of a class depend on its own support alone, so that the
-            classes of many episodes can be made in one call.
-    """
-
-    per_class = True
+    per_class = True  # the images of a class depend on its own support alone: see `evaluate`
 
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
         """``n`` more images of each class, in [-1, 1]; the first do not depend on ``n``.
@@ -57,11 +52,7 @@ class Source(Stateful):
         raise NotImplementedError
 
     def adapt(self, episode: Episode, support: Shots, seed: int) -> Float[Tensor, ""]:
-        """Learn from the support of an episode, before ``make``; what a test taught is `undone`.
-
-        Returns:
-            The loss, or nan where nothing is learnt.
-        """
+        """Learn from an episode, before ``make``; the loss, or nan where nothing is learnt."""
         return torch.tensor(torch.nan)
 
     def undone(self) -> contextlib.AbstractContextManager:
@@ -176,10 +167,7 @@ class Hallucinator(Source):
         self.per_class = recipe.adapt_steps == 0
 
     def adapt(self, episode: Episode, support: Shots, seed: int) -> Float[Tensor, ""]:
-        """Steps on the support alone, images and their classes.
-
-        Returns:
-            The denoising loss before the last step, nan without steps.
+        """Steps on the support alone; the denoising loss before the last one, nan without steps.
 
         Raises:
             UserError: a class that the model does not know.
@@ -240,11 +228,7 @@ class Pool(Source):
     """Draws from images that a hallucinator makes once, when they are first needed.
 
     Where episodes are not learnt and images start from noise, hallucinations of all episodes are
-    independent draws from one law for each class, so thousands of episodes can share a pool at
-    the cost of making it once.
-
-    Attributes:
-        size: images per class.
+    independent draws from one law for each class, so thousands of them can share ``size`` a class.
     """
 
     def __init__(self, hallucinator: Hallucinator, size: int, seed: int = 0):

@@ -50,7 +50,6 @@ from hallulib.oneshot.episodes import Episode, Episodes, images_at
 from hallulib.oneshot.hallucinate import Source
 from hallulib.shapes import Images, Labels, Shots, seeded
 from hallulib.storage import checkpoint, parallel
-from hallulib.storage.checkpoint import Stateful
 from hallulib.storage.settings import Above0, Amount, check, one_of
 
 EPISODES_AT_ONCE = 20  # whose classes are made and embedded together
@@ -226,7 +225,7 @@ class PESGState:
                 pesg.state[p][key] = torch.empty_like(p.data).copy_(value)
 
 
-class Learner(Stateful):
+class Learner(checkpoint.Stateful):
     """A classifier, trained in place with n extra supports per class, its loss and optimiser."""
 
     def __init__(self, classifier: PrototypeClassifier, n: int, n_way: int, fit: Fit):
@@ -321,7 +320,7 @@ def evaluate(
     All methods see the same episodes and the first n of the same extra supports; ``weight`` is
     that of an extra support in a prototype. What the source learns from an episode is undone after
     it. Episodes are made and embedded ``EPISODES_AT_ONCE`` together where the source allows;
-    ``first`` of them, a multiple of that, are done already. Several processes take turns at them.
+    ``first`` of them, a multiple of that, are done already. All processes get all results.
 
     To ``permute`` the answers is a control that must come out at 0.5: the mean over ``SHUFFLES``
     orders of the answers of each episode.
@@ -391,7 +390,7 @@ def _make(
     return torch.stack(made)
 
 
-class State(Stateful):
+class State(checkpoint.Stateful):
     """Everything a joint training is at one step.
 
     ``losses`` (steps, 1 + learners) are those of the source and of each learner, ``validation``
@@ -471,22 +470,14 @@ def meta_train(
 ) -> Iterator[State]:
     """Train a source of supports and classifiers together, one yielded state per episode.
 
-    Args:
-        source: of extra supports; it learns from each episode before it makes images.
-        classifiers: number of extra supports -> the classifier that is trained with them.
-        images: of the episodes.
-        episodes: training tasks.
-        steps: episodes in all.
-        fit: how classifiers learn.
-        validation: tasks of the validation split; after each epoch the weights that did best on
-            ``n_validation`` of them so far are kept. Without it the last weights are the best.
-        n_validation: such tasks, the same after each epoch.
-        per_epoch: episodes per epoch, and between checkpoints.
-        decays: parts of the steps after which the learning rate of classifiers is divided by 10.
-        seed: of everything that is made.
-        folder: where the checkpoint and ``losses.csv`` are kept, see
-            :func:`hallulib.storage.checkpoint.loop`.
-        settings: all else that the run depends on, what JSON can hold; others do not resume.
+    The source learns from each of so many ``steps`` episodes before it makes images;
+    ``classifiers`` maps a number of extra supports to the classifier that is trained with them,
+    whose learning rate is divided by 10 after the parts ``decays`` of the steps.
+
+    After each epoch of ``per_epoch`` episodes, the weights that did best on the first
+    ``n_validation`` tasks of ``validation`` so far are kept, without it the last ones, and a
+    checkpoint is written to ``folder``, see :func:`hallulib.storage.checkpoint.loop`. With
+    ``settings``, all else that the run depends on and JSON can hold, others do not resume it.
 
     Raises:
         UserError: a support image or a loss that is not finite, a damaged checkpoint or one of

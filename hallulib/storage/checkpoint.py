@@ -217,8 +217,8 @@ def loop(
         every: steps from one checkpoint to the next; there is one after the last step, too.
         patience: seconds after which one is due whatever the step.
         look: before writing; it may stop the training by a `UserError`.
-        folder: of the checkpoint and ``losses.csv``; a checkpoint found there is resumed, to the
-            same bytes on a CPU as if it had never stopped.
+        folder: of the checkpoint and ``losses.csv``; what is there is resumed, on a CPU to the
+            same bytes as if it had never stopped.
         settings: what JSON can hold; a checkpoint of others is refused.
 
     Yields:
