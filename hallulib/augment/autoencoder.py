@@ -9,10 +9,9 @@ are kept in the stock configuration (``shift_factor``, ``scaling_factor``) besid
 It learns to keep pixels and edges (`sharpness`). No trained network is asked what looks right, in
 contrast to a perceptual loss, and no adversary.
 
-Source:
-    Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022, sections
-    3.1 and 4.3.2 (rescaling), appendix G (terms), https://arxiv.org/abs/2112.10752; the network is
-    diffusers' ``AutoencoderKL``.
+Source: Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022,
+sections 3.1 and 4.3.2 (rescaling), appendix G (terms), https://arxiv.org/abs/2112.10752; the
+network is diffusers' ``AutoencoderKL``.
 """
 
 from collections.abc import Iterator

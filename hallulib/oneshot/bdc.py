@@ -17,12 +17,11 @@ Classes are the mean of their examples, and a query belongs to the nearest of th
 
 Axes before those named here are episodes, and computed side by side.
 
-Source:
-    Székely, Rizzo & Bakirov, *Measuring and testing dependence by correlation of distances*,
-    2007, doi 10.1214/009053607000000505; Xie et al., *Joint Distribution Matters: Deep Brownian
-    Distance Covariance for Few-Shot Classification*, 2022. https://arxiv.org/abs/2204.04567;
-    Snell et al., *Prototypical Networks for Few-shot Learning*, 2017, eqs. (1) and (2).
-    https://arxiv.org/abs/1703.05175
+Source: Székely, Rizzo & Bakirov, *Measuring and testing dependence by correlation of distances*,
+2007, doi 10.1214/009053607000000505; Xie et al., *Joint Distribution Matters: Deep Brownian
+Distance Covariance for Few-Shot Classification*, 2022. https://arxiv.org/abs/2204.04567; Snell et
+al., *Prototypical Networks for Few-shot Learning*, 2017, eqs. (1) and (2).
+https://arxiv.org/abs/1703.05175
 """
 
 import json
@@ -147,9 +146,8 @@ class Covariance(nn.Module):
 
     .. math:: \tfrac1m\,(X - \bar X)(X - \bar X)^\top \qquad X \in \mathbb R^{d \times m}
 
-    Source:
-        Wertheimer & Hariharan, *Few-Shot Learning with Localization in Realistic Settings*, 2019
-        ("covariance pooling"). https://arxiv.org/abs/1904.08502
+    Source: Wertheimer & Hariharan, *Few-Shot Learning with Localization in Realistic Settings*,
+    2019 ("covariance pooling"). https://arxiv.org/abs/1904.08502
     """
 
     def __init__(self, channels: int, *, reduce_to: int | None = None):
@@ -215,10 +213,9 @@ METRICS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (cosine, inn
 def similarity(queries: Queries, prototypes: Prototypes, metric: str = "cosine") -> Similarities:
     """How near each query is to each prototype, in float32 at least; higher is nearer.
 
-    Source:
-        Cosine: Pachetti & Colantonio 2024. Xie et al. 2022 take the inner product for one shot
-        and the squared Euclidean distance for more; both grow with the number of channels, until
-        the softmax of them saturates.
+    Source: Pachetti & Colantonio 2024 (cosine). Xie et al. 2022 take the inner product for one
+    shot and the squared Euclidean distance for more; both grow with the number of channels, until
+    the softmax of them saturates.
 
     Example:
         >>> similarity(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))

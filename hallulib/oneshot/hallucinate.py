@@ -9,8 +9,7 @@ A `Hallucinator` learns the support,
 
 and makes more of it.
 
-Source:
-    Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; guidance: Ho & Salimans 2022.
+Source: Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; guidance: Ho & Salimans 2022.
 """
 
 import contextlib

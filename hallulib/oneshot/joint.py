@@ -25,9 +25,8 @@ minimal in the network, a and b, maximal in :math:`\alpha \ge 0`; then a and b a
 the two sides and :math:`\alpha = [m + \mathrm{E}_-[h] - \mathrm{E}_+[h]]_+`. LibAUC's `pesg` is
 the optimiser that descends and ascends.
 
-Source:
-    Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; Yuan et al., *Large-scale Robust
-    Deep AUC Maximization*, 2021. https://arxiv.org/abs/2012.03173
+Source: Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; Yuan et al., *Large-scale
+Robust Deep AUC Maximization*, 2021. https://arxiv.org/abs/2012.03173
 """
 
 import copy
@@ -98,9 +97,8 @@ class AUCMarginLoss:
     Positives should score above negatives by the ``margin``; ``a`` and ``b`` are running means of
     the two sides. It is no module: the optimiser, which lowers parameters, would lower alpha too.
 
-    Source:
-        Yuan et al. 2021, without the class prior (version 2 of LibAUC, whose multi-label loss on
-        one-hot labels is the same up to rounding).
+    Source: Yuan et al. 2021, without the class prior (version 2 of LibAUC, whose multi-label loss
+    on one-hot labels is the same up to rounding).
     """
 
     def __init__(self, n_classes: int, margin: float | int = 1.0):
@@ -165,8 +163,7 @@ def pesg(
     documentation says :math:`v_0`, so that a pretrained network would be pulled to zero; and it
     expects a GPU wherever there is one. The loss is moved to the device of the model.
 
-    Source:
-        Yuan et al. 2021, and libauc 2.0.1, optimizers/pesg.py.
+    Source: Yuan et al. 2021, and libauc 2.0.1, optimizers/pesg.py.
     """
     from libauc.optimizers import PESG  # seconds to import
 
@@ -183,7 +180,7 @@ def pesg(
 
 
 class PESGState:
-    """All that a fresh `pesg` and its loss become, apart from the model's weights.
+    """All that `pesg` and its loss are at a step, apart from the model's weights.
 
     Names are ``a``, ``b``, ``alpha``, ``lr``, ``steps``, ``T`` (steps since the last reference)
     and, for the i-th parameter, ``exp_avg.i``, ``model_ref.i`` and the like.

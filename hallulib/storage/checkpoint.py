@@ -132,8 +132,6 @@ def _load_moments(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
 def write(folder: Path, tensors: Tensors, step: int, settings: dict, log: dict[str, list]) -> None:
     """Write a checkpoint and the log of the run, which of several processes the main one does.
 
-    Settings are what JSON can hold; a run with others cannot resume from here.
-
     Raises:
         UserError: they cannot be written; the checkpoint before is still there.
     """
@@ -210,16 +208,11 @@ def loop(
 ) -> Iterator[State]:
     """A training as a generator of its state: resumed, checked and written down when it is due.
 
-    Args:
-        state: of a fresh start.
-        step: takes one step, in place.
-        steps: of the whole run.
-        every: steps from one checkpoint to the next; there is one after the last step, too.
-        patience: seconds after which one is due whatever the step.
-        look: before writing; it may stop the training by a `UserError`.
-        folder: of the checkpoint and ``losses.csv``; what is there is resumed, on a CPU to the
-            same bytes as if it had never stopped.
-        settings: what JSON can hold; a checkpoint of others is refused.
+    The state is that of a fresh start; a checkpoint in ``folder``, ``losses.csv`` beside it, is
+    resumed, on a CPU to the same bytes as if it had never stopped. ``step`` takes one of all the
+    ``steps``, in place. The next checkpoint is due after ``every`` so many, ``patience`` seconds,
+    or the last; before it, ``look`` may stop the training by a `UserError`. ``settings`` are what
+    JSON can hold; a checkpoint of others is refused.
 
     Yields:
         The same object after each step; after the last one of a run that had taken it, once.
