@@ -9,10 +9,9 @@ are kept in the stock configuration (``shift_factor``, ``scaling_factor``) besid
 It learns to keep pixels and edges (`sharpness`). No trained network is asked what looks right, in
 contrast to a perceptual loss, and no adversary.
 
-Source:
-    Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022, sections
-    3.1 and 4.3.2 (rescaling), appendix G (terms), https://arxiv.org/abs/2112.10752; the network is
-    diffusers' ``AutoencoderKL``.
+Source: Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022,
+sections 3.1 and 4.3.2 (rescaling), appendix G (terms), https://arxiv.org/abs/2112.10752; the
+network is diffusers' ``AutoencoderKL``.
 """
 
 from collections.abc import Iterator
@@ -29,8 +28,7 @@ from torch import Tensor, nn
 from hallulib import UserError
 from hallulib.diffusion import unet
 from hallulib.shapes import Images, Latents, PerImage, seeded
-from hallulib.storage import checkpoint, parallel
-from hallulib.storage.checkpoint import Stateful
+from hallulib.storage import checkpoint, disk, parallel
 
 WEIGHTS = dict(sharpness=0.5, kl=1e-4)  # of the terms of the loss besides the pixels
 TERMS = ("pixels", *WEIGHTS)
@@ -124,7 +122,7 @@ def build(
 
 def save(model: Autoencoder, folder: Path) -> None:
     """Write weights and standardisation as an ``AutoencoderKL`` folder, or raise a `UserError`."""
-    with unet.replaced(Path(folder), unet.CONFIG) as partial:
+    with disk.whole_files(folder, last=unet.CONFIG) as partial:
         model.kl.save_pretrained(partial)
 
 
@@ -155,7 +153,7 @@ def sharpness(x: Images, y: Images, octaves: int = 3) -> PerImage:
 
 
 @dataclass
-class State(Stateful):
+class State(checkpoint.Stateful):
     """Everything a training is at one step; the model is not yet standardised.
 
     ``losses`` are the terms of `TERMS`, unweighted, for every step so far.
@@ -166,10 +164,6 @@ class State(Stateful):
     rng: torch.Generator
     losses: Float[Tensor, "steps terms"]
     step: int = 0
-
-    def parts(self) -> dict[str, object]:
-        """All but the step."""
-        return {name: part for name, part in vars(self).items() if name != "step"}
 
     def log(self) -> dict[str, list]:
         """The terms so far."""
@@ -216,8 +210,7 @@ def train(
             group["lr"] = lr * 0.5 * (1 + cosine)
         step(state, images[rows])
 
-    due = checkpoint.Due(every, steps)
-    return checkpoint.loop(state, take, steps=steps, due=due, folder=folder, settings=settings)
+    return checkpoint.loop(state, take, steps=steps, every=every, folder=folder, settings=settings)
 
 
 def step(state: State, x: Images) -> None:

@@ -8,10 +8,9 @@ admitted if
 2. the network gives c a probability of at least ``confidence``, and
 3. no training image is nearer, pixel by pixel, than other patients' images are.
 
-Source:
-    Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023, section
-    2.3. Their released code computes the centroids with the synthetic images among the real ones;
-    here no synthetic image has a say in what is admitted.
+Source: Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023,
+section 2.3. Their released code computes the centroids with the synthetic images among the real
+ones; here no synthetic image has a say in what is admitted.
 """
 
 from collections.abc import Sequence

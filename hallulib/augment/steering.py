@@ -5,11 +5,10 @@ at every noise level, so the classifier must know what a class looks like under 
 model already does: `NoisyClassifier` reads the encoder half of a pretrained one and adds a linear
 layer, which a few labelled images can train.
 
-Source:
-    Dhariwal & Nichol, *Diffusion Models Beat GANs on Image Synthesis*, 2021, section 4 and
-    appendix H (training on noised images), https://arxiv.org/abs/2105.05233; in latent space: Ye
-    et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023, whose
-    released code trains on clean latents only.
+Source: Dhariwal & Nichol, *Diffusion Models Beat GANs on Image Synthesis*, 2021, section 4 and
+appendix H (training on noised images), https://arxiv.org/abs/2105.05233; in latent space: Ye et
+al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023, whose released
+code trains on clean latents only.
 """
 
 import copy
@@ -78,9 +77,8 @@ def train(
 ) -> Iterator[float]:
     """Train on noised images, every class drawn equally often, one yielded loss per step.
 
-    AdamW's rate falls from ``lr`` to 0 along a cosine; its weight decay is that of the paper.
-    Without ``noised`` it repeats the fault of the published code, which trains on clean images
-    and asks at all times.
+    The rate falls from ``lr`` to 0 along a cosine. Without ``noised`` it repeats the fault of the
+    published code, which trains on clean images and asks at all times.
     """
     classifier.train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)

@@ -72,7 +72,6 @@ class GaussianMixture:
 class ClassMixture:
     """Classes that are mixtures themselves: a score model without network, in closed form.
 
-    It stands in for a trained class-conditional `ScoreModel` where the truth must be known.
     ``priors``, how frequent the classes are, are normalised here, and equal unless given.
     """
 

@@ -6,9 +6,8 @@ That one prediction is three things:
 .. math:: \nabla\log p_t(x_t) = -\epsilon / \sigma_t, \qquad
           \mathrm E[x_0 \mid x_t] = (x_t - \sigma_t \epsilon) / \alpha_t.
 
-Source:
-    Vincent, *A Connection between Score Matching and Denoising Autoencoders*, 2011; Ho et al.,
-    *Denoising Diffusion Probabilistic Models*, 2020. https://arxiv.org/abs/2006.11239
+Source: Vincent, *A Connection between Score Matching and Denoising Autoencoders*, 2011; Ho et al.,
+*Denoising Diffusion Probabilistic Models*, 2020. https://arxiv.org/abs/2006.11239
 """
 
 from collections.abc import Callable, Sequence
@@ -54,21 +53,16 @@ class ScoreModel(nn.Module):
               x_0 = \cos\phi\;c\,x_t - \sin\phi\;v, \qquad c = (\alpha^2 + \sigma^2)^{-1/2}.
 
     The error of an :math:`\epsilon` that the network answered itself would be divided by
-    :math:`\alpha_1 = 0.0066` in :math:`x_0`; the error of the velocity is never enlarged.
+    :math:`\alpha_1 = 0.0066` in :math:`x_0`; the error of the velocity is never enlarged. It is
+    ``network(x, timesteps, y)``, with timesteps to 999 as in DDPM.
 
-    A class may also be the density of another one, *moved* by an image :math:`d_y`: its
-    denoiser is that of the network on :math:`x_t - \alpha_t d_y`, plus :math:`d_y`.
+    A class may also be the density of another one, *moved* by an image :math:`d_y`, one of
+    ``shifts``, of which the last is of the null class: its denoiser is that of the network on
+    :math:`x_t - \alpha_t d_y`, plus :math:`d_y`. See
+    :func:`hallulib.diffusion.unet.moved_to_means`.
 
-    Args:
-        sde: the forward diffusion.
-        network: ``network(x, timesteps, y) -> Images``; timesteps run to 999 as in DDPM.
-        labels: of the label scheme; class ``i`` is ``labels[i]``.
-        shifts: the image by which each class, and last the null class, is moved, as by
-            :func:`hallulib.diffusion.unet.moved_to_means`.
-
-    Source:
-        Salimans & Ho, *Progressive Distillation for Fast Sampling of Diffusion Models*, 2022,
-        section 4 and appendix D. https://arxiv.org/abs/2202.00512
+    Source: Salimans & Ho, *Progressive Distillation for Fast Sampling of Diffusion Models*, 2022,
+    section 4 and appendix D. https://arxiv.org/abs/2202.00512
     """
 
     network: Any  # a `ClassUNet`, or another module with its signature
@@ -126,9 +120,8 @@ def guided(model: ScoreModel, y: Condition, guidance_scale: float | int = 1.0) -
     At scale w = 0 it is unconditional, at 1 conditional, above 1 exaggerated. It costs one network
     call, on a doubled batch unless w is 0 or 1.
 
-    Source:
-        Ho & Salimans, *Classifier-Free Diffusion Guidance*, 2022, eq. (6), whose own weight is
-        w - 1. https://arxiv.org/abs/2207.12598
+    Source: Ho & Salimans, *Classifier-Free Diffusion Guidance*, 2022, eq. (6), whose own weight is
+    w - 1. https://arxiv.org/abs/2207.12598
     """
     # the vector of the null class is zero
     null = torch.zeros_like(y) if y.is_floating_point() else torch.full_like(y, model.null)
@@ -152,9 +145,8 @@ def classifier_guided(
 
     ``log_prob`` is that of the wanted class, in nats; :math:`\gamma = 1` is Bayes' rule.
 
-    Source:
-        Dhariwal & Nichol, *Diffusion Models Beat GANs*, 2021, algorithm 2.
-        https://arxiv.org/abs/2105.05233
+    Source: Dhariwal & Nichol, *Diffusion Models Beat GANs*, 2021, algorithm 2.
+    https://arxiv.org/abs/2105.05233
     """
 
     def steered(x: Images, t: Times) -> Images:
@@ -204,9 +196,8 @@ def denoising_loss(
 
     The factor :math:`1 + s^2` gives the noisiest images the weight they need to be denoised well.
 
-    Source:
-        Song et al. 2021, eq. (7) with :math:`\lambda = \sigma^2 (1 + s^2)`; Salimans & Ho 2022,
-        section 4 ("SNR + 1 weighting").
+    Source: Song et al. 2021, eq. (7) with :math:`\lambda = \sigma^2 (1 + s^2)`; Salimans & Ho
+    2022, section 4 ("SNR + 1 weighting").
     """
     cos, sin, _ = (per_image(a, x_0) for a in model.sde.angle(t))
     error = model.velocity(model.sde.diffuse(x_0, t, eps), t, y) - (cos * eps - sin * x_0)

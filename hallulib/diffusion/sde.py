@@ -10,11 +10,9 @@ Because every drift here is linear in :math:`x`, dividing by :math:`\alpha_t` re
 the same one, :math:`y_s = x_0 + s\,\epsilon`, and their probability flow is
 :math:`dy/ds = \epsilon_\theta(\alpha y, t(s))`. Samplers and likelihoods step in :math:`s`.
 
-Source:
-    Song et al., *Score-Based Generative Modeling through SDEs*, ICLR 2021.
-    https://arxiv.org/abs/2011.13456. The noise level: Karras et al., *Elucidating the Design
-    Space of Diffusion-Based Generative Models*, NeurIPS 2022, eqs. (3)-(4).
-    https://arxiv.org/abs/2206.00364
+Source: Song et al., *Score-Based Generative Modeling through SDEs*, ICLR 2021.
+https://arxiv.org/abs/2011.13456. The noise level: Karras et al., *Elucidating the Design Space of
+Diffusion-Based Generative Models*, NeurIPS 2022, eqs. (3)-(4). https://arxiv.org/abs/2206.00364
 """
 
 import math
@@ -40,7 +38,7 @@ def per_image(a: Times, x: Images) -> Float[Tensor, "batch 1 1 1"]:
 
 @dataclass(frozen=True)
 class SDE(ABC):
-    """What the three diffusions share; a subclass gives its scales, drift and diffusion."""
+    """A diffusion; a subclass gives its scales, drift and diffusion."""
 
     t_min: ClassVar[float] = 1e-3  # where sampling ends and the last noise is removed at once
     t_train: ClassVar[float] = 1e-5  # where training times begin

@@ -14,9 +14,8 @@ from hallulib import UserError
 from hallulib.data.imageset import ImageSet
 from hallulib.diffusion import unet
 from hallulib.diffusion.score import ScoreModel, denoising_loss, stratified_times
-from hallulib.shapes import Images, Labels, PerImage
+from hallulib.shapes import Images, Labels, PerImage, Times
 from hallulib.storage import checkpoint, parallel, store
-from hallulib.storage.checkpoint import Stateful
 
 Loss = Callable[..., PerImage]  # `denoising_loss`, compiled or not
 P_UNCOND = 0.1  # chance that a label is dropped, which trains the null class as well
@@ -24,7 +23,7 @@ MAX_NORM = 1.0  # of the gradient, which is scaled down to it
 
 
 @dataclass
-class State(Stateful):
+class State(checkpoint.Stateful):
     """Everything a training run is at one step; a checkpoint is this, written down.
 
     ``ema`` is the moving average of the model's weights, to sample from. ``losses``, one for each
@@ -37,10 +36,6 @@ class State(Stateful):
     rng: torch.Generator
     losses: Float[Tensor, " steps"]
     step: int = 0
-
-    def parts(self) -> dict[str, object]:
-        """All but the step."""
-        return {name: part for name, part in vars(self).items() if name != "step"}
 
     def log(self) -> dict[str, list]:
         """The losses so far."""
@@ -58,24 +53,43 @@ class State(Stateful):
 
 def step(state: State, x_0: Images, y: Labels, ema_decay: float, loss_of: Loss) -> None:
     """One step of denoising score matching on a batch, and of the averaged weights."""
-    model, rng, n = state.model, state.rng, len(x_0)
-    t = stratified_times(n, model.sde.t_train, rng)
-    eps = torch.randn(x_0.shape, generator=rng, device=x_0.device)
-    dropped = torch.rand(n, generator=rng, device=x_0.device) < P_UNCOND
-    y = torch.where(dropped, model.null, y)
-    mine, counts = parallel.share(n)
-    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=x_0.device.type == "cuda"):
-        loss = loss_of(model, x_0[mine], t[mine], eps[mine], y[mine]).mean()
-    loss.backward()
+    model, rng = state.model, state.rng
+    t = stratified_times(len(x_0), model.sde.t_train, rng)
+    loss = descend(model, state.optimizer, x_0, y, t, rng, P_UNCOND, loss_of)
+    state.losses[state.step] = loss
+    decay = min(ema_decay, (1 + state.step) / (10 + state.step))
     weights: list[Tensor] = list(model.parameters())
     averages: list[Tensor] = list(state.ema.parameters())
-    state.losses[state.step] = parallel.combine(weights, loss, counts)
-    torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    decay = min(ema_decay, (1 + state.step) / (10 + state.step))
     with torch.no_grad():
         torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def descend(
+    model: ScoreModel,
+    optimizer: torch.optim.Optimizer,
+    x_0: Images,
+    y: Labels,
+    t: Times,
+    rng: torch.Generator,
+    p_uncond: float | int,
+    loss_of: Loss = denoising_loss,
+) -> Float[Tensor, ""]:
+    """One step down the denoising loss of a batch, classes dropped now and then.
+
+    Returns:
+        The loss before the step.
+    """
+    eps = torch.randn(x_0.shape, generator=rng, device=x_0.device)
+    dropped = torch.rand(len(x_0), generator=rng, device=x_0.device) < p_uncond
+    y = y.masked_fill(dropped, model.null)
+    mine, counts = parallel.share(len(x_0))
+    loss = loss_of(model, x_0[mine], t[mine], eps[mine], y[mine]).mean()
+    loss.backward()
+    loss = parallel.combine(model.parameters(), loss, counts)
+    nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
 
 
 def pretrain(
@@ -97,10 +111,8 @@ def pretrain(
 ) -> Iterator[State]:
     r"""Train a score model by denoising score matching, one yielded state per step.
 
-    Each step draws images with replacement, noises them at stratified times and lowers
-    :func:`hallulib.diffusion.score.denoising_loss`. The network runs channels last, on a GPU in
-    bfloat16 and compiled; nothing here waits for the device. Several processes share each batch,
-    see :mod:`hallulib.storage.parallel`.
+    The network runs channels last, on a GPU in bfloat16 and compiled; nothing here waits for the
+    device. Several processes share each batch, see :mod:`hallulib.storage.parallel`.
 
     Args:
         model: trained in place.
@@ -108,7 +120,7 @@ def pretrain(
         labels: class index per image, -1 where unlabelled; ``None`` is all unlabelled.
         steps: optimiser steps in the whole run.
         weights: how often to draw each image, relative to the others; equal unless given.
-        batch_size: images per step.
+        batch_size: images per step, drawn with replacement.
         lr: Adam's learning rate, reached linearly over ``warmup`` steps.
         class_rate: rate of the class vectors as a multiple of ``lr``. New labels need more than 1:
             their vectors start at zero, and until they have grown, the other weights have nothing
@@ -119,8 +131,7 @@ def pretrain(
         folder: of the checkpoint and ``losses.csv``, see :func:`hallulib.storage.checkpoint.loop`.
         identity: of images and start, where the folder does not stand for them; a checkpoint of
             another is refused.
-        every: steps between checkpoints, and between looks at whether the loss is finite; see
-            :class:`hallulib.storage.checkpoint.Due`.
+        every: steps between checkpoints, and between looks at whether the loss is finite.
 
     Raises:
         UserError: no step, no image in a batch, a checkpoint of other settings, or a loss that is
@@ -142,7 +153,9 @@ def pretrain(
     start = State(model, ema, _adam(model, lr, class_rate), rng, losses)
     y = torch.full((len(images),), -1, device=device) if labels is None else labels
     y = torch.where(y < 0, model.null, y)
-    loss_of = torch.compile(denoising_loss) if device.type == "cuda" else denoising_loss
+    loss_of: Loss = denoising_loss
+    if device.type == "cuda":
+        loss_of = torch.autocast("cuda", torch.bfloat16)(torch.compile(denoising_loss))
 
     def take(state: State) -> None:
         if weights is None:
@@ -153,9 +166,8 @@ def pretrain(
             group["lr"] = lr * group["rate"] * min(1.0, (state.step + 1) / max(warmup, 1))
         step(state, images[rows], y[rows], ema_decay, loss_of)
 
-    due = checkpoint.Due(every, steps)
     return checkpoint.loop(
-        start, take, steps=steps, due=due, look=State.check, folder=folder, settings=settings
+        start, take, steps=steps, every=every, look=State.check, folder=folder, settings=settings
     )
 
 
@@ -184,9 +196,7 @@ def pretrained(
     It learns from the images without labels and from the split ``train``; where there are both,
     half of every batch comes from each. Validation and test images are never seen. Without
     ``scheme``, the label column, it is unconditional; it is trained on a GPU if there is one.
-
-    Returns:
-        The averaged model in evaluation mode, and the folder of its run.
+    The averaged model is given, in evaluation mode, with the folder of its run.
 
     Raises:
         UserError: no image to train on.

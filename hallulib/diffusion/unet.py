@@ -111,7 +111,7 @@ def relabelled(model: ScoreModel, labels: Sequence[str], forget: bool = False) -
     """A copy of a score model for other labels, on the same device.
 
     A label it knows keeps its class vector and shift, unless the copy is to ``forget`` them; a new
-    one starts at those of the null class, so it is denoised as an image of no class at first.
+    one starts at those of the null class.
     """
     old = model.network.classes.weight.detach()
     with seeded():  # its random vectors are not kept
@@ -133,9 +133,9 @@ def moved_to_means(model: ScoreModel, x: Images, y: Labels) -> ScoreModel:
     .. math:: p(x \mid c) = p(x - d_c \mid \varnothing), \qquad
               d_c = \bar x_c - \tfrac1k \textstyle\sum_b \bar x_b .
 
-    For Gaussian images this is Fisher's linear discriminant, whose covariance is known from images
-    without labels; only the means are left to learn, so few labels are enough. What classes differ
-    in must be where things are and how bright, not a texture. There must be images of every class.
+    For Gaussian images this is Fisher's linear discriminant, with the covariance of images without
+    labels: few labels are enough for the means. What classes differ in must be where things are
+    and how bright, not a texture. There must be images of every class.
 
     Source: Ng & Jordan, *On Discriminative vs. Generative Classifiers*, 2001; Fisher 1936.
     """
@@ -167,7 +167,7 @@ def save(model: ScoreModel, folder: Path) -> None:
     of_classes = {"classes": model.network.classes.weight.detach()}
     if model.shifts is not None:
         of_classes["shifts"] = model.shifts.contiguous()
-    with replaced(Path(folder), SIDECAR) as partial:
+    with disk.whole_files(folder, last=SIDECAR) as partial:
         if model.sde == VPSDE():
             ddpm = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
             DDPMPipeline(unet, ddpm).save_pretrained(partial)
@@ -190,18 +190,6 @@ def load(folder: Path) -> ScoreModel:
             network = ClassUNet(unet, len(sidecar["labels"]))
         network.classes.load_state_dict({"weight": of_classes["classes"]})
         return ScoreModel(sde, network, sidecar["labels"], of_classes.get("shifts")).eval()
-
-
-@contextlib.contextmanager
-def replaced(folder: Path, key: str) -> Iterator[Path]:
-    """`disk.whole_files` of a model, of which ``key`` goes first and comes back last.
-
-    No model is read without it, so a process that is killed leaves none of old and new files.
-    """
-    with disk.whole(folder / key) as last, disk.whole_files(folder) as partial:
-        yield partial
-        (partial / key).rename(last)
-        disk.drop(folder / key)
 
 
 @contextlib.contextmanager

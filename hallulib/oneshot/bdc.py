@@ -8,8 +8,7 @@ between channels, centred along rows and columns, is the BDC matrix
 
 and :math:`\operatorname{tr}(A B) / c^2` is the squared distance covariance of two maps whose c
 channels are the paired samples. As their number grows it tends to zero only if the two are
-independent, where a covariance sees no more than linear dependence. Pooled means and covariances
-of channels are here too, to be compared with.
+independent, where a covariance sees no more than linear dependence.
 
 Classes are the mean of their examples, and a query belongs to the nearest of these prototypes,
 
@@ -18,12 +17,11 @@ Classes are the mean of their examples, and a query belongs to the nearest of th
 
 Axes before those named here are episodes, and computed side by side.
 
-Source:
-    Székely, Rizzo & Bakirov, *Measuring and testing dependence by correlation of distances*,
-    2007, doi 10.1214/009053607000000505; Xie et al., *Joint Distribution Matters: Deep Brownian
-    Distance Covariance for Few-Shot Classification*, 2022. https://arxiv.org/abs/2204.04567;
-    Snell et al., *Prototypical Networks for Few-shot Learning*, 2017, eqs. (1) and (2).
-    https://arxiv.org/abs/1703.05175
+Source: Székely, Rizzo & Bakirov, *Measuring and testing dependence by correlation of distances*,
+2007, doi 10.1214/009053607000000505; Xie et al., *Joint Distribution Matters: Deep Brownian
+Distance Covariance for Few-Shot Classification*, 2022. https://arxiv.org/abs/2204.04567; Snell et
+al., *Prototypical Networks for Few-shot Learning*, 2017, eqs. (1) and (2).
+https://arxiv.org/abs/1703.05175
 """
 
 import json
@@ -64,21 +62,12 @@ def bdc_matrix(
 ) -> Matrices:
     r"""The doubly centred matrix of distances between channels.
 
-    One product of matrices gives all squared distances, and means take the place of the
-    reference's products with all-ones matrices: :math:`O(c^2 m)` for c channels and m positions,
-    not :math:`O(c^3)`. Computed in float32 at least, also under autocast.
+    They are symmetric and their rows sum to zero. The cost is :math:`O(c^2 m)` for c channels and
+    m positions, in float32 at least, also under autocast. The squared distances are multiplied by
+    ``scale``, above 0. Where two channels are equal, ``eps`` keeps the slope of the square root
+    finite, at most ``0.5 * eps ** -0.5``; 0 is exact.
 
-    Args:
-        features: channels over positions; a height and a width are one axis.
-        scale: positive factor of the squared distances; a tensor receives its gradient.
-        eps: keeps the slope of the square root finite, at most ``0.5 * eps ** -0.5``, where two
-            channels are equal; 0 is exact, with finite gradients only for channels that differ.
-
-    Returns:
-        Symmetric matrices whose rows sum to zero.
-
-    Source:
-        Xie et al. 2022, the BDC module. Before centring the diagonal is ``sqrt(eps)``, as there.
+    Source: Xie et al. 2022, the BDC module, whose diagonal before centring is ``sqrt(eps)``, too.
 
     Example:
         >>> bdc_matrix(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), eps=0)
@@ -104,9 +93,8 @@ def to_vector(matrices: Matrices) -> Vectors:
     """The upper triangle of symmetric matrices, row by row, as ``c * (c + 1) / 2`` entries.
 
     Entries off the diagonal stand for two and are multiplied by ``sqrt(2)``, so that the inner
-    product of two vectors is the trace of the product of their matrices, and the distance of two
-    vectors is the Frobenius distance. The reference code leaves out this factor, which halves
-    the weight of all that lies off the diagonal.
+    product of two vectors is the trace of the product of their matrices. The reference code
+    leaves out this factor, which halves the weight of all that lies off the diagonal.
 
     Example:
         >>> to_vector(torch.tensor([[1.0, 2.0], [2.0, 3.0]]))
@@ -158,11 +146,8 @@ class Covariance(nn.Module):
 
     .. math:: \tfrac1m\,(X - \bar X)(X - \bar X)^\top \qquad X \in \mathbb R^{d \times m}
 
-    The second moments against which BDC is compared.
-
-    Source:
-        Wertheimer & Hariharan, *Few-Shot Learning with Localization in Realistic Settings*, 2019
-        ("covariance pooling"). https://arxiv.org/abs/1904.08502
+    Source: Wertheimer & Hariharan, *Few-Shot Learning with Localization in Realistic Settings*,
+    2019 ("covariance pooling"). https://arxiv.org/abs/1904.08502
     """
 
     def __init__(self, channels: int, *, reduce_to: int | None = None):
@@ -186,11 +171,9 @@ class Mean(nn.Module):
 
 
 def prototypes(vectors: Support, weights: Weights | None = None) -> Prototypes:
-    """The mean vector of each class, or its mean with weights.
+    """The mean vector of each class.
 
-    Args:
-        vectors: the examples of each class.
-        weights: not negative and not all zero in a class; an example of weight 0 is left out.
+    Weights are not negative and not all zero in a class; an example of weight 0 is left out.
 
     Example:
         >>> prototypes(torch.tensor([[[0.0], [4.0]]]), torch.tensor([[3.0, 1.0]]))
@@ -228,14 +211,11 @@ METRICS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (cosine, inn
 
 
 def similarity(queries: Queries, prototypes: Prototypes, metric: str = "cosine") -> Similarities:
-    """How near each query is to each prototype of its episode; higher is nearer.
+    """How near each query is to each prototype, in float32 at least; higher is nearer.
 
-    Computed in float32 at least, also under autocast.
-
-    Source:
-        Cosine: Pachetti & Colantonio 2024. Xie et al. 2022 take the inner product for one shot
-        and the squared Euclidean distance for more; both grow with the number of channels, until
-        the softmax of them saturates.
+    Source: Pachetti & Colantonio 2024 (cosine). Xie et al. 2022 take the inner product for one
+    shot and the squared Euclidean distance for more; both grow with the number of channels, until
+    the softmax of them saturates.
 
     Example:
         >>> similarity(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -248,17 +228,12 @@ def similarity(queries: Queries, prototypes: Prototypes, metric: str = "cosine")
 class PrototypeClassifier(nn.Module):
     """Classifies queries by their nearest prototype; its embedding is all that it learns.
 
-    Args:
-        backbone: images to feature maps.
-        embedding: feature maps to vectors, e.g. `BDC`.
-        metric: of `METRICS`. It is multiplied by ``exp(log_scale)``, learned from 10 for the
-            cosine, which alone could not come near a probability of 1, and from 1 otherwise.
-
-    Attributes:
-        settings: what `build` was told; none for a classifier put together otherwise.
+    The ``backbone`` makes feature maps of images, the ``embedding``, e.g. `BDC`, vectors of these.
+    The metric, of `METRICS`, is multiplied by ``exp(log_scale)``, learned from 10 for the cosine,
+    which alone could not come near a probability of 1, and from 1 otherwise.
     """
 
-    settings: dict | None = None
+    settings: dict | None = None  # what `build` was told
 
     def __init__(self, backbone: nn.Module, embedding: nn.Module, metric: str = "cosine"):
         super().__init__()
@@ -273,10 +248,7 @@ class PrototypeClassifier(nn.Module):
     def logits(
         self, query_vectors: Queries, support_vectors: Support, weights: Weights | None = None
     ) -> Similarities:
-        """Similarity to the prototype of each class, times the learned scale.
-
-        Their softmax is the chance of each class. Weights are those of `prototypes`.
-        """
+        """Similarity to the `prototypes`, times the learned scale; softmax makes them chances."""
         means = prototypes(support_vectors, weights)
         return self.log_scale.exp() * similarity(query_vectors, means, self.metric)
 
@@ -297,15 +269,11 @@ def build(
     metric: str = "cosine",
     seed: int = 0,
 ) -> PrototypeClassifier:
-    """A fresh classifier on a ResNet-18.
+    """A fresh classifier on a `hallulib.evidence.resnet.resnet18`.
 
-    Args:
-        kind: what a feature map becomes, a name in `KINDS`.
-        channels: 1 for grey, 3 for colour images.
-        width: of the `hallulib.evidence.resnet.resnet18`, whose maps have ``8 * width`` channels.
-        reduce_to: channels before a matrix is taken; 64 give 2080 entries. No effect on a mean.
-        metric: of `METRICS`.
-        seed: of the initial weights; backbones of one seed are equal for every kind.
+    A feature map of ``8 * width`` channels becomes what ``kind``, a name in `KINDS`, says; before
+    a matrix is taken they are reduced, to 64 for 2080 entries. The ``metric`` is one of `METRICS`.
+    Backbones of one seed are equal for every kind.
     """
     with seeded(seed):
         backbone, embedding = resnet18(channels, width), KINDS[kind](8 * width, reduce_to)

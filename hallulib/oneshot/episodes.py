@@ -33,8 +33,7 @@ class Episode(NamedTuple):
         support: images to learn from; row c shows ``classes[c]``.
         query: images to classify, each once, class by class.
         answers: the positions of the queries' classes in ``classes``.
-        spare: other real images of each class, for an oracle that may add real supports where
-            another method adds generated ones.
+        spare: other real images of each class, for an oracle.
     """
 
     classes: tuple[str, ...]
@@ -79,18 +78,15 @@ class Episodes:
     drawn from all images of the remaining patients, each image at most once.
 
     Args:
-        images: an open image set.
         scheme: the label column that names the classes.
         split: whose images are used; positions nevertheless refer to all of ``images``.
-        n_way: classes per episode, at least 2; all of the scheme unless given. Fewer than
-            there are: each episode draws its own, and classes with too few patients are never
-            drawn.
+        n_way: classes per episode, at least 2; all of the scheme unless given. Fewer are drawn
+            anew for each episode, from those with enough patients.
         k_shot: support images per class.
         n_query: queries per class.
         n_spare: spare images per class.
-        seed: of every draw.
-        share_patients: deal images as if each came from a patient of its own, as though slices
-            of one patient were independent: the leak that makes results too good.
+        share_patients: deal images as if each came from a patient of its own: the leak that
+            makes results too good.
 
     Attributes:
         classes: the classes that episodes draw from, in the order of the card.
@@ -98,9 +94,8 @@ class Episodes:
 
     Raises:
         UserError: an unknown scheme, or more ways than it has classes.
-        TooFew: fewer classes with enough patients than ``n_way``. Enough means enough for every
-            draw: whichever patients are support or spare (for other classes too, where patients
-            have several classes), the others hold all queries.
+        TooFew: fewer classes with enough patients than ``n_way``: whichever are support or spare
+            (for other classes too, where patients have several), the others hold all queries.
 
     Example:
         >>> from hallulib.data.imageset import ImageSet

@@ -9,8 +9,7 @@ A `Hallucinator` learns the support,
 
 and makes more of it.
 
-Source:
-    Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; guidance: Ho & Salimans 2022.
+Source: Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; guidance: Ho & Salimans 2022.
 """
 
 import contextlib
@@ -21,17 +20,17 @@ from typing import Annotated
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from hallulib import UserError
 from hallulib.data.changes import CHANGES
 from hallulib.data.imageset import ImageSet
 from hallulib.diffusion.sample import SAMPLERS, draw
-from hallulib.diffusion.score import ScoreModel, denoising_loss, stratified_times
+from hallulib.diffusion.score import ScoreModel, stratified_times
+from hallulib.diffusion.train import descend
 from hallulib.diffusion.unet import ADAPTS, adaptable
 from hallulib.oneshot.episodes import Episode, images_at, unasked
-from hallulib.shapes import Images, Labels, Shots
-from hallulib.storage import parallel
+from hallulib.shapes import Labels, Shots
 from hallulib.storage.checkpoint import Stateful
 from hallulib.storage.settings import Amount, Count, Positive, Share, ShareAbove0, check, one_of
 
@@ -39,14 +38,9 @@ CONTROLS = ("oracle", "memory", *CHANGES)
 
 
 class Source(Stateful):
-    """Makes more supports; a source that has nothing to learn only needs ``make``.
+    """Makes more supports; a source that has nothing to learn only needs ``make``."""
 
-    Attributes:
-        per_class: whether the images of a class depend on its own support alone, so that the
-            classes of many episodes can be made in one call.
-    """
-
-    per_class = True
+    per_class = True  # the images of a class depend on its own support alone: see `evaluate`
 
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
         """``n`` more images of each class, in [-1, 1]; the first do not depend on ``n``.
@@ -57,16 +51,16 @@ class Source(Stateful):
         raise NotImplementedError
 
     def adapt(self, episode: Episode, support: Shots, seed: int) -> Float[Tensor, ""]:
-        """Learn from the support of an episode, before ``make``; what a test taught is `undone`.
-
-        Returns:
-            The loss, or nan where nothing is learnt.
-        """
+        """Learn from an episode, before ``make``; the loss, or nan where nothing is learnt."""
         return torch.tensor(torch.nan)
 
     def undone(self) -> contextlib.AbstractContextManager:
         """A context at whose end everything is as it was before."""
         return contextlib.nullcontext()
+
+    def parts(self) -> dict[str, object]:
+        """Nothing that training changes."""
+        return {}
 
 
 class Oracle(Source):
@@ -172,10 +166,7 @@ class Hallucinator(Source):
         self.per_class = recipe.adapt_steps == 0
 
     def adapt(self, episode: Episode, support: Shots, seed: int) -> Float[Tensor, ""]:
-        """Steps on the support alone, images and their classes.
-
-        Returns:
-            The denoising loss before the last step, nan without steps.
+        """Steps on the support alone; the denoising loss before the last one, nan without steps.
 
         Raises:
             UserError: a class that the model does not know.
@@ -185,7 +176,10 @@ class Hallucinator(Source):
         x_0 = support.flatten(0, 1).repeat_interleave(copies, 0)
         y = y.repeat_interleave(support.shape[1] * copies)
         for _ in range(self.recipe.adapt_steps):
-            loss = self._step(x_0, y, rng)
+            t = stratified_times(len(x_0), self.model.sde.t_train, rng)
+            # strata follow the order of the images: each image gets times from all over
+            t = t[torch.randperm(len(t), generator=rng, device=t.device)]
+            loss = descend(self.model, self.optimizer, x_0, y, t, rng, self.recipe.p_uncond)
         return loss
 
     @torch.no_grad()
@@ -228,34 +222,12 @@ class Hallucinator(Source):
     def _classes(self, episode: Episode) -> Labels:
         return self.model.index(episode.classes).to(next(self.model.parameters()).device)
 
-    def _step(self, x_0: Images, y: Labels, rng: torch.Generator) -> Float[Tensor, ""]:
-        """One step of Adam on the denoising loss, classes dropped now and then."""
-        t = stratified_times(len(x_0), self.model.sde.t_train, rng)
-        # strata follow the order of the images: each image gets times from all over
-        t = t[torch.randperm(len(t), generator=rng, device=t.device)]
-        eps = torch.randn(x_0.shape, generator=rng, device=x_0.device)
-        dropped = torch.rand(len(x_0), generator=rng, device=x_0.device) < self.recipe.p_uncond
-        y = y.masked_fill(dropped, self.model.null)
-        self.optimizer.zero_grad()
-        mine, counts = parallel.share(len(x_0))
-        loss = denoising_loss(self.model, x_0[mine], t[mine], eps[mine], y[mine]).mean()
-        loss.backward()
-        weights = self.optimizer.param_groups[0]["params"]
-        loss = parallel.combine(weights, loss, counts)
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        self.optimizer.step()
-        return loss
-
 
 class Pool(Source):
     """Draws from images that a hallucinator makes once, when they are first needed.
 
     Where episodes are not learnt and images start from noise, hallucinations of all episodes are
-    independent draws from one law for each class, so thousands of episodes can share a pool at
-    the cost of making it once.
-
-    Attributes:
-        size: images per class.
+    independent draws from one law for each class, so thousands of them can share ``size`` a class.
     """
 
     def __init__(self, hallucinator: Hallucinator, size: int, seed: int = 0):

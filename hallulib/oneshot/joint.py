@@ -25,12 +25,12 @@ minimal in the network, a and b, maximal in :math:`\alpha \ge 0`; then a and b a
 the two sides and :math:`\alpha = [m + \mathrm{E}_-[h] - \mathrm{E}_+[h]]_+`. LibAUC's `pesg` is
 the optimiser that descends and ascends.
 
-Source:
-    Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; Yuan et al., *Large-scale Robust
-    Deep AUC Maximization*, 2021. https://arxiv.org/abs/2012.03173
+Source: Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; Yuan et al., *Large-scale
+Robust Deep AUC Maximization*, 2021. https://arxiv.org/abs/2012.03173
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +49,6 @@ from hallulib.oneshot.episodes import Episode, Episodes, images_at
 from hallulib.oneshot.hallucinate import Source
 from hallulib.shapes import Images, Labels, Shots, seeded
 from hallulib.storage import checkpoint, parallel
-from hallulib.storage.checkpoint import Stateful
 from hallulib.storage.settings import Above0, Amount, check, one_of
 
 EPISODES_AT_ONCE = 20  # whose classes are made and embedded together
@@ -95,18 +94,11 @@ class Fit:
 class AUCMarginLoss:
     """The loss with its own a, b and alpha, one of each per class.
 
-    It is no module on purpose: inside the model its alpha would be one of the parameters that
-    the optimiser lowers, and a second copy would be one that nothing moves.
+    Positives should score above negatives by the ``margin``; ``a`` and ``b`` are running means of
+    the two sides. It is no module: the optimiser, which lowers parameters, would lower alpha too.
 
-    Attributes:
-        margin: how far positives should score above negatives, in the unit of the scores.
-        a: running mean score of each class's own images.
-        b: running mean score of all other images.
-        alpha: what it is worth to widen the gap between them, >= 0.
-
-    Source:
-        Yuan et al. 2021, without the class prior (version 2 of LibAUC, whose multi-label loss on
-        one-hot labels is the same up to rounding).
+    Source: Yuan et al. 2021, without the class prior (version 2 of LibAUC, whose multi-label loss
+    on one-hot labels is the same up to rounding).
     """
 
     def __init__(self, n_classes: int, margin: float | int = 1.0):
@@ -129,8 +121,8 @@ class AUCMarginLoss:
     def settle(self, scores: Scores, y: Labels) -> None:
         """Set a, b and alpha to their best values for these scores, before `pesg`.
 
-        From zero, alpha takes some 1 / (2 lr) steps to get near; until then the loss draws the
-        scores together and hardly ranks them. At lr 1e-4 that is five thousand steps.
+        From zero, alpha takes some 1 / (2 lr) steps to get near: five thousand at 1e-4. Until
+        then the loss draws the scores together and hardly ranks them.
         """
         plus, minus = _means(at_least_float32(scores), y)
         self.a.copy_(plus)
@@ -165,17 +157,13 @@ def pesg(
     and v moves along g, averaged over steps (``"sgd"``) or scaled as by Adam (``"adam"``, with
     both decays inside the gradient). ``update_regularizer(10)`` of the result divides lr by 10 and
     moves :math:`v_\mathrm{ref}` to the mean of v over the steps since the last time, at least one.
+    A rate of 1e-4 suits ``"adam"``; ``"sgd"`` stands still there and needs 0.01 to 0.1.
 
-    Repaired here: PESG starts :math:`v_\mathrm{ref}` at random numbers, where its documentation
-    says at :math:`v_0`, so that a pretrained network would be pulled to zero; it draws them
-    from the global generator; and it expects a GPU wherever there is one. The loss is moved to
-    the device of the model.
+    Repaired here: PESG draws :math:`v_\mathrm{ref}` from the global generator, where its
+    documentation says :math:`v_0`, so that a pretrained network would be pulled to zero; and it
+    expects a GPU wherever there is one. The loss is moved to the device of the model.
 
-    The weight decay :math:`\lambda` is of a and b as well: a settles a little below its mean. A
-    rate of 1e-4 suits ``"adam"``; ``"sgd"`` stands still there and needs 0.01 to 0.1.
-
-    Source:
-        Yuan et al. 2021, and libauc 2.0.1, optimizers/pesg.py.
+    Source: Yuan et al. 2021, and libauc 2.0.1, optimizers/pesg.py.
     """
     from libauc.optimizers import PESG  # seconds to import
 
@@ -201,17 +189,13 @@ class PESGState:
     def __init__(self, optimizer: Any):
         self.optimizer = optimizer
 
-    def _in_place(self) -> dict[str, Tensor]:
-        """What is there from the first step on."""
-        tensors = {name: getattr(self.optimizer, name).detach() for name in ("a", "b", "alpha")}
-        for name in ("model_ref", "model_acc"):
-            tensors |= {f"{name}.{i}": v for i, v in enumerate(getattr(self.optimizer, name))}
-        return tensors
-
     def state_dict(self) -> dict[str, Tensor]:
         """All of it; no copies."""
         pesg = self.optimizer
-        tensors = self._in_place() | {n: torch.tensor(getattr(pesg, n)) for n in ("steps", "T")}
+        tensors = {name: getattr(pesg, name).detach() for name in ("a", "b", "alpha")}
+        for name in ("model_ref", "model_acc"):
+            tensors |= {f"{name}.{i}": v for i, v in enumerate(getattr(pesg, name))}
+        tensors |= {name: torch.tensor(getattr(pesg, name)) for name in ("steps", "T")}
         tensors["lr"] = torch.tensor(pesg.param_groups[0]["lr"], dtype=torch.float64)
         for i, p in enumerate(pesg.params):
             tensors |= {f"{name}.{i}": torch.as_tensor(v) for name, v in pesg.state[p].items()}
@@ -224,7 +208,7 @@ class PESGState:
             KeyError, RuntimeError: the tensors are of another model or other settings.
         """
         pesg = self.optimizer
-        for name, own in self._in_place().items():
+        for name, own in self.state_dict().items():
             own.copy_(tensors[name])
         pesg.steps, pesg.T = int(tensors["steps"]), int(tensors["T"])
         pesg.param_groups[0]["lr"] = float(tensors["lr"])
@@ -238,7 +222,7 @@ class PESGState:
                 pesg.state[p][key] = torch.empty_like(p.data).copy_(value)
 
 
-class Learner(Stateful):
+class Learner(checkpoint.Stateful):
     """A classifier, trained in place with n extra supports per class, its loss and optimiser."""
 
     def __init__(self, classifier: PrototypeClassifier, n: int, n_way: int, fit: Fit):
@@ -253,11 +237,7 @@ class Learner(Stateful):
     def learn(
         self, support: Shots, extra: Shots, query: Images, answers: Labels
     ) -> Float[Tensor, ""]:
-        """One step on one episode, all of whose images go through the network as one batch.
-
-        Returns:
-            The loss before the step.
-        """
+        """One step on an episode, whose images are one batch; the loss before it."""
         self.classifier.train()
         batch = torch.cat([support.flatten(0, 1), extra.flatten(0, 1), query])
         sizes = [support.shape[:2], extra.shape[:2], query.shape[:1]]
@@ -336,9 +316,8 @@ def evaluate(
 
     All methods see the same episodes and the first n of the same extra supports; ``weight`` is
     that of an extra support in a prototype. What the source learns from an episode is undone after
-    it. Vectors of real images are computed once; episodes are made and embedded
-    ``EPISODES_AT_ONCE`` together where the source allows. ``first`` of them, a multiple of that,
-    are done already. Several processes take turns at them, and all get all results.
+    it. Episodes are made and embedded ``EPISODES_AT_ONCE`` together where the source allows;
+    ``first`` of them, a multiple of that, are done already. All processes get all results.
 
     To ``permute`` the answers is a control that must come out at 0.5: the mean over ``SHUFFLES``
     orders of the answers of each episode.
@@ -408,16 +387,12 @@ def _make(
     return torch.stack(made)
 
 
-class State(Stateful):
+class State(checkpoint.Stateful):
     """Everything a joint training is at one step.
 
-    Attributes:
-        source: of the extra supports, with what it has learnt.
-        learners: one for each number of extra supports.
-        losses: (steps, 1 + learners) of the source and of each learner.
-        validation: (epochs, learners) mean AUROC over the validation episodes.
-        best: weights of each learner's classifier after its best epoch, the later of equals.
-        step: episodes done.
+    ``losses`` (steps, 1 + learners) are those of the source and of each learner, ``validation``
+    (epochs, learners) the mean AUROC over the validation episodes, and ``best`` the weights of
+    each learner's classifier after its best epoch, the later of equals.
     """
 
     def __init__(self, source: Source, learners: Sequence[Learner], steps: int, per_epoch: int):
@@ -428,7 +403,7 @@ class State(Stateful):
         self.best = [copy.deepcopy(learner.classifier.state_dict()) for learner in learners]
 
     def parts(self) -> dict[str, object]:
-        """All but the step."""
+        """All but the step, each learner by itself."""
         parts = {"losses": self.losses, "validation": self.validation, "source": self.source}
         for i, learner in enumerate(self.learners):
             parts |= {f"learner{i}": learner, f"best{i}": self.best[i]}
@@ -440,11 +415,7 @@ class State(Stateful):
         return dict(zip(names, self.losses[: self.step].T.tolist(), strict=True))
 
     def check(self) -> None:
-        """Stops a training that has lost its way.
-
-        Raises:
-            UserError: a loss is not finite.
-        """
+        """Raises a `UserError` if a loss is not finite."""
         bad = ~torch.isfinite(self.losses[: self.step])
         bad[:, 0] &= bool(torch.isfinite(self.losses[0, 0]))  # a source may learn nothing
         rows = bad.any(1).nonzero()
@@ -466,7 +437,7 @@ class State(Stateful):
 def episode(state: State, images: ImageSet, task: Episode, seed: int) -> None:
     """One training episode: the source learns it and makes images, each classifier takes a step.
 
-    Its losses become a row of the state's ``losses``; the seed is of everything that is made.
+    Its losses become a row of the state's.
     """
     support, query = pictures(images, task, state.losses.device)
     answers = torch.as_tensor(task.answers, device=state.losses.device)
@@ -496,25 +467,14 @@ def meta_train(
 ) -> Iterator[State]:
     """Train a source of supports and classifiers together, one yielded state per episode.
 
-    Args:
-        source: of extra supports; it learns from each episode before it makes images.
-        classifiers: number of extra supports -> the classifier that is trained with them.
-        images: the image set of the episodes.
-        episodes: training tasks.
-        steps: episodes in all.
-        fit: how classifiers learn.
-        validation: tasks of the validation split; after each epoch the weights that did best on
-            ``n_validation`` of them so far are kept. Without it the last weights are the best.
-        n_validation: such tasks, the same after each epoch.
-        per_epoch: episodes per epoch, and between checkpoints.
-        decays: parts of the steps after which the learning rate of classifiers is divided by 10.
-        seed: of everything that is made.
-        folder: where the checkpoint and ``losses.csv`` are kept, see
-            :func:`hallulib.storage.checkpoint.loop`.
-        settings: all else that the run depends on, what JSON can hold; others do not resume.
+    The source learns from each of so many ``steps`` episodes before it makes images;
+    ``classifiers`` maps a number of extra supports to the classifier that is trained with them,
+    whose learning rate is divided by 10 after the parts ``decays`` of the steps.
 
-    Yields:
-        The state after each episode, the same object every time.
+    After each epoch of ``per_epoch`` episodes, the weights that did best on the first
+    ``n_validation`` tasks of ``validation`` so far are kept, without it the last ones, and a
+    checkpoint is written to ``folder``, see :func:`hallulib.storage.checkpoint.loop`. With
+    ``settings``, all else that the run depends on and JSON can hold, others do not resume it.
 
     Raises:
         UserError: a support image or a loss that is not finite, a damaged checkpoint or one of
@@ -547,7 +507,8 @@ def meta_train(
         State(source, learners, steps, per_epoch),
         take,
         steps=steps,
-        due=lambda step: step % per_epoch == 0 or step == steps,
+        every=per_epoch,
+        patience=math.inf,  # an epoch is whole when it is looked at
         look=look,
         folder=folder,
         settings=settings,

@@ -27,29 +27,14 @@ Parts = Mapping[str, Any]
 Tensors = dict[str, Tensor]
 
 
-class Due:
-    """Whether a checkpoint is due: every so many steps, after `PATIENCE`, and after the last."""
-
-    def __init__(self, every: int, steps: int):
-        self.every, self.steps, self._last = every, steps, time.monotonic()
-
-    def __call__(self, step: int) -> bool:
-        """After so many steps."""
-        late = time.monotonic() - self._last > PATIENCE
-        if step % self.every and step < self.steps and not late:
-            return False
-        self._last = time.monotonic()
-        return True
-
-
 class Stateful:
     """What a checkpoint holds whole, by PyTorch's protocol: all that `parts` names."""
 
     step: int = 0  # steps taken, by the state of a training
 
     def parts(self) -> Parts:
-        """All that is kept."""
-        return {}
+        """All that is kept: every attribute but the step, unless a class says otherwise."""
+        return {name: part for name, part in vars(self).items() if name != "step"}
 
     def state_dict(self) -> Tensors:
         """All parts as named tensors; no copies."""
@@ -147,8 +132,6 @@ def _load_moments(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
 def write(folder: Path, tensors: Tensors, step: int, settings: dict, log: dict[str, list]) -> None:
     """Write a checkpoint and the log of the run, which of several processes the main one does.
 
-    Settings are what JSON can hold; a run with others cannot resume from here.
-
     Raises:
         UserError: they cannot be written; the checkpoint before is still there.
     """
@@ -217,22 +200,19 @@ def loop(
     step: Callable[[State], None],
     *,
     steps: int,
-    due: Callable[[int], bool],
+    every: int,
+    patience: float = PATIENCE,
     look: Callable[[State], None] = lambda state: None,
     folder: Path | str | None,
     settings: dict,
 ) -> Iterator[State]:
     """A training as a generator of its state: resumed, checked and written down when it is due.
 
-    Args:
-        state: of a fresh start.
-        step: takes one step, in place.
-        steps: of the whole run.
-        due: whether to look and to write after so many steps, as `Due` says.
-        look: before writing; it may stop the training by a `UserError`.
-        folder: of the checkpoint and ``losses.csv``; a checkpoint found there is resumed, to the
-            same bytes on a CPU as if it had never stopped.
-        settings: what JSON can hold; a checkpoint of others is refused.
+    The state is that of a fresh start; a checkpoint in ``folder``, ``losses.csv`` beside it, is
+    resumed, on a CPU to the same bytes as if it had never stopped. ``step`` takes one of all the
+    ``steps``, in place. The next checkpoint is due after ``every`` so many, ``patience`` seconds,
+    or the last; before it, ``look`` may stop the training by a `UserError`. ``settings`` are what
+    JSON can hold; a checkpoint of others is refused.
 
     Yields:
         The same object after each step; after the last one of a run that had taken it, once.
@@ -244,10 +224,13 @@ def loop(
         resume(state, Path(folder), settings)
     if state.step == steps:  # killed between its last step and what the caller does with it
         yield state
+    last = time.monotonic()
     while state.step < steps:
         step(state)
         state.step += 1
-        if due(state.step):
+        late = time.monotonic() - last > patience
+        if state.step % every == 0 or state.step == steps or late:
+            last = time.monotonic()
             look(state)
             if folder is not None:
                 write(Path(folder), state.state_dict(), state.step, settings, state.log())

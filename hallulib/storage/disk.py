@@ -62,10 +62,11 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
+def whole_files(folder: Path, last: str = "") -> Iterator[Path]:
     """A folder to write files into; once all are there, each is renamed into ``folder``.
 
-    For what libraries write, which make further files of their own while they do.
+    For what libraries write, which make further files of their own while they do. A file without
+    which the others are not read goes first and comes ``last``: none reads old among new ones.
 
     Raises:
         CannotWrite: a file that was in ``folder`` before is still whole.
@@ -76,7 +77,10 @@ def whole_files(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
-            for file in sorted(p for p in partial.rglob("*") if p.is_file()):
+            if last:
+                drop(folder / last)
+            files = (p for p in partial.rglob("*") if p.is_file())
+            for file in sorted(files, key=lambda file: (file == partial / last, file)):
                 place = folder / file.relative_to(partial)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 _move(file, place)

@@ -83,13 +83,8 @@ def combine(
 ) -> Float[Tensor, "*terms"]:
     """Make the gradients of one share those of the whole batch, in place.
 
-    Args:
-        weights: whose gradients were taken, on every process the same.
-        loss: means over the share.
-        counts: how much they count, see `share`.
-
-    Returns:
-        The loss of the whole batch, without its graph.
+    Weights are the same on every process; the loss holds means over the share, which counts as
+    `share` says. That of the whole batch is given, without its graph.
     """
     if processes() == 1:
         return loss.detach()

@@ -41,9 +41,6 @@ class Toy(checkpoint.Stateful):
     def __init__(self):
         self.weight = torch.zeros(3)
 
-    def parts(self):
-        return {"weight": self.weight}
-
 
 def test_what_is_written_is_read_back_with_its_types_and_bits(tmp_path):
     write(tmp_path / "deep" / "run")
@@ -242,9 +239,8 @@ def test_a_loop_that_is_left_goes_on_where_its_last_checkpoint_was(tmp_path, sto
     taken = []
 
     def start():
-        due = lambda step: step % 4 == 0 or step == 10
         step = lambda state: (taken.append(state.step), state.weight.add_(state.step + 1))
-        return checkpoint.loop(Toy(), step, steps=10, due=due, folder=tmp_path, settings=SETTINGS)
+        return checkpoint.loop(Toy(), step, steps=10, every=4, folder=tmp_path, settings=SETTINGS)
 
     for _, state in zip(range(stop), start(), strict=False):
         assert state.step == len(taken)
@@ -261,22 +257,21 @@ def test_what_a_loop_sees_before_a_checkpoint_may_stop_it_and_then_none_is_writt
             raise UserError("lost")
 
     step = lambda state: state.weight.add_(1)
-    due = lambda step: step % 2 == 0
+    loop = checkpoint.loop(
+        Toy(), step, steps=10, every=2, look=look, folder=tmp_path, settings=SETTINGS
+    )
     with pytest.raises(UserError, match="lost"):
-        list(
-            checkpoint.loop(
-                Toy(), step, steps=10, due=due, look=look, folder=tmp_path, settings=SETTINGS
-            )
-        )
+        list(loop)
     assert checkpoint.read(tmp_path, SETTINGS)[1] == 4
 
 
 def test_a_checkpoint_is_due_regularly_at_the_end_and_after_a_minute_of_work(monkeypatch):
-    now = [0.0]
+    now, found = [0.0], []
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    due, found = checkpoint.Due(every=10, steps=23), []
-    for step in range(1, 24):
-        now[0] += 25.0 if step < 7 else 1.0  # the first steps of a machine that is busy
-        if due(step):
-            found.append(step)
+
+    def step(state):  # the first ones on a machine that is busy
+        now[0] += 25.0 if state.step < 6 else 1.0
+
+    look = lambda state: found.append(state.step)
+    list(checkpoint.loop(Toy(), step, steps=23, every=10, look=look, folder=None, settings={}))
     assert found == [3, 6, 10, 20, 23]
