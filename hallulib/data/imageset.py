@@ -110,12 +110,11 @@ class ImageSet:
         Raises:
             UserError: they do not fit into the memory.
         """
-        n = len(self) if rows is None else len(np.arange(len(self))[rows])
-        each = 5  # bytes of a value: a copy, and as float32
-        checks.check_memory(n, self.channels, self.size, self.name, each=each)
-        taken = self.images if rows is None else self.images[rows]
-        # a copy: torch must not write through to the file
-        return torch.from_numpy(np.array(taken)).to(torch.float32).div_(127.5).sub_(1)
+        rows = slice(None) if rows is None else rows
+        n = len(np.arange(len(self))[rows])
+        # 5 bytes of a value: a copy, as torch must not write through to the file, and as float32
+        checks.check_memory(n, self.channels, self.size, self.name, each=5)
+        return torch.from_numpy(np.array(self.images[rows])).float().div_(127.5).sub_(1)
 
     def select(
         self,

@@ -95,10 +95,10 @@ class Errors:
         batch: int,
         power: float | int = 0,
         antithetic: bool = False,
-        y: Int[Tensor, " _classes"] | None = None,
+        classes: Sequence[str] | None = None,
     ):
         self.model, self.x, self.batch = model, in_type_of(model, x), batch
-        self.y = (torch.arange(len(model.labels)) if y is None else y).to(x.device)
+        self.y = model.index(model.labels if classes is None else classes).to(x.device)
         self.levels = levels or Levels.even(model.sde)
         self.rng = torch.Generator().manual_seed(seed)
         self.s, weight = self.levels.draw(pairs, self.rng, power)
@@ -138,8 +138,7 @@ def bound(
     and class; the even levels make the error less than it is stated. Other arguments are those of
     :func:`hallulib.likelihood.density.log_density`.
     """
-    y = None if classes is None else model.index(classes)
-    errors = Errors(model, x, None, pairs, seed, batch, y=y)
+    errors = Errors(model, x, None, pairs, seed, batch, classes=classes)
     cost = torch.stack([errors(r) for r in range(pairs)], 2)
     d, s_1 = math.prod(x.shape[1:]), math.exp(errors.levels.last)
     blurred = 0.5 * d * (math.log(2 * math.pi * math.e) + 2 * errors.levels.first)
