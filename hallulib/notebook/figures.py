@@ -227,8 +227,8 @@ def _published(labels, values, figures):
     inputs = "".join(
         f"<label>{escape(labels[name])} "
         f"<input type='range' min='0' max='{len(v) - 1}' value='0' autocomplete='off'"
-        f" aria-controls='{uid}' aria-valuetext='{escape(_text(v[0]), quote=True)}'"
-        f" data-values='{escape(json.dumps([_text(value) for value in v]), quote=True)}'>"
+        f" aria-controls='{uid}' aria-valuetext='{escape(_text(v[0]))}'"
+        f" data-values='{escape(json.dumps([_text(value) for value in v]))}'>"
         f" <output>{escape(_text(v[0]))}</output></label>"
         for name, v in values.items()
     )

@@ -9,9 +9,8 @@ A grid file names a chapter and the values of its parameters::
 
 Each cell is one papermill run of the chapter, and `dask.distributed` deals the cells to processes
 of this machine or to the workers of a cluster, which need the project and its environment at the
-same paths. What the chapter glued as the texts of JSON ``measured`` and ``series`` is kept in one
-small file per cell, and in one for all at the end. A finished cell never runs twice: after a
-change of the library or of the chapter, give another file.
+same paths. What the chapter glued as the texts of JSON ``measured`` and ``series`` is kept. A
+finished cell never runs twice: after a change of the library or of the chapter, give another file.
 """
 
 import ast
@@ -223,9 +222,8 @@ def run(file: Path, out: Path, *, address: str | None = None, workers: int = 2) 
         file: the grid.
         out: JSON file of all cells. Until it is written those that ended lie beside it, in a
             folder of that name with ``.cells`` in place of ``.json``.
-        address: of a dask scheduler to join, such as ``tcp://host:8786``. Without it, a cluster
-            is made on this machine for the time of the run.
-        workers: processes of that cluster; each gets its share of the cores.
+        address: of a dask scheduler to join, such as ``tcp://host:8786``.
+        workers: processes on this machine, where no address is given; they share its cores.
 
     Raises:
         UserError: the file is wrong, a stored cell cannot be read, or no scheduler answers.
