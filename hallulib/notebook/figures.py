@@ -119,10 +119,10 @@ def images(
         place = {"x": x_, "y": top + height, "yanchor": "top", "yshift": 2}
         figure.add_annotation(text=caption, showarrow=False, **place)
     frame = 48 if titles else 24
+    tall = round(cell / height * full[0]) + frame
     # the published page takes less height where it is narrow
-    meta = {"height": round(cell / height * full[0]) + frame, "frame": frame}
-    meta["aspect"] = full[0] / full[1]
-    figure.update_layout(height=meta["height"], meta=meta)
+    meta = {"height": tall, "frame": frame, "aspect": full[0] / full[1]}
+    figure.update_layout(height=tall, meta=meta)
     return figure
 
 
