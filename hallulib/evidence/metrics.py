@@ -4,7 +4,8 @@ An AUROC of one episode says next to nothing: for two classes of ``m`` queries a
 information its standard deviation is :math:`\sqrt{(2m+1)/(12m^2)}`, 0.19 at m = 5. So methods are
 compared on the *same* episodes (`paired_difference`), over as many as the difference in question
 needs (`episodes_needed`), and slices of one patient count as one observation (`bootstrap`).
-`of_episodes`, `of_contest` and `of_folds` set the methods of an experiment side by side.
+`of_episodes`, `of_contest` and `of_folds` set the methods of an experiment side by side. Scores
+and labels may be NumPy arrays, tensors or lists.
 """
 
 import contextlib

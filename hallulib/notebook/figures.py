@@ -113,7 +113,7 @@ def images(
     # a PNG, in a tenth of the space of the same numbers as JSON
     source = go.layout.Image(source=Image.fromarray(mosaic)).source
     figure = go.Figure(go.Image(source=source, hoverinfo="skip", zsmooth=False))
-    centres, middles = [x + width / 2 for x in lefts], [y + height / 2 for y in tops]
+    centres, middles = [left + width / 2 for left in lefts], [top + height / 2 for top in tops]
     _axes(figure, full, (centres, titles if captions is None else None), (middles, rows))
     for (top, x_), caption in zip(itertools.product(tops, centres), captions or (), strict=False):
         place = {"x": x_, "y": top + height, "yanchor": "top", "yshift": 2}
