@@ -61,8 +61,8 @@ def area_average(images: np.ndarray, size: int) -> np.ndarray:
     .. math:: y = \frac{1}{N^2} W x W^\top,
         \quad W_{ij} = \left|[i N, (i + 1) N] \cap [j n, (j + 1) n]\right|
 
-    from N to n pixels a side: block means when n divides N, anti-aliased otherwise. The weights
-    are whole numbers, so the sums are exact and the result is the same on every machine.
+    from N to n pixels a side. The weights are whole numbers, so the sums are exact and the result
+    is the same on every machine.
 
     Args:
         images: uint8 (batch, ..., N, N).
@@ -92,14 +92,9 @@ def free_memory() -> int:
 
 
 def check_memory(n: int, channels: int, size: int, where: str, *, each: int = 1) -> None:
-    """Refuses images that do not fit into the memory, before it is filled with them.
+    """Refuses n images that do not fit into the memory, at so many bytes for ``each`` value.
 
-    Args:
-        n: images.
-        channels: of each.
-        size: its height and width, pixels.
-        where: whose they are, for the sentence.
-        each: bytes that a value of a pixel needs.
+    ``where`` says whose they are, and begins the sentence.
     """
     needed = n * channels * size**2 * each
     if needed <= LITTLE or needed <= (free := free_memory()):

@@ -30,12 +30,12 @@ DRAWN = "hallulib.image_sets"  # entry points: whoever draws an embedded set
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with their table and card; row i of ``table`` describes ``images[i]``.
+    """Images with their table and card, see the module; row i of ``table`` is of ``images[i]``.
 
     Args:
         images: uint8 (N, C, H, H), C 1 or 3; memory-mapped when opened from a folder.
-        table: strings, "" where there is no label; see the module.
-        card: see the module.
+        table: strings, "" where there is no label.
+        card: origin, labels and processing.
         path: the folder, or None for an embedded set.
         opened: the table as `open` read it.
     """
@@ -83,8 +83,7 @@ class ImageSet:
     def identity(self) -> str | dict:
         """What the images are, for runs that depend on them: a checksum, or how they are drawn.
 
-        Of a part of a set, or where its table was changed, with a checksum of the table: other
-        images or labels are another run.
+        Where the table is not as it was opened, with a checksum of the table.
         """
         whole = self.card.get("sha256") or self.card.get("identity") or self.card["origin"]
         if self.opened is not None and self.table.equals(self.opened):
@@ -110,12 +109,11 @@ class ImageSet:
         Raises:
             UserError: they do not fit into the memory.
         """
-        n = len(self) if rows is None else len(np.arange(len(self))[rows])
-        each = 5  # bytes of a value: a copy, and as float32
-        checks.check_memory(n, self.channels, self.size, self.name, each=each)
-        taken = self.images if rows is None else self.images[rows]
-        # a copy: torch must not write through to the file
-        return torch.from_numpy(np.array(taken)).to(torch.float32).div_(127.5).sub_(1)
+        rows = slice(None) if rows is None else rows
+        n = len(np.arange(len(self))[rows])
+        # 5 bytes of a value: a copy, as torch must not write through to the file, and as float32
+        checks.check_memory(n, self.channels, self.size, self.name, each=5)
+        return torch.from_numpy(np.array(self.images[rows])).float().div_(127.5).sub_(1)
 
     def select(
         self,
@@ -141,8 +139,7 @@ class ImageSet:
         keep = np.ones(len(self), bool)
         if split is not None:
             wanted = [split] if isinstance(split, str) else list(split)
-            strange = sorted(set(wanted) - set(SPLITS))
-            if strange:
+            if strange := sorted(set(wanted) - set(SPLITS)):
                 known = ", ".join(SPLITS)
                 raise UserError(f"{self.name}: no split {strange[0]!r}; known splits: {known}")
             keep &= self.table["split"].isin(wanted).to_numpy()
@@ -199,9 +196,8 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
 
     Args:
         path_or_name: a folder written by ``python -m data_prep``, or the name of an embedded set:
-            ``"phantom"`` (prostate), ``"histology"``, or one that an installed package adds to the
-            entry points ``hallulib.image_sets``, a function of ``size`` that gives images, table
-            and card.
+            ``"phantom"`` (prostate), ``"histology"``, or one of the entry points
+            ``hallulib.image_sets``, functions of ``size`` that give images, table and card.
         size: side in pixels; images of a folder stay memory-mapped unless it is smaller than
             stored, and are then area-averaged; embedded sets are drawn at it (64 by default).
 
@@ -246,7 +242,7 @@ def split_patients(
     as splits leaves no split empty.
 
     Args:
-        patients: of each image; their order does not matter.
+        patients: of each image, in any order.
         strata: label of each image.
         fractions: split -> share of the images, each >= 0, summing to 1.
         seed: of the order within a stratum.
@@ -279,9 +275,7 @@ def split_patients(
 def choose(
     labels: Labels, per_class: int, seed: int, share: float | int = 1
 ) -> Int[np.ndarray, " kept"]:
-    """Positions of ``per_class`` images of each class, or of a share; more labels add to fewer.
-
-    With the same seed the images for 1 per class are among those for 5, and so on.
+    """Positions of ``per_class`` images of each class, or of a share; more add to fewer.
 
     Args:
         labels: class indices, -1 where there is none.
@@ -337,8 +331,7 @@ def _load(folder: Path) -> ImageSet:
             f"{folder}: no such image set; {embedded} or a folder with"
             f" {', '.join(FILES)} is needed"
         )
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise UserError(
             f"{folder}: {', '.join(missing)} not found; an image set is made from a folder"
             f" of images by python -m data_prep folder {folder} OUT"

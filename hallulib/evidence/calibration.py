@@ -3,8 +3,8 @@ r"""From log-densities to probabilities that can be trusted, and to knowing when
 Log-densities of images differ by hundreds of nats between classes, so Bayes' rule answers 0 or 1
 and is too sure of it. One number mends that, a temperature found on images that were not trained
 on; `calibration_error` tells how well, and `risk_coverage` what is gained by answering only where
-the top probability is high. Where several classes share it, one of them is taken by chance: what
-is returned is the mean over that chance, so the order of the classes never matters.
+the top probability is high. Where classes share it, what is returned is the mean over taking one
+of them by chance, so the order of the classes never matters.
 """
 
 import math
@@ -30,10 +30,7 @@ Priors = Sequence[float] | Float[Tensor, " k"]
 
 @dataclass(frozen=True)
 class Reliability:
-    """Expected calibration error, and the bins of a reliability curve behind it.
-
-    ``confidence`` and ``accuracy`` are means over the ``count`` rows of a bin, NaN without any.
-    """
+    """Expected calibration error, and the bins behind it: means over ``count`` rows, or NaN."""
 
     error: float
     confidence: Float[Tensor, " bins"]
@@ -44,8 +41,7 @@ class Reliability:
 class RiskCoverage(NamedTuple):
     """Shares of rows answered, from few to all, and of wrong answers among them.
 
-    An answer is given from the top probability ``threshold`` on; ``area`` under the curve is the
-    mean risk over coverages, AURC.
+    ``threshold`` is the least top probability answered; ``area`` the mean risk over coverages.
     """
 
     coverage: Float[Tensor, " levels"]
@@ -78,10 +74,10 @@ def fit_temperature(log_density: LogDensities, y: Labels, priors: Priors | None 
 
     .. math:: \min_T \; -\frac1n \sum_i \log p_T(y_i \mid x_i)
 
-    is convex in :math:`1/T`, so there is one minimum, at which its slope is zero. The search
-    spans temperatures from 0.01 to 10000 times the mean distance of a log-density from the mean
-    of its row. Where all classes are told apart without error the lowest is returned; where the
-    true class is the least likely on average, the highest; where log-densities are equal, 1.
+    is convex in :math:`1/T`, so there is one minimum, at which its slope is zero. Temperatures
+    reach from 0.01 to 10000 times the mean distance of a log-density from the mean of its row. The
+    lowest is returned where all classes are told apart without error, the highest where the true
+    class is the least likely on average, and 1 where log-densities are equal.
 
     Args:
         log_density: nats or log-ratios of images that were *not* trained on.
@@ -120,10 +116,8 @@ def calibration_error(probabilities: Probabilities, y: Labels, bins: int = 15) -
     top, right = _answers(probabilities, y)
     edges = torch.linspace(0, 1, bins + 1, dtype=top.dtype, device=top.device)
     member = torch.bucketize(top, edges[1:-1])
-    count = torch.bincount(member, minlength=bins)
-    confidence, accuracy = (
-        top.new_zeros(bins).index_add(0, member, values) / count for values in (top, right)
-    )
+    count = member.bincount(minlength=bins)
+    confidence, accuracy = (member.bincount(values, bins) / count for values in (top, right))
     error = (count * (accuracy - confidence).abs()).nansum() / len(top)
     return Reliability(float(error), confidence, accuracy, count)
 
@@ -142,8 +136,7 @@ def risk_coverage(probabilities: Probabilities, y: Labels) -> RiskCoverage:
     """
     top, right = _answers(probabilities, y)
     levels, member, count = (-top).unique(return_inverse=True, return_counts=True)
-    wrong = top.new_zeros(len(levels)).index_add(0, member, 1 - right)
-    risk = wrong.cumsum(0) / count.cumsum(0)
+    risk = member.bincount(1 - right).cumsum(0) / count.cumsum(0)
     area = float((risk * count).sum() / len(top))
     return RiskCoverage(count.cumsum(0) / len(top), risk, -levels, area)
 
@@ -151,8 +144,7 @@ def risk_coverage(probabilities: Probabilities, y: Labels) -> RiskCoverage:
 def threshold(probabilities: Probabilities, y: Labels, risk: float | int) -> float:
     """The lowest top probability from which on at most this share of answers is wrong.
 
-    Answer where ``probabilities.max(1).values >= threshold``, and leave the rest to a reader. It
-    holds for these images; as it was chosen on them, others see a little more risk.
+    As it was chosen on these images, others see a little more risk.
 
     Raises:
         UserError: a risk that no threshold keeps.
@@ -200,7 +192,7 @@ def log_odds(log_posterior: LogDensities) -> LogDensities:
     .. math:: \log\frac{p(c \mid x)}{1 - p(c \mid x)}
               = \ell_c - \log \sum_{b \ne c} e^{\ell_b}
 
-    Probabilities of confident models round to 0 and 1, and ties spoil an AUROC; these do not.
+    Probabilities of confident models round to 0 and 1, and such ties spoil an AUROC.
     Log-probabilities may be off by a constant per row.
 
     Raises:

@@ -1,12 +1,11 @@
 r"""What a result is worth: AUROC, intervals, paired differences, and tables of methods with them.
 
-A one-shot AUROC of one episode says next to nothing: for two classes of ``m`` queries and scores
-without information its standard deviation is :math:`\sqrt{(2m+1)/(12m^2)}`, 0.19 at m = 5. So
-methods are compared on the *same* episodes (`paired_difference`), over as many of them as the
-difference in question needs (`episodes_needed`), and slices of one patient count as one
-observation (`bootstrap` with ``groups``). Scores and labels may be NumPy arrays, tensors or lists.
-
-`of_episodes`, `of_contest` and `of_folds` set the methods of an experiment side by side.
+An AUROC of one episode says next to nothing: for two classes of ``m`` queries and scores without
+information its standard deviation is :math:`\sqrt{(2m+1)/(12m^2)}`, 0.19 at m = 5. So methods are
+compared on the *same* episodes (`paired_difference`), over as many as the difference in question
+needs (`episodes_needed`), and slices of one patient count as one observation (`bootstrap`).
+`of_episodes`, `of_contest` and `of_folds` set the methods of an experiment side by side. Scores
+and labels may be NumPy arrays, tensors or lists.
 """
 
 import contextlib
@@ -62,8 +61,8 @@ def auroc(y: ArrayLike, scores: ArrayLike) -> float | np.ndarray:
     Raises:
         UserError: a label that no score stands for, or only one class is present.
 
-    Source: Hanley and McNeil 1982, doi 10.1148/radiology.143.1.7063747. Equal to scikit-learn's
-    ``roc_auc_score`` (``multi_class="ovr"``), which takes one episode at a time.
+    Source: Hanley and McNeil 1982, doi 10.1148/radiology.143.1.7063747; as scikit-learn's
+    ``roc_auc_score(multi_class="ovr")``, which takes one episode at a time.
 
     Example:
         >>> auroc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
@@ -114,8 +113,7 @@ def mean_interval(values: ArrayLike) -> Interval:
 def paired_difference(a: ArrayLike, b: ArrayLike) -> Interval:
     """Mean of ``a - b`` over the same episodes, with Student's interval for pairs.
 
-    What makes an episode easy is common to both methods and cancels, so the interval is narrower
-    than that of two independent means by the square root of one minus their correlation.
+    What makes an episode easy is common to both methods and cancels.
 
     Example:
         >>> print(paired_difference([0.6, 0.8, 0.7], [0.5, 0.6, 0.6]))
@@ -139,8 +137,7 @@ def bootstrap(
     Args:
         statistic: a number from the arrays, e.g. `auroc`.
         arrays: rows that belong together, e.g. labels and scores.
-        groups: one name per row, e.g. the patient. Images of one patient are no independent
-            observations; rows count as independent only if this is None.
+        groups: one name per row, e.g. the patient; rows count as independent only if it is None.
         n_resamples: the limits settle to a few percent of the width at 2000.
         seed: of the resamples.
 
@@ -177,9 +174,8 @@ def bootstrap(
 def episodes_needed(difference: float | int, sd: float | int) -> int:
     r"""Episodes after which a true paired difference is seen in four of five studies.
 
-    The smallest n for which a two-sided paired t-test at 5 % rejects "no difference" with
-    probability 0.8; roughly :math:`(2.8\,\mathrm{sd} / \mathrm{difference})^2`, with the standard
-    deviation over episodes of the *paired differences*. Source: Cohen 1988, chapter 2.
+    By two-sided paired t-tests at 5 %; ``sd`` is that of the *paired differences* over episodes.
+    Roughly :math:`(2.8\,\mathrm{sd} / \mathrm{difference})^2`. Source: Cohen 1988, chapter 2.
 
     Example:
         >>> episodes_needed(0.05, 0.1)
@@ -202,8 +198,8 @@ def of_episodes(auroc: pd.DataFrame, ceiling: float | None = None) -> pd.DataFra
     Returns:
         One row per method: mean and standard deviation of the first ten episodes, as the paper
         reports; mean over all with its 95 % interval; mean paired difference to the baseline
-        with its interval; episodes that would show this difference in four of five studies;
-        share of the way from chance (0.5) to the ceiling.
+        with its interval; `episodes_needed` to show it; share of the way from chance (0.5) to
+        the ceiling.
     """
     rows = {}
     baseline = auroc["baseline"]
@@ -229,7 +225,7 @@ def share_of_oracle(
     """Gain of n hallucinated supports as a share of the gain of n real ones, bootstrapped.
 
     The real ones are given to the classifier of the baseline, at test only, in a run with an
-    oracle. 1 if hallucinated supports are worth as much as real ones, 0 if nothing.
+    oracle.
 
     Raises:
         UserError: there is no such column, or the interval of the gain of real supports does not
@@ -259,9 +255,10 @@ def of_contest(scores: pd.DataFrame, seed: int = 0, own: str = "likelihood") -> 
     """
     y, of_own, rows = scores["label"].to_numpy(), columns(scores, own), []
     by_patient = partial(bootstrap, groups=scores["patient"], n_resamples=1000, seed=seed)
+    accuracy = lambda y, p: (p.argmax(1) == y).mean()
     for method in METHODS:
         p = columns(scores, method)
-        for name, measure in (("accuracy", _accuracy), ("AUROC", auroc)):
+        for name, measure in (("accuracy", accuracy), ("AUROC", auroc)):
             row = {"method": method, "measure": name, **by_patient(measure, y, p)._asdict()}
             if method != own:
                 # a statistic of both, so that resamples are paired
@@ -334,7 +331,3 @@ def read_scores(file: Path) -> pd.DataFrame:
 def columns(scores: pd.DataFrame, method: str) -> np.ndarray:
     """Scores of one method, (images, classes)."""
     return scores[[c for c in scores if c.startswith(f"{method} ")]].to_numpy()
-
-
-def _accuracy(y: np.ndarray, scores: np.ndarray) -> float:
-    return float((scores.argmax(1) == y).mean())

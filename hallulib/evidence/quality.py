@@ -9,8 +9,7 @@ download, no random numbers. On features of real and generated images
 and `memorisation` compares pixels: the `nearest` training image of every sample, against the
 same distance for held-out real images. Values compare only at equal image size and numbers of
 images: the Frechet distance of finite samples is biased upwards, so quote it beside that of two
-real halves, split by patient: slices of one patient are alike, and a split between them looks
-several times too close.
+real halves, split by patient, since slices of one patient are alike.
 """
 
 import math
@@ -73,8 +72,6 @@ def features(images: Images) -> Features:
       each of 4 directions (4), and of bright and of dark spots, mean and strongest (4);
     - in colour, where the above describes the mean of the channels, also mean and log-contrast
       of two opponent colours on a 2 x 2 grid (16).
-
-    The logarithm makes faint blur and noise count as they do to the eye.
 
     Source: Simoncelli and Portilla's pyramid statistics (2000, doi 10.1023/A:1026553619983),
     reduced; that such unlearned features serve where ImageNet's do not: Naeem et al. 2020.
@@ -150,9 +147,9 @@ def frechet_distance(real: AnyFeatures, generated: AnyFeatures) -> float:
     .. math:: |\mu_r - \mu_g|^2 + \operatorname{tr}(\Sigma_r + \Sigma_g
               - 2(\Sigma_r \Sigma_g)^{1/2})
 
-    With :math:`\Sigma = R^\top R` from a QR decomposition of the centred features, the last trace
-    is the sum of singular values of :math:`R_r R_g^\top`: real, stable, and defined also for fewer
-    images than features. Two samples of n images of one distribution differ by O(features / n).
+    With :math:`\Sigma = R^\top R` by QR of the centred features, the last trace is the sum of
+    singular values of :math:`R_r R_g^\top`, defined also for fewer images than features. Two
+    samples of n images of one distribution differ by O(features / n).
 
     Source: Dowson and Landau 1982, doi 10.1016/0047-259X(82)90077-X; on features of images Heusel
     et al. 2017, https://arxiv.org/abs/1706.08500.
@@ -186,9 +183,8 @@ def kernel_distance(real: AnyFeatures, generated: AnyFeatures, *, blocks: int = 
 
     Zero on average for two samples of one distribution, however few (so it may be negative).
 
-    The standard error is the jackknife's, which leaves out one of so many ``blocks`` of both sets
-    at a time, of at least two rows each. Blocks follow the order of the rows: rows sorted by
-    patient keep slices of one patient together and the error honest.
+    The standard error is the jackknife's over so many ``blocks`` of neighbouring rows, at least
+    two each; rows sorted by patient keep slices of one patient together and the error honest.
 
     Source: Gretton et al. 2012, eq. 3, https://jmlr.org/papers/v13/gretton12a.html; the kernel:
     Binkowski et al. 2018, https://arxiv.org/abs/1801.01401.
@@ -255,9 +251,8 @@ def _distances(a, b) -> Iterator[Tensor]:
 def nearest(train: AnyImages, samples: AnyImages) -> Nearest:
     r"""The nearest training image of every sample, pixel by pixel.
 
-    The distance is the root mean square over pixels,
-    :math:`\min_i |x_i - s| / \sqrt{CHW}`, in the unit of the images, so that 0.02 is 1 % of the
-    range [-1, 1] at any image size. Flips and shifts are not undone.
+    The distance is the root mean square over pixels, :math:`\min_i |x_i - s| / \sqrt{CHW}`, in the
+    unit of the images, so that 0.02 is 1 % of [-1, 1]. Flips and shifts are not undone.
     """
     train, samples = train.flatten(1), samples.flatten(1).to(train.device)
     centre = train.mean(0)  # the squares below then lose fewer digits
@@ -277,9 +272,8 @@ def memorisation(
     """Share of samples closer to the training images than real images of other patients are.
 
     The threshold is the ``quantile`` of the distances from held-out real images to their nearest
-    training image. Samples as new as a new patient fall below it with that same chance; a model
-    that copies has a share near 1. ``train`` holds all images the model was trained on, and
-    ``held_out`` at least ``1 / quantile`` of patients that are not among them.
+    training image: the share of samples as new as a new patient. ``train`` holds all images the
+    model was trained on, and ``held_out`` at least ``1 / quantile`` of other patients.
     """
     copied = nearest(train, samples)
     threshold = torch.quantile(nearest(train, held_out).distance, quantile)

@@ -1,8 +1,7 @@
 r"""The residual network that turns an image into a feature map, and its training as a classifier.
 
 Torchvision's ResNet-18 up to its last block, for small images: the stock stem quarters the image
-before the first block, which leaves a single position of a 32-pixel image. Here the stem keeps
-the size, so an image of side 32 gives a 4 x 4 map, as the stock stem does at side 128.
+and would leave a single position of side 32. Here the stem keeps the size, and the map is 4 x 4.
 
 Source: He et al., *Deep Residual Learning for Image Recognition*, 2016, table 1.
 https://arxiv.org/abs/1512.03385

@@ -8,12 +8,11 @@ The log-density is at least what the denoising errors over all noise levels leav
 
 and only the integral depends on the class. `bound` estimates all of it. `decide` compares classes
 alone: every class sees the same noise at the same levels, so that what is hard about an image
-cancels in the differences, and sees it with both signs, so that what the noise adds to them mostly
-cancels too; a class that is surely behind is dropped, and an image with one class left is done. No
-pass backwards through the network is needed.
+cancels in the differences, and sees it with both signs, so that what the noise adds mostly cancels
+too. No pass backwards through the network is needed.
 
 Which levels tell classes apart differs between data sets and with the number of labels:
-`informative_levels` needs no labels and spends evaluations where classes differ most; `leads` and
+`informative_levels` spends evaluations where classes differ most, and needs no labels; `leads` and
 `best_band` ask images that were held out which of these differences are right.
 
 Source: Kingma et al., *Variational Diffusion Models*, 2021, eqs. (14)-(17); shared noise and
@@ -64,8 +63,8 @@ class Levels:
     ) -> tuple[Float[Tensor, " {n}"], Float[Tensor, " {n}"]]:
         """Noise levels, and what each counts: the width of ``log s`` it stands for, weighted.
 
-        They fill the range evenly from the first few on: their quantiles are steps of the golden
-        ratio, shifted by a random number, which makes each of them random and their mean exact.
+        Their quantiles are steps of the golden ratio, which fill the range evenly from the first
+        few on; a random shift makes each of them random and their mean exact.
         """
         shift = torch.rand((), generator=rng, dtype=torch.float64)
         quantile = (shift + GOLDEN * torch.arange(n, dtype=torch.float64)) % 1
@@ -80,9 +79,8 @@ class Levels:
 class Errors:
     r"""Weighted squared errors of the noise, pair by pair, the same pairs for all classes.
 
-    With ``antithetic`` each is the mean over :math:`\epsilon` and :math:`-\epsilon`: whatever part
-    of the difference between classes is linear in the noise cancels, which is most of its
-    variance (antithetic variates, Hammersley & Morton 1956). Arguments: see `decide`.
+    With ``antithetic`` each is the mean over :math:`\epsilon` and :math:`-\epsilon`, where what is
+    linear cancels (Hammersley & Morton 1956). Arguments: see `decide`.
     """
 
     def __init__(
@@ -95,10 +93,10 @@ class Errors:
         batch: int,
         power: float | int = 0,
         antithetic: bool = False,
-        y: Int[Tensor, " _classes"] | None = None,
+        classes: Sequence[str] | None = None,
     ):
         self.model, self.x, self.batch = model, in_type_of(model, x), batch
-        self.y = (torch.arange(len(model.labels)) if y is None else y).to(x.device)
+        self.y = model.index(model.labels if classes is None else classes).to(x.device)
         self.levels = levels or Levels.even(model.sde)
         self.rng = torch.Generator().manual_seed(seed)
         self.s, weight = self.levels.draw(pairs, self.rng, power)
@@ -134,12 +132,10 @@ def bound(
 ) -> LogDensity:
     r"""Lower bound of the log-density of every image under every class, in nats.
 
-    There is one sample for each pair of noise and level, and one network evaluation for each image
-    and class; the even levels make the error less than it is stated. Other arguments are those of
-    :func:`hallulib.likelihood.density.log_density`.
+    Each pair of noise and level is one sample; its level is not independent, so the error is less
+    than stated. Other arguments are those of :func:`hallulib.likelihood.density.log_density`.
     """
-    y = None if classes is None else model.index(classes)
-    errors = Errors(model, x, None, pairs, seed, batch, y=y)
+    errors = Errors(model, x, None, pairs, seed, batch, classes=classes)
     cost = torch.stack([errors(r) for r in range(pairs)], 2)
     d, s_1 = math.prod(x.shape[1:]), math.exp(errors.levels.last)
     blurred = 0.5 * d * (math.log(2 * math.pi * math.e) + 2 * errors.levels.first)
@@ -152,8 +148,8 @@ class Decision:
     """What `decide` found.
 
     Attributes:
-        log_ratio: log-likelihood of each class against the winner's, in nats (of the weighted
-            integral where ``power`` is not 0); of a class that was dropped, as it stood then.
+        log_ratio: log-likelihood of each class against the winner's, in nats where ``power`` is
+            0; of a class that was dropped, as it stood then.
         error: standard error of ``log_ratio``.
         evaluations: network evaluations that each image took, over all classes.
         sure: images with one class left; the others used up their pairs.
@@ -186,21 +182,20 @@ def decide(
 ) -> Decision:
     r"""The class that denoises each image best, with as few evaluations as its decision takes.
 
-    Pair by pair, each class that is still in the race denoises the same noisy image. A class
-    leaves when its weighted error exceeds that of the class in front by more than the one-sided
-    Student limit of their paired difference.
+    Pair by pair, each class still in the race denoises the same noisy image. It leaves when its
+    weighted error exceeds that of the class in front by more than the one-sided Student limit of
+    their paired difference.
 
     Args:
         model: never guided.
         x: images in [-1, 1].
-        pairs: most pairs of noise and level, an image with a doubtful decision uses all.
+        pairs: most pairs of noise and level, all of which a doubtful decision uses.
         first: pairs before the first class may be dropped; a single pair drops none.
         confidence: of each comparison that drops a class, 0.5 to 1; with 1 none is dropped.
-        antithetic: every pair uses its noise with both signs and takes two evaluations for each
-            class, which pays where differences vary with the noise, not the level.
+        antithetic: every pair uses its noise with both signs, for two evaluations of each class.
         levels: where to look; `informative_levels` finds the best, all evenly unless given.
-        power: errors are weighted by ``s ** power``; 0 is the likelihood, which counts the
-            finest grain as much as the whole, larger numbers look more at the coarse.
+        power: errors are weighted by ``s ** power``; 0 is the likelihood, larger numbers look
+            more at the coarse.
         offsets: subtracted from the errors, see `common_errors`.
         seed: of the noise and the levels.
         batch: most pairs of image and class in the network at once, which bounds the memory.
@@ -248,11 +243,9 @@ def common_errors(
 ) -> Offsets:
     """By how much each class is worse than the others on all images together, pair by pair.
 
-    `decide` draws the same noises for all images, so what a noise does to a class as such, and
-    what a class is ahead by whatever the image, can be measured on other images and subtracted.
-
-    What is returned, the mean error less its mean over the classes, is for ``offsets`` of a
-    `decide` with the same arguments. Classes should be about equally frequent; no label is needed.
+    They are for ``offsets`` of a `decide` with the same arguments, which draws the same noises:
+    what a noise does to a class, whatever the image, is measured here on other images. Classes
+    should be about equally frequent; no label is needed.
     """
     errors = Errors(model, x, levels, pairs, seed, batch, power, antithetic)
     mean = torch.stack([errors(r).mean(0) for r in range(pairs)], 1)
@@ -271,9 +264,9 @@ def informative_levels(
     r"""Noise levels in proportion to how much classes differ there, from a few images.
 
     A mean over levels drawn with density :math:`q` has the least variance where :math:`q` follows
-    the root mean square of what is averaged: the weighted difference between two classes. A tenth
-    of the draws stays even, so that no level is ever left out. Images that the model was trained
-    on will do. Each of the `BANDS` costs ``per_band`` pairs, of two evaluations per class.
+    the root mean square of what is averaged, the weighted difference between two classes. A tenth
+    of the draws stays even. Images that the model was trained on will do. Each of the `BANDS`
+    costs ``per_band`` pairs, of two evaluations per class.
     """
     errors = Errors(model, x, None, BANDS * per_band, seed, batch, power, antithetic=True)
     # what all images have in common tells nothing about any of them
@@ -299,9 +292,7 @@ def leads(
     .. math:: \ell_{ib} = \frac1{k-1} \sum_{c \ne y_i} (e_{icb} - \bar e_{cb})
               - (e_{i y_i b} - \bar e_{y_i b})
 
-    with the mean squared errors :math:`e` of the noise in a band and their means over the images,
-    so that a class that is denoised better on the whole is not taken for the right one.
-
+    with the mean squared errors :math:`e` of the noise in a band and their means over the images.
     The model, of two classes or more, must not have been trained on the images; their classes
     should be about equally frequent.
     """
@@ -317,8 +308,7 @@ def best_band(sde: SDE, lead: Float[Tensor, "images bands"]) -> Levels:
 
     .. math:: \arg\max_b \; \mathrm{mean}_i\, \ell_{ib} / \mathrm{sd}_i\, \ell_{ib}
 
-    With few labels that is more than a sum over bands can know: layout shows at coarse levels,
-    texture at fine, and what a network learnt elsewhere it has learnt by heart. At least two
+    What a network learnt from few labels in other bands it has learnt by heart. At least two
     images are needed; where the true class leads in no band, the finest is taken.
     """
     surety = lead.mean(0).clamp(min=0) / lead.std(0).clamp(min=1e-12)

@@ -8,16 +8,15 @@ spread :math:`\tau`, so steps are taken in what is left: with the angle
 .. math:: \frac{du}{d\psi} = f = \frac{\epsilon_\theta \sqrt{s^2 + \tau^2} - s u}{\tau}.
 
 For Gaussian images of that spread :math:`f` is zero; for :math:`\tau = 1` it is the network's
-velocity. The path is at most :math:`\pi/2` long, and a third-order multistep rule with one
-evaluation a step (`adams`) follows it where Runge-Kutta in :math:`t` takes hundreds. Along it a
-density changes by the divergence of :math:`f` alone,
+velocity. A third-order multistep rule with one evaluation a step (`adams`) follows the path where
+Runge-Kutta in :math:`t` takes hundreds. Along it a density changes by the divergence of :math:`f`
+alone,
 
 .. math:: \log p(x) = \log p_1(u_1) - d \log \sqrt{s_0^2 + \tau^2}
           + \int_{\psi_0}^{\psi_1} \nabla_u \!\cdot f \, d\psi ,
 
 from the density :math:`p_1` of pure noise to that of images, blurred by the least noise
-:math:`s_0`; the divergence is Hutchinson's estimate,
-:math:`\nabla \!\cdot f = \mathrm E[z^\top (\partial f / \partial u) z]`.
+:math:`s_0`; its estimate is Hutchinson's, :math:`\mathrm E[z^\top (\partial f / \partial u) z]`.
 
 Source: Chen et al., *Neural Ordinary Differential Equations*, 2018, theorem 1; Song et al. 2021,
 section 4.3; Grathwohl et al., *FFJORD*, 2019, section 3.1 (one probe for a whole solve). The angle
@@ -70,9 +69,8 @@ class LogDensity:
     """Log-densities of images under classes, or bounds of them, with all that they are means of.
 
     Attributes:
-        samples: nats per image, one for each probe of the flow, or for each pair of noise and
-            level of a bound. Probes and pairs are the same for all images and classes, so
-            differences between classes are paired. A full trace is one sample.
+        samples: nats per image, one for each probe of the flow (a full trace is one), or for each
+            pair of noise and level of a bound; the same ones for all images and classes.
         evaluations: of the network for each pair of image and class, the most of any batch; of
             the flow, each with one backward pass per probe.
     """
@@ -123,8 +121,8 @@ def log_density(
         steps: of the solver; n cost n + 1 evaluations, and errors fall with the third power.
         probes: random directions of the trace estimate, or ``"full"``: every direction, exact,
             for images of a few hundred pixels at most.
-        solver: ``"adams"``, or the name of a ``torchdiffeq`` method, such as ``"rk4"`` on the
-            same grid or the adaptive ``"dopri5"``, which chooses its steps for a whole batch.
+        solver: ``"adams"``, or a ``torchdiffeq`` method: ``"rk4"`` on the same grid, or the
+            adaptive ``"dopri5"``.
         tolerance: relative and absolute, of an adaptive method.
         seed: of the probes.
         batch: most pairs of image and class in the network at once, which bounds the memory.
@@ -269,10 +267,9 @@ def _solved(field: _Field, u: Images, nodes: np.ndarray, solver: str, tolerance:
 
 
 def dequantise(x: Images, seed: int = 0) -> Images:
-    """Spread every grey level evenly over its step, which turns 8-bit images into a density.
+    """Spread every grey level evenly over its step, by the same noise for every image.
 
-    Without it a density can put all its mass on the 256 levels of [-1, 1] and grow without bound.
-    The noise is the same for every image.
+    Else a density can put all its mass on the 256 levels of [-1, 1] and grow without bound.
 
     Source: Theis et al. 2016, section 3.1. https://arxiv.org/abs/1511.01844
     """
@@ -285,8 +282,8 @@ def bits_per_dim(log_density: Tensor, n_dims: int) -> Tensor:
 
     .. math:: -\frac{\log p(x)}{d \ln 2} + \log_2 127.5
 
-    The offset, 6.994 bits, is that of levels ``2 / 255`` apart; a uniform density over all levels
-    costs exactly 8 bits. (Levels ``2 / 256`` apart, as in Song et al. 2021, have an offset of 7.)
+    The offset is that of levels ``2 / 255`` apart, of which a uniform density costs 8 bits. In
+    Song et al. 2021 they are ``2 / 256`` apart, and it is 7.
     """
     return -log_density / (n_dims * math.log(2)) - math.log2(GREY_STEP)
 
@@ -300,9 +297,9 @@ class MovedGaussian:
 
     .. math:: \log p_s(x \mid c) = -\tfrac12 (x - m_c)^\top (\Sigma + s^2 I)^{-1} (x - m_c) + C ,
 
-    Fisher's linear discriminant, and only the means :math:`m_c` are left to learn from labels. A
-    mean of few images is wrong most in fine detail, where images vary least; s decides how much of
-    that counts. It is what a network must beat to be worth its training.
+    Fisher's linear discriminant, and only the means :math:`m_c` are left to learn from labels,
+    which for few images are wrong most in fine detail; s decides how much of that counts. It is
+    what a network must beat to be worth its training.
 
     Args:
         images: all training images, with a label or without; at least two.

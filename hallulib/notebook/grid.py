@@ -9,9 +9,8 @@ A grid file names a chapter and the values of its parameters::
 
 Each cell is one papermill run of the chapter, and `dask.distributed` deals the cells to processes
 of this machine or to the workers of a cluster, which need the project and its environment at the
-same paths. What the chapter glued as the texts of JSON ``measured`` and ``series`` is kept in one
-small file per cell, and in one for all at the end. A finished cell never runs twice: after a
-change of the library or of the chapter, give another file.
+same paths. What the chapter glued as the texts of JSON ``measured`` and ``series`` is kept. A
+finished cell never runs twice: after a change of the library or of the chapter, give another file.
 """
 
 import ast
@@ -125,17 +124,10 @@ def _key(chapter: str, values: dict) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def execute(
-    chapter: Path, out: Path, values: dict, *, progress_bar: bool | dict = False, stderr_file=None
-) -> nbformat.NotebookNode:
+def execute(chapter: Path, out: Path, values: dict, **options: Any) -> nbformat.NotebookNode:
     """Execute a notebook with papermill as all chapters are: at the root of the project.
 
-    Args:
-        chapter: the notebook.
-        out: where papermill keeps the executed notebook, cell by cell.
-        values: parameters to inject.
-        progress_bar: of papermill.
-        stderr_file: where the standard error of the chapter is echoed.
+    What was executed is kept in ``out``, cell by cell; the options are papermill's.
 
     Raises:
         UserError: the chapter stopped with one; its sentence, after the chapter's name. Or its
@@ -145,33 +137,26 @@ def execute(
     import papermill  # it takes seconds
     from nbclient.exceptions import DeadKernelError
 
-    settings = dict(
-        kernel_name="python3",
-        cwd=parameters.ROOT,
-        execution_timeout=TIMEOUT,
-        progress_bar=progress_bar,
-        stderr_file=stderr_file,
-        # the kernel warns at each start that it talks to us over TCP on this machine
-        extra_arguments=["--IPKernelApp.log_level=40"],
-    )
-    tries = 1
-    try:
-        while True:
-            try:
-                return papermill.execute_notebook(chapter, out, values, **settings)
-            except RuntimeError as error:  # another program took a port that was just found free
-                if tries == 3 or isinstance(error, DeadKernelError):
-                    raise
-                tries += 1
-    except papermill.PapermillExecutionError as error:
-        if error.ename == "UserError":
-            raise UserError(f"{chapter.stem}: {error.evalue}") from None
-        raise
-    except DeadKernelError as error:
-        raise UserError(
-            f"{chapter.stem}: its process was killed, most likely for lack of memory; smaller "
-            "parameters or more memory are needed"
-        ) from error
+    settings = {"kernel_name": "python3", "cwd": parameters.ROOT, "execution_timeout": TIMEOUT}
+    # the kernel warns at each start that it talks to us over TCP on this machine
+    quiet = {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=40"]}
+    tries = 3
+    while True:
+        try:
+            return papermill.execute_notebook(chapter, out, values, **settings, **quiet | options)
+        except papermill.PapermillExecutionError as error:
+            if error.ename == "UserError":
+                raise UserError(f"{chapter.stem}: {error.evalue}") from None
+            raise
+        except DeadKernelError as error:
+            raise UserError(
+                f"{chapter.stem}: its process was killed, most likely for lack of memory; smaller "
+                "parameters or more memory are needed"
+            ) from error
+        except RuntimeError:  # another program took a port that was just found free
+            tries -= 1
+            if not tries:
+                raise
 
 
 def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> Cell:
@@ -230,17 +215,16 @@ def _sentence(error):
 def run(file: Path, out: Path, *, address: str | None = None, workers: int = 2) -> Iterator[Cell]:
     """Finish a grid: run what ``out`` does not hold yet, and yield every cell of the grid.
 
-    First come the cells that were finished before, then each other one when it ends; one that
-    fails is yielded too, with its ``error``, and tried again by the next call. At the end ``out``
-    holds the cells in the order of the grid, and after them whatever else it held.
+    First come the cells that were finished before, then each other one when it ends; one with an
+    ``error`` is tried again by the next call. At the end ``out`` holds the cells in the order of
+    the grid, and after them whatever else it held.
 
     Args:
         file: the grid.
         out: JSON file of all cells. Until it is written those that ended lie beside it, in a
             folder of that name with ``.cells`` in place of ``.json``.
-        address: of a dask scheduler to join, such as ``tcp://host:8786``. Without it, a cluster
-            is made on this machine for the time of the run.
-        workers: processes of that cluster; each gets its share of the cores.
+        address: of a dask scheduler to join, such as ``tcp://host:8786``.
+        workers: processes on this machine, where no address is given; they share its cores.
 
     Raises:
         UserError: the file is wrong, a stored cell cannot be read, or no scheduler answers.

@@ -41,7 +41,7 @@ def check(namespace: Mapping[str, Any], **declared: Rule) -> None:
 
     Args:
         namespace: ``globals()`` of the notebook. Looked at are all names in capitals that hold a
-            plain value, and whatever papermill injected, in capitals or not.
+            plain value, and whatever papermill injected.
         **declared: ``NAME=rule``, one for each parameter of the chapter.
 
     Raises:
@@ -209,12 +209,8 @@ def read_yaml(file: Path) -> dict:
 def parse_yaml(text: str, where: str) -> Any:
     """The plain value of a text of YAML: no alias, no tag, no name set twice.
 
-    Args:
-        text: YAML.
-        where: it comes from, for the sentence.
-
     Raises:
-        UserError: it is something else.
+        UserError: it is something else, or unreadable; ``where`` tells the user which text.
 
     Example:
         >>> parse_yaml("{STEPS: 1_000, RATE: 1e-3, DATASET: 010, AT: 1:04}", "here")
