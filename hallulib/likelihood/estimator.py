@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
@@ -37,26 +36,28 @@ from hallulib.data.imageset import ImageSet, choose
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.score import ScoreModel
 from hallulib.evidence import calibration
+from hallulib.evidence.calibration import ImageClassifier
 from hallulib.evidence.metrics import METHODS, read_scores
 from hallulib.evidence.quality import features
 from hallulib.evidence.resnet import read, train_resnet
 from hallulib.likelihood import bound, density
 from hallulib.shapes import AnyImages, Images, Labels
 from hallulib.storage import checkpoint, disk, settings, store
-from hallulib.storage.estimator import ImageEstimator, OneClass, Others
+from hallulib.storage.estimator import OneClass, Others
 
 SCORES = "scores.csv"
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class ScoreClassifier(ClassifierMixin, ImageEstimator):
+class ScoreClassifier(ImageClassifier):
     r"""Classify images by the likelihood that a class-conditional score model gives them.
 
     .. math:: p(c \mid x) \propto p(c)\, p_\theta(x \mid c)^{1/T}
 
     ``fit`` trains the model, from scratch or from a pretrained one; images without labels help
-    it to learn what images look like. Forms of images: see
-    :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads.
+    it to learn what images look like. Forms of images, ``channels``, ``device`` and
+    ``random_state``: see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves
+    and loads.
 
     Args:
         pretrained: score model to start from, or its folder; its own labels may be others.
@@ -65,7 +66,6 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         shift: start each class as the density of all images, moved to the mean of its own
             (:func:`hallulib.diffusion.unet.moved_to_means`); with ``steps=0`` that is all it
             learns.
-        channels: of images that come as rows.
         copies: moved and mirrored copies of each labelled image to train on as well; with few
             labels they keep the model from remembering the images instead of the class.
         steps: optimiser steps; 0 takes a pretrained model as it is.
@@ -90,8 +90,6 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         batch: most pairs of image and class in the network at once.
         folder: where training keeps its checkpoint, so that it can go on after an interruption;
             one of other images or of another start is refused.
-        device: a GPU if there is one.
-        random_state: of everything, a whole number.
         verbose: show a progress bar.
 
     Attributes:
@@ -117,13 +115,11 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         "model_": (unet.save, unet.load),
         "levels_": bound.Levels,
     }
-    # scikit-learn sets anything, and fit refuses what these are not
     pretrained: Annotated[
         ScoreModel | Path | str | None, settings.needed("a score model or its folder is needed")
     ] = field(default=None, kw_only=False)
     adapt: Annotated[str, settings.one_of(unet.ADAPTS)] = "all"
     shift: bool = False
-    channels: settings.Positive = 1
     copies: settings.Count = 0
     steps: settings.Count = 2000
     batch_size: settings.Positive = 32
@@ -140,10 +136,6 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
     temperature: settings.Above0 = 1.0
     batch: settings.Positive = 128
     folder: settings.Folder = None
-    device: Annotated[
-        torch.device | str | None, settings.needed("'cpu', 'cuda' or None is needed")
-    ] = None
-    random_state: settings.Seed = 0
     verbose: bool | int = False
 
     def fit(self, X, y, unlabelled=None) -> "ScoreClassifier":
@@ -232,25 +224,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             evaluations = np.full(len(x), len(self.classes_) * self.effort)
         return calibration.finite(value) - value.max(1, keepdim=True).values, evaluations
 
-    def predict_proba(self, X) -> np.ndarray:
-        """Probability of each class, in the order of ``classes_``."""
-        return calibration.posterior(self.log_ratio(X), self.priors_, self.temperature_).numpy()
-
-    def decision_function(self, X) -> np.ndarray:
-        """Log-odds of each class against all others; of the second class alone if there are two.
-
-        Unlike probabilities they stay distinct where one class is all but certain.
-        """
-        odds = calibration.log_odds(self._log_posterior(X)).numpy()
-        return odds[:, 1] if len(self.classes_) == 2 else odds
-
-    def predict(self, X) -> np.ndarray:
-        """The class of highest probability."""
-        best = self._log_posterior(X).argmax(1).numpy()
-        return self.classes_[best]
-
     def _log_posterior(self, X) -> calibration.LogDensities:
-        """Log-probability of each class, up to a constant per image."""
         return self.log_ratio(X) / self.temperature_ + self.priors_.log()
 
     def _best_band(self, own: Images, labels: Tensor, others: Others) -> bound.Levels:

@@ -149,8 +149,9 @@ def test_it_goes_into_a_pipeline_and_is_cloned(result, images):
 )
 def test_impossible_settings_are_told(result, images, settings, message):
     support, names, _, _ = episode(images)
+    one = OneShotClassifier(result.folder).set_params(**settings)
     with pytest.raises(UserError, match=message):
-        OneShotClassifier(**{"pretrained": result.folder} | settings).fit(support, names)
+        one.fit(support, names)
 
 
 def test_images_of_another_size_and_other_runs_are_told(result, images, tmp_path, monkeypatch):
