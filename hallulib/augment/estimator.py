@@ -47,7 +47,7 @@ from hallulib.evidence.metrics import read_scores
 from hallulib.evidence.resnet import read, train_resnet
 from hallulib.shapes import AnyImages, Images, Labels
 from hallulib.storage import disk, settings, store
-from hallulib.storage.estimator import ImageEstimator, Others
+from hallulib.storage.estimator import ImageEstimator, Others, must_suit
 
 ENCODING: dict[str, Any] = dict(batch_size=16, lr=1e-3)
 PRETRAINING: dict[str, Any] = dict(batch_size=64, lr=4e-4)
@@ -343,11 +343,7 @@ class SyntheticAugmenter(ImageEstimator):
         encoder, model = autoencoder.load(folders[0]), unet.load(folders[1])
         config = encoder.kl.config
         shape = config["in_channels"], config["sample_size"], config["sample_size"]
-        if tuple(x.shape[1:]) != shape:
-            raise UserError(
-                f"images have (channels, height, width) {tuple(x.shape[1:])}; the autoencoder "
-                f"was made for {shape}"
-            )
+        must_suit(x, shape, "the autoencoder was made for")
         return Pretrained(encoder.to(self._on()), model.to(self._on()))
 
     def _prior(self, others: Others, trial: Trial) -> Pretrained:
@@ -408,11 +404,10 @@ def _measure(
 
     asked = np.sort(np.random.default_rng(0).permutation(len(test))[: trial.n_test])
     x_test = test.tensor(asked)
-    scores = pd.DataFrame({"patient": test.table["patient"].iloc[asked].to_numpy()})
-    scores["label"] = y_test[asked].numpy()
+    patients = test.table["patient"].iloc[asked].to_numpy()
+    scores = pd.DataFrame({"patient": patients, "label": y_test[asked].numpy()})
     for arm in ARMS:
-        for name, column in zip(names, read(networks[arm], x_test)[1].T, strict=True):
-            scores[f"{arm} {name}"] = column
+        scores[[f"{arm} {name}" for name in names]] = read(networks[arm], x_test)[1]
     real, synthetic = (((part + 1) * 127.5).round().to(torch.uint8) for part in (x, made))
     with disk.whole_files(folder) as new:
         save_file({"real": real, "labels": y, "synthetic": synthetic}, new / SYNTHETIC)

@@ -36,20 +36,19 @@ from hallulib.data.imageset import ImageSet, choose
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.score import ScoreModel
 from hallulib.evidence import calibration
-from hallulib.evidence.calibration import ImageClassifier
 from hallulib.evidence.metrics import METHODS, read_scores
 from hallulib.evidence.quality import features
 from hallulib.evidence.resnet import read, train_resnet
 from hallulib.likelihood import bound, density
 from hallulib.shapes import AnyImages, Images, Labels
-from hallulib.storage import checkpoint, disk, settings, store
-from hallulib.storage.estimator import OneClass, Others
+from hallulib.storage import checkpoint, settings, store
+from hallulib.storage.estimator import OneClass, Others, must_suit
 
 SCORES = "scores.csv"
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class ScoreClassifier(ImageClassifier):
+class ScoreClassifier(calibration.ImageClassifier):
     r"""Classify images by the likelihood that a class-conditional score model gives them.
 
     .. math:: p(c \mid x) \propto p(c)\, p_\theta(x \mid c)^{1/T}
@@ -168,8 +167,8 @@ class ScoreClassifier(ImageClassifier):
         if self.centre and len(others):
             some = _some(others, 96, self._seed + 1)
             if decides:
-                ahead = bound.common_errors(self.model_, some.to(self._on()), **self._race())
-                self.offset_ = ahead.cpu()
+                errors = bound.common_errors(self.model_, some.to(self._on()), **self._race())
+                self.offset_ = errors.cpu()
             else:
                 ahead = self.log_ratio(some.numpy())
                 self.offset_ = (ahead.mean(0) - ahead.mean())[:, None]
@@ -236,13 +235,10 @@ class ScoreClassifier(ImageClassifier):
                 "from 2 to that many are needed"
             )
         folds = StratifiedKFold(self.weigh, shuffle=True, random_state=self._seed)
-        leads = []
+        leads, most = [], max(2, 96 // self.weigh)  # a few dozen tell enough
         for i, (seen, held_out) in enumerate(folds.split(labels, labels)):
             model = self._trained(own[seen], labels[seen], others, f"fold-{i}")
-            # a few dozen tell enough
-            few = np.random.default_rng(self._seed).permutation(held_out)[
-                : max(2, 96 // self.weigh)
-            ]
+            few = np.random.default_rng(self._seed).permutation(held_out)[:most]
             x, y = own[few].to(self._on()), labels[few]
             leads.append(bound.leads(model, x, y, seed=self._seed, batch=self.batch))
         return bound.best_band(model.sde, torch.cat(leads).cpu())
@@ -293,11 +289,7 @@ class ScoreClassifier(ImageClassifier):
             start = self.pretrained
             start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
             model = unet.relabelled(start, names)
-            if images.shape[1:] != model.network.shape:
-                raise UserError(
-                    f"images have (channels, height, width) {tuple(images.shape[1:])}; the score "
-                    f"model was trained on {model.network.shape}"
-                )
+            must_suit(images, model.network.shape, "the score model was trained on")
             unet.adaptable(model, self.adapt)
         return unet.moved_to_means(model, images, labels) if self.shift else model
 
@@ -332,10 +324,8 @@ class Contest:
         pretraining: steps of the score model without labels.
         steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
             teach it to remember the few there are.
-        shift: train nothing with labels, but move the density to the mean of each class.
-        copies: moved and mirrored copies of each labelled image it learns from as well.
+        shift, copies, effort: see `ScoreClassifier`; with ``shift`` no step is taken.
         width: of the score model.
-        effort: of the decision, see `ScoreClassifier`.
         resnet_steps: of the ResNet-18.
         resnet_width: of its first block.
         seed: of the choice of labels and of all training.
@@ -415,8 +405,7 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> None:
     classes = [images.classes(contest.scheme)[c] for c in present]
     for method in METHODS:
         table[[f"{method} {c}" for c in classes]] = scores[method]
-    with disk.whole(folder / SCORES) as file:
-        table.to_csv(file, index=False)
+    store.write_table(folder / SCORES, table)
 
 
 def _learner(images: ImageSet, contest: Contest, counts: Labels, folder: Path) -> ScoreClassifier:

@@ -18,11 +18,11 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from hallulib import UserError
 from hallulib.evidence.calibration import ImageClassifier, LogDensities, finite
 from hallulib.oneshot import bdc, experiment
 from hallulib.oneshot.episodes import unasked
 from hallulib.storage import store
+from hallulib.storage.estimator import must_suit
 from hallulib.storage.settings import Count, needed
 
 
@@ -73,11 +73,7 @@ class OneShotClassifier(ImageClassifier):
         x, position = self._first(X, y)
         names = tuple(map(str, self.classes_))
         trial, source, networks = experiment.load(self._folder(), names, self._on())
-        if tuple(x.shape[1:]) != source.model.network.shape:
-            raise UserError(
-                f"images are {tuple(x.shape[1:])} (channels, height, width); {self.pretrained} "
-                f"was trained on {source.model.network.shape}"
-            )
+        must_suit(x, source.model.network.shape, f"{self.pretrained} was trained on")
         self.network_ = networks.get(self.n_hallucinated, networks[0])
         # classes with fewer images show some again, which then count nothing
         rows = [np.flatnonzero(position == c) for c in range(len(names))]

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -246,6 +247,13 @@ class ImageEstimator(BaseEstimator):
         if kind == "folder" and keeper:
             return keeper[1](folder / name)
         raise ValueError(f"its {kind} is of another version of hallulib: fit and save it again")
+
+
+def must_suit(images: Images, shape: Sequence[int], what: str) -> None:
+    """Refuse images of another ``(channels, height, width)``, in a sentence that ends in it."""
+    found = tuple(images.shape[1:])
+    if found != tuple(shape):
+        raise UserError(f"images have (channels, height, width) {found}; {what} {tuple(shape)}")
 
 
 def _from_0(rows: np.ndarray, images: Images) -> bool:
