@@ -356,8 +356,8 @@ def load(
             f"{folder} is not a finished joint training; the folder of a "
             "hallulib.oneshot.experiment.run is needed"
         )
-    # a card is read only where the files have their checksums
-    settings = store.told(store.card(folder), store.defaults_of(Trial))
+    card = store.card(folder)  # whose files have their checksums
+    settings = store.told(card, store.defaults_of(Trial))
     trial = Trial.of(settings)
     if trial.generator != "score_model" or trial.pool:
         raise UserError(
