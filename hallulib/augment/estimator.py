@@ -20,7 +20,7 @@ Source:
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +47,7 @@ from hallulib.evidence.metrics import read_scores
 from hallulib.evidence.resnet import read, train_resnet
 from hallulib.shapes import AnyImages, Images, Labels
 from hallulib.storage import disk, settings, store
-from hallulib.storage.estimator import ImageEstimator, Others
+from hallulib.storage.estimator import ImageEstimator, Others, must_suit
 
 ENCODING: dict[str, Any] = dict(batch_size=16, lr=1e-3)
 PRETRAINING: dict[str, Any] = dict(batch_size=64, lr=4e-4)
@@ -238,20 +238,18 @@ def changed(x: Images, rng: torch.Generator) -> Images:
     return augmented(x, x[:, None], rng)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SyntheticAugmenter(ImageEstimator):
     """Adds synthetic images of each class to labelled ones, as far as they pass a selection.
 
-    Forms of images: see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and
-    loads.
+    Forms of images, ``channels``, ``device`` and ``random_state``: see
+    :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads.
 
     Args:
         pretrained: folders of an autoencoder and of the score model of its latents, as
             ``hallulib.augment.pretrained(...).folders`` gives them. ``None`` trains both on the
             images without labels that ``fit`` is given, or on the labelled ones.
-        channels: of images that come as rows.
         width: of the score model; the autoencoder has the same.
-        device: a GPU if there is one.
-        random_state: of everything, a whole number.
         ratio, candidates, confidence, gradient_scale, encoding, pretraining, factor, steering,
             sampler_steps, resnet_steps: see `Trial`.
 
@@ -269,41 +267,18 @@ class SyntheticAugmenter(ImageEstimator):
         ((48, 1, 16, 16), 48)
     """
 
-    ratio: settings.Above0
-    candidates: settings.Positive
-    confidence: settings.ShareBelow1
-    gradient_scale: settings.Amount
-    encoding: settings.Positive
-    pretraining: settings.Positive
-    width: settings.Width
-    factor: settings.Positive
-    steering: settings.Positive
-    sampler_steps: settings.Positive
-    resnet_steps: settings.Positive
-
-    # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
-    def __init__(
-        self,
-        pretrained=None,
-        *,
-        channels=1,
-        ratio=Trial.ratio,
-        candidates=Trial.candidates,
-        confidence=Trial.confidence,
-        gradient_scale=Trial.gradient_scale,
-        encoding=Trial.encoding,
-        pretraining=Trial.pretraining,
-        width=Trial.width,
-        factor=Trial.factor,
-        steering=Trial.steering,
-        sampler_steps=Trial.sampler_steps,
-        resnet_steps=Trial.resnet_steps,
-        device=None,
-        random_state=0,
-    ):
-        given = locals()  # every parameter under its own name, as scikit-learn asks
-        for name in self._get_param_names():
-            setattr(self, name, given[name])
+    pretrained: Any = field(default=None, kw_only=False)
+    ratio: settings.Above0 = Trial.ratio
+    candidates: settings.Positive = Trial.candidates
+    confidence: settings.ShareBelow1 = Trial.confidence
+    gradient_scale: settings.Amount = Trial.gradient_scale
+    encoding: settings.Positive = Trial.encoding
+    pretraining: settings.Positive = Trial.pretraining
+    width: settings.Width = Trial.width
+    factor: settings.Positive = Trial.factor
+    steering: settings.Positive = Trial.steering
+    sampler_steps: settings.Positive = Trial.sampler_steps
+    resnet_steps: settings.Positive = Trial.resnet_steps
 
     def fit(self, X, y, unlabelled=None) -> "SyntheticAugmenter":
         """Make synthetic images of the classes of ``y`` and judge them.
@@ -368,11 +343,7 @@ class SyntheticAugmenter(ImageEstimator):
         encoder, model = autoencoder.load(folders[0]), unet.load(folders[1])
         config = encoder.kl.config
         shape = config["in_channels"], config["sample_size"], config["sample_size"]
-        if tuple(x.shape[1:]) != shape:
-            raise UserError(
-                f"images have (channels, height, width) {tuple(x.shape[1:])}; the autoencoder "
-                f"was made for {shape}"
-            )
+        must_suit(x, shape, "the autoencoder was made for")
         return Pretrained(encoder.to(self._on()), model.to(self._on()))
 
     def _prior(self, others: Others, trial: Trial) -> Pretrained:
@@ -433,11 +404,10 @@ def _measure(
 
     asked = np.sort(np.random.default_rng(0).permutation(len(test))[: trial.n_test])
     x_test = test.tensor(asked)
-    scores = pd.DataFrame({"patient": test.table["patient"].iloc[asked].to_numpy()})
-    scores["label"] = y_test[asked].numpy()
+    patients = test.table["patient"].iloc[asked].to_numpy()
+    scores = pd.DataFrame({"patient": patients, "label": y_test[asked].numpy()})
     for arm in ARMS:
-        for name, column in zip(names, read(networks[arm], x_test)[1].T, strict=True):
-            scores[f"{arm} {name}"] = column
+        scores[[f"{arm} {name}" for name in names]] = read(networks[arm], x_test)[1]
     real, synthetic = (((part + 1) * 127.5).round().to(torch.uint8) for part in (x, made))
     with disk.whole_files(folder) as new:
         save_file({"real": real, "labels": y, "synthetic": synthetic}, new / SYNTHETIC)

@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import brentq
+from sklearn.base import ClassifierMixin
 from torch import Tensor
 
 from hallulib import UserError
 from hallulib.shapes import Labels, PerImage
+from hallulib.storage.estimator import ImageEstimator
 
 # of temperatures, in mean distances of a log-density from the mean of its row
 COLDEST, HOTTEST = 1e-2, 1e4
@@ -208,3 +211,28 @@ def log_odds(log_posterior: LogDensities) -> LogDensities:
     own = torch.eye(k, dtype=torch.bool, device=log_posterior.device)
     others = log_posterior.double()[:, None].masked_fill(own, -math.inf).logsumexp(2)
     return log_posterior.double() - others
+
+
+class ImageClassifier(ClassifierMixin, ImageEstimator):
+    """A scikit-learn classifier of images, by a log-probability of each class."""
+
+    def _log_posterior(self, X) -> LogDensities:
+        """Log-probability of each class, up to a constant per image."""
+        raise NotImplementedError
+
+    def predict_proba(self, X) -> np.ndarray:
+        """Probability of each class, in the order of ``classes_``."""
+        return self._log_posterior(X).softmax(1).numpy()
+
+    def decision_function(self, X) -> np.ndarray:
+        """Log-odds of each class against all others; of the second class alone if there are two.
+
+        Unlike probabilities they stay distinct where one class is all but certain.
+        """
+        odds = log_odds(self._log_posterior(X)).numpy()
+        return odds[:, 1] if len(self.classes_) == 2 else odds
+
+    def predict(self, X) -> np.ndarray:
+        """The class of highest probability."""
+        best = self._log_posterior(X).argmax(1).numpy()
+        return self.classes_[best]

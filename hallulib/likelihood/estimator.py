@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
@@ -42,21 +41,22 @@ from hallulib.evidence.quality import features
 from hallulib.evidence.resnet import read, train_resnet
 from hallulib.likelihood import bound, density
 from hallulib.shapes import AnyImages, Images, Labels
-from hallulib.storage import checkpoint, disk, settings, store
-from hallulib.storage.estimator import ImageEstimator, OneClass, Others
+from hallulib.storage import checkpoint, settings, store
+from hallulib.storage.estimator import OneClass, Others, must_suit
 
 SCORES = "scores.csv"
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class ScoreClassifier(ClassifierMixin, ImageEstimator):
+class ScoreClassifier(calibration.ImageClassifier):
     r"""Classify images by the likelihood that a class-conditional score model gives them.
 
     .. math:: p(c \mid x) \propto p(c)\, p_\theta(x \mid c)^{1/T}
 
     ``fit`` trains the model, from scratch or from a pretrained one; images without labels help
-    it to learn what images look like. Forms of images: see
-    :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads.
+    it to learn what images look like. Forms of images, ``channels``, ``device`` and
+    ``random_state``: see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves
+    and loads.
 
     Args:
         pretrained: score model to start from, or its folder; its own labels may be others.
@@ -65,7 +65,6 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         shift: start each class as the density of all images, moved to the mean of its own
             (:func:`hallulib.diffusion.unet.moved_to_means`); with ``steps=0`` that is all it
             learns.
-        channels: of images that come as rows.
         copies: moved and mirrored copies of each labelled image to train on as well; with few
             labels they keep the model from remembering the images instead of the class.
         steps: optimiser steps; 0 takes a pretrained model as it is.
@@ -90,8 +89,6 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         batch: most pairs of image and class in the network at once.
         folder: where training keeps its checkpoint, so that it can go on after an interruption;
             one of other images or of another start is refused.
-        device: a GPU if there is one.
-        random_state: of everything, a whole number.
         verbose: show a progress bar.
 
     Attributes:
@@ -117,13 +114,11 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         "model_": (unet.save, unet.load),
         "levels_": bound.Levels,
     }
-    # scikit-learn sets anything, and fit refuses what these are not
     pretrained: Annotated[
         ScoreModel | Path | str | None, settings.needed("a score model or its folder is needed")
     ] = field(default=None, kw_only=False)
     adapt: Annotated[str, settings.one_of(unet.ADAPTS)] = "all"
     shift: bool = False
-    channels: settings.Positive = 1
     copies: settings.Count = 0
     steps: settings.Count = 2000
     batch_size: settings.Positive = 32
@@ -140,10 +135,6 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
     temperature: settings.Above0 = 1.0
     batch: settings.Positive = 128
     folder: settings.Folder = None
-    device: Annotated[
-        torch.device | str | None, settings.needed("'cpu', 'cuda' or None is needed")
-    ] = None
-    random_state: settings.Seed = 0
     verbose: bool | int = False
 
     def fit(self, X, y, unlabelled=None) -> "ScoreClassifier":
@@ -176,8 +167,8 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
         if self.centre and len(others):
             some = _some(others, 96, self._seed + 1)
             if decides:
-                ahead = bound.common_errors(self.model_, some.to(self._on()), **self._race())
-                self.offset_ = ahead.cpu()
+                errors = bound.common_errors(self.model_, some.to(self._on()), **self._race())
+                self.offset_ = errors.cpu()
             else:
                 ahead = self.log_ratio(some.numpy())
                 self.offset_ = (ahead.mean(0) - ahead.mean())[:, None]
@@ -232,25 +223,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             evaluations = np.full(len(x), len(self.classes_) * self.effort)
         return calibration.finite(value) - value.max(1, keepdim=True).values, evaluations
 
-    def predict_proba(self, X) -> np.ndarray:
-        """Probability of each class, in the order of ``classes_``."""
-        return calibration.posterior(self.log_ratio(X), self.priors_, self.temperature_).numpy()
-
-    def decision_function(self, X) -> np.ndarray:
-        """Log-odds of each class against all others; of the second class alone if there are two.
-
-        Unlike probabilities they stay distinct where one class is all but certain.
-        """
-        odds = calibration.log_odds(self._log_posterior(X)).numpy()
-        return odds[:, 1] if len(self.classes_) == 2 else odds
-
-    def predict(self, X) -> np.ndarray:
-        """The class of highest probability."""
-        best = self._log_posterior(X).argmax(1).numpy()
-        return self.classes_[best]
-
     def _log_posterior(self, X) -> calibration.LogDensities:
-        """Log-probability of each class, up to a constant per image."""
         return self.log_ratio(X) / self.temperature_ + self.priors_.log()
 
     def _best_band(self, own: Images, labels: Tensor, others: Others) -> bound.Levels:
@@ -262,13 +235,10 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
                 "from 2 to that many are needed"
             )
         folds = StratifiedKFold(self.weigh, shuffle=True, random_state=self._seed)
-        leads = []
+        leads, most = [], max(2, 96 // self.weigh)  # a few dozen tell enough
         for i, (seen, held_out) in enumerate(folds.split(labels, labels)):
             model = self._trained(own[seen], labels[seen], others, f"fold-{i}")
-            # a few dozen tell enough
-            few = np.random.default_rng(self._seed).permutation(held_out)[
-                : max(2, 96 // self.weigh)
-            ]
+            few = np.random.default_rng(self._seed).permutation(held_out)[:most]
             x, y = own[few].to(self._on()), labels[few]
             leads.append(bound.leads(model, x, y, seed=self._seed, batch=self.batch))
         return bound.best_band(model.sde, torch.cat(leads).cpu())
@@ -319,11 +289,7 @@ class ScoreClassifier(ClassifierMixin, ImageEstimator):
             start = self.pretrained
             start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
             model = unet.relabelled(start, names)
-            if images.shape[1:] != model.network.shape:
-                raise UserError(
-                    f"images have (channels, height, width) {tuple(images.shape[1:])}; the score "
-                    f"model was trained on {model.network.shape}"
-                )
+            must_suit(images, model.network.shape, "the score model was trained on")
             unet.adaptable(model, self.adapt)
         return unet.moved_to_means(model, images, labels) if self.shift else model
 
@@ -358,10 +324,8 @@ class Contest:
         pretraining: steps of the score model without labels.
         steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
             teach it to remember the few there are.
-        shift: train nothing with labels, but move the density to the mean of each class.
-        copies: moved and mirrored copies of each labelled image it learns from as well.
+        shift, copies, effort: see `ScoreClassifier`; with ``shift`` no step is taken.
         width: of the score model.
-        effort: of the decision, see `ScoreClassifier`.
         resnet_steps: of the ResNet-18.
         resnet_width: of its first block.
         seed: of the choice of labels and of all training.
@@ -441,8 +405,7 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> None:
     classes = [images.classes(contest.scheme)[c] for c in present]
     for method in METHODS:
         table[[f"{method} {c}" for c in classes]] = scores[method]
-    with disk.whole(folder / SCORES) as file:
-        table.to_csv(file, index=False)
+    store.write_table(folder / SCORES, table)
 
 
 def _learner(images: ImageSet, contest: Contest, counts: Labels, folder: Path) -> ScoreClassifier:

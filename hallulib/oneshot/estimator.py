@@ -11,37 +11,34 @@ Source:
     Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from sklearn.base import ClassifierMixin
-from torch import Tensor
 
-from hallulib import UserError
-from hallulib.evidence.calibration import finite, log_odds
+from hallulib.evidence.calibration import ImageClassifier, LogDensities, finite
 from hallulib.oneshot import bdc, experiment
 from hallulib.oneshot.episodes import unasked
 from hallulib.storage import store
-from hallulib.storage.estimator import ImageEstimator
+from hallulib.storage.estimator import must_suit
 from hallulib.storage.settings import Count, needed
 
 
-class OneShotClassifier(ClassifierMixin, ImageEstimator):
+@dataclass(eq=False, repr=False, kw_only=True)
+class OneShotClassifier(ImageClassifier):
     """Classify images from one or a few examples per class, with hallucinated ones beside them.
 
-    Forms of images: see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and
-    loads; their side and channels must be those of the joint training.
+    Forms of images, ``channels``, ``device`` and ``random_state``: see
+    :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads. Images must
+    have the side and channels of the joint training.
 
     Args:
         pretrained: folder of a finished :func:`hallulib.oneshot.experiment.run`, or the name of
             one that ships with the library.
         n_hallucinated: images made for each class; 0 uses the support alone. A number that was
             trained for has a classifier of its own, others take that of the support alone.
-        channels: of images that come as rows.
-        device: a GPU if there is one.
-        random_state: of all that is made, a whole number.
 
     Attributes:
         classes_: the labels, sorted.
@@ -58,24 +55,10 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
     """
 
     keeps = {"network_": (bdc.save, bdc.load)}
-    pretrained: Annotated[Path | str, needed("the folder of a run is needed")]
-    n_hallucinated: Count
-
-    # no types of arguments here and below: in scikit-learn anything goes in, and fit refuses it
-    def __init__(
-        self,
-        pretrained="one-shot-phantom",
-        *,
-        n_hallucinated=2,
-        channels=1,
-        device=None,
-        random_state=0,
-    ):
-        self.pretrained = pretrained
-        self.n_hallucinated = n_hallucinated
-        self.channels = channels
-        self.device = device
-        self.random_state = random_state
+    pretrained: Annotated[Path | str, needed("the folder of a run is needed")] = field(
+        default="one-shot-phantom", kw_only=False
+    )
+    n_hallucinated: Count = 2
 
     def fit(self, X, y) -> "OneShotClassifier":
         """Learn the support, one image of each class at least, and make more of it.
@@ -90,11 +73,7 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
         x, position = self._first(X, y)
         names = tuple(map(str, self.classes_))
         trial, source, networks = experiment.load(self._folder(), names, self._on())
-        if tuple(x.shape[1:]) != source.model.network.shape:
-            raise UserError(
-                f"images are {tuple(x.shape[1:])} (channels, height, width); {self.pretrained} "
-                f"was trained on {source.model.network.shape}"
-            )
+        must_suit(x, source.model.network.shape, f"{self.pretrained} was trained on")
         self.network_ = networks.get(self.n_hallucinated, networks[0])
         # classes with fewer images show some again, which then count nothing
         rows = [np.flatnonzero(position == c) for c in range(len(names))]
@@ -122,22 +101,8 @@ class OneShotClassifier(ClassifierMixin, ImageEstimator):
         is_name = folder == Path(folder.name)  # a path that is wrong must not find another model
         return shipped if is_name and not folder.exists() and shipped.exists() else folder
 
-    def predict_proba(self, X) -> np.ndarray:
-        """Probability of each class, in the order of ``classes_``."""
-        return self._logits(X).softmax(-1).numpy()
-
-    def decision_function(self, X) -> np.ndarray:
-        """Log-odds of each class against all others; with two classes, of the second alone."""
-        odds = log_odds(self._logits(X).double()).numpy()
-        return odds[:, 1] if len(self.classes_) == 2 else odds
-
-    def predict(self, X) -> np.ndarray:
-        """The class of highest probability."""
-        best = self._logits(X).argmax(1).numpy()
-        return self.classes_[best]
-
     @torch.no_grad()
-    def _logits(self, X) -> Tensor:
+    def _log_posterior(self, X) -> LogDensities:
         x, network = self._further(X), self.network_
         means = self.prototypes_[:, None].to(self._on())
         parts = [network.logits(network.embed(p.to(self._on())), means) for p in x.split(256)]

@@ -7,9 +7,9 @@ where it was stopped, its weights and its table checked by checksum.
 
 import itertools
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -95,8 +95,8 @@ class Trial:
     n_validation: Count = 20
     n_episodes: Several = 1000
     seed: Seed = 0
-    recipe: Recipe = field(default_factory=Recipe)
-    fit: Fit = field(default_factory=Fit)
+    recipe: Recipe = Recipe()
+    fit: Fit = Fit()
 
     def __post_init__(self):
         check(self)
@@ -274,16 +274,13 @@ def _todo(
     extra, baseline = [n for n in trial.counts if n], classifiers[0]
     scheme, most = trial.test_scheme, max(extra)
     memory = min(map(len, hallucinate.ClassMemory(images, scheme).rows.values()))
-    possible = {
-        "oracle": trial.n_spare >= most,
-        "memory": memory >= most and trial.train_scheme == scheme,
-        "flips": True,
-        "shifts": True,
-    }
+    remembers = memory >= most and trial.train_scheme == scheme
+    can_serve = {"oracle": trial.n_spare >= most, "memory": remembers}
     todo = {name: ({name: Method(0, baseline)}, Source()) for name in ("baseline", PERMUTED)}
-    for name in (name for name, can_serve in possible.items() if can_serve):
-        methods = {f"{name} +{n}": Method(n, baseline) for n in extra}
-        todo[name] = methods, hallucinate.control(name, images, scheme)
+    for name in ("oracle", "memory", "flips", "shifts"):
+        if can_serve.get(name, True):
+            methods = {f"{name} +{n}": Method(n, baseline) for n in extra}
+            todo[name] = methods, hallucinate.control(name, images, scheme)
     own = {f"+{n}": Method(n, classifiers[n]) for n in extra}
     own |= {f"+{n} at test only": Method(n, baseline) for n in extra}
     return todo | {"generator": (own, source)}
@@ -312,18 +309,12 @@ def _measure(images: ImageSet, trial: Trial, folder: Path, todo: dict[str, Measu
             done = pd.DataFrame(np.concatenate([done.to_numpy(), new]), columns=columns)
             bar.update(len(new))
             if parallel.is_main():
-                _write(part, done)
+                store.write_table(part, done)
     bar.close()
     if parallel.is_main():
-        _write(folder / TABLE, pd.concat(map(pd.read_csv, parts.values()), axis=1))
+        store.write_table(folder / TABLE, pd.concat(map(pd.read_csv, parts.values()), axis=1))
         for part in parts.values():
             disk.drop(part)
-
-
-def _write(file: Path, table: pd.DataFrame) -> None:
-    """Write a table beside its place and rename it into it."""
-    with disk.whole(file) as partial:
-        table.to_csv(partial, index=False)
 
 
 def _save(folder: Path, source: Source, classifiers: Classifiers, images: ImageSet) -> None:
@@ -365,7 +356,8 @@ def load(
             f"{folder} is not a finished joint training; the folder of a "
             "hallulib.oneshot.experiment.run is needed"
         )
-    settings: dict[str, Any] = store.told(folder, Trial)  # its files have their checksums
+    card = store.card(folder)  # whose files have their checksums
+    settings = store.told(card, store.defaults_of(Trial))
     trial = Trial.of(settings)
     if trial.generator != "score_model" or trial.pool:
         raise UserError(

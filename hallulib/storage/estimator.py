@@ -5,7 +5,8 @@ import json
 import re
 import shutil
 import warnings
-from dataclasses import is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,12 +35,18 @@ class OneClass(UserError, ValueError):
     """Labels of one class; scikit-learn's own tools expect a ValueError."""
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ImageEstimator(BaseEstimator):
-    """An estimator whose rows are square images of ``self.channels`` channels.
+    """An estimator whose rows are square images.
 
     Images may come as rows ``(n, channels * side * side)``, as ``(n, side, side)`` or as
     ``(n, channels, side, side)``, in an array, a tensor, a list or a table. Whole numbers of any
     type are grey levels, 0 black to 255 white; other numbers are in [-1, 1].
+
+    Args:
+        channels: of images that come as rows.
+        device: a GPU if there is one.
+        random_state: of everything, a whole number.
 
     Attributes:
         keeps: what an estimator keeps besides numbers, tables and arrays: attribute -> its
@@ -47,9 +54,10 @@ class ImageEstimator(BaseEstimator):
     """
 
     keeps = dict[str, Any]()
-    channels: Positive
-    device: Annotated[torch.device | str | None, needed("'cpu', 'cuda' or None is needed")]
-    random_state: Seed
+    # scikit-learn sets anything, and fit refuses what these are not
+    channels: Positive = 1
+    device: Annotated[torch.device | str | None, needed("'cpu', 'cuda' or None is needed")] = None
+    random_state: Seed = 0
 
     def _first(self, X, y) -> tuple[Images, np.ndarray]:
         """Images of a fit, and the position of the class of each in ``classes_``."""
@@ -84,10 +92,8 @@ class ImageEstimator(BaseEstimator):
         y = column_or_1d(y)
         strange = y[~np.isin(y, self.classes_)]
         if len(strange):
-            known = ", ".join(map(str, self.classes_))
-            raise UserError(
-                f"label {str(strange[0])!r} was not among those of the training: {known}"
-            )
+            told = f"label {str(strange[0])!r} was not among those of the training"
+            raise UserError(f"{told}: {', '.join(map(str, self.classes_))}")
         return y
 
     def _flat(self, X) -> object:
@@ -241,6 +247,13 @@ class ImageEstimator(BaseEstimator):
         if kind == "folder" and keeper:
             return keeper[1](folder / name)
         raise ValueError(f"its {kind} is of another version of hallulib: fit and save it again")
+
+
+def must_suit(images: Images, shape: Sequence[int], what: str) -> None:
+    """Refuse images of another ``(channels, height, width)``, in a sentence that ends in it."""
+    found = tuple(images.shape[1:])
+    if found != tuple(shape):
+        raise UserError(f"images have (channels, height, width) {found}; {what} {tuple(shape)}")
 
 
 def _from_0(rows: np.ndarray, images: Images) -> bool:

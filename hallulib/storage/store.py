@@ -16,11 +16,12 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
@@ -100,13 +101,12 @@ def load_or_train(
         found = parallel.from_main(lambda: _found(name, folder, settings, usual))
         if found:
             return found
-    # of several programs that need one model, the first trains it and the others wait
-    lock: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if parallel.is_main():
-        with disk.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder.with_name(folder.name + ".lock")).acquire()
-    with lock:
+    with contextlib.ExitStack() as until_done:
+        if parallel.is_main():
+            with disk.writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                # of several programs that need one model, the first trains it, the others wait
+                until_done.enter_context(FileLock(folder.with_name(folder.name + ".lock")))
         missing = parallel.from_main(lambda: not is_finished(folder, settings, usual))
         if missing and (together or parallel.is_main()):
             start = time.monotonic()
@@ -172,18 +172,14 @@ def finished(loop: Iterator[State], steps: int, told: str, show: bool = True) ->
 
 
 def defaults_of(thing: Callable) -> dict[str, Any]:
-    """The defaults of a function or a dataclass, those of dataclasses within it among them.
+    """The defaults of a function or a dataclass, none of which a factory makes.
 
     Example:
         >>> defaults_of(lambda images, *, steps, seed=0: None)
         {'seed': 0}
     """
-    told = inspect.signature(thing).parameters.items()
-    found = {name: p.default for name, p in told if p.default is not p.empty}
-    if dataclasses.is_dataclass(thing):
-        made = {f.name: f.default_factory for f in dataclasses.fields(thing)}
-        found |= {k: make() for k, make in made.items() if make is not dataclasses.MISSING}
-    return found
+    parameters = inspect.signature(thing).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def differing(settings: Settings, defaults: Settings) -> dict[str, Any]:
@@ -210,10 +206,21 @@ def _flat(settings: Settings) -> dict[str, Any]:
     return found
 
 
+def told(of: Settings, defaults: Settings, asked: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Settings on a card that differ from the defaults: today's, and its own where those went.
+
+    Settings that are ``asked`` for are none that went.
+    """
+    settings = _flat(of["settings"])
+    former = {k: v for k, v in FORMER.items() if k not in _flat(asked)}
+    if "differing" in of:
+        former = {k: v for k, v in settings.items() if k not in of["differing"]}
+    return differing(settings, former | _flat(defaults))
+
+
 def key(settings: Settings) -> str:
     """A short checksum of what JSON can hold."""
-    canonical = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def finish(
@@ -221,7 +228,7 @@ def finish(
 ) -> None:
     """Declare a run finished: write its card at once, and only then drop its checkpoint."""
     disk.drop_partial(folder)
-    told = {
+    content = {
         "format": FORMAT,
         "settings": settings,
         "differing": sorted(differing(settings, defaults)),
@@ -229,7 +236,7 @@ def finish(
         "made_with": provenance(),
         "sha256": disk.checksums(folder, without=(CARD, CHECKPOINT)),
     }
-    write_json(folder / CARD, told)
+    write_json(folder / CARD, content)
     disk.drop(folder / CHECKPOINT)
 
 
@@ -241,15 +248,14 @@ def is_finished(folder: Path, settings: Settings, defaults: Mapping[str, Any] = 
     """
     if not (folder / CARD).exists():
         return False
-    of = card(folder, intact=False)
-    if _told(of, defaults, _flat(settings)) != differing(settings, defaults):
+    if told(card(folder, intact=False), defaults, settings) != differing(settings, defaults):
         return False
     card(folder)
     return True
 
 
 def card(folder: Path, intact: bool = True) -> dict[str, Any]:
-    """The card of a finished run, whose files are what it wrote if they have to be ``intact``.
+    """The card of a finished run, whose files have to be what it wrote unless ``intact`` is false.
 
     Raises:
         UserError: it is no card, or a file is missing or changed.
@@ -272,32 +278,20 @@ def card(folder: Path, intact: bool = True) -> dict[str, Any]:
     return found
 
 
-def told(folder: Path, defaults: Callable) -> dict[str, Any]:
-    """What a finished run was told that differs from the defaults, see `differing`.
-
-    Raises:
-        UserError: as `card`.
-    """
-    return _told(card(folder), defaults_of(defaults))
-
-
 def contents(folder: Path) -> str:
     """Checksum of what a finished run wrote, whenever and wherever that was."""
     return key(card(folder, intact=False)["sha256"])
 
 
-def _told(of: dict, defaults: Settings, asked: Collection[str] = ()) -> dict[str, Any]:
-    """Settings of a run that differ from the defaults: today's, and its own where those went."""
-    settings = _flat(of["settings"])
-    former = {k: v for k, v in FORMER.items() if k not in asked}
-    if "differing" in of:
-        former = {k: v for k, v in settings.items() if k not in of["differing"]}
-    return differing(settings, former | _flat(defaults))
-
-
 def ship(folder: Path, name: str) -> Path:
     """Copy a finished run of this machine to the weights that travel with the library."""
     return Path(shutil.copytree(folder, SHIPPED / name, dirs_exist_ok=True))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write CSV beside its place and rename it, so that no reader sees half of it."""
+    with disk.whole(path) as partial:
+        table.to_csv(partial, index=False)
 
 
 def write_json(path: Path, content: Settings) -> None:

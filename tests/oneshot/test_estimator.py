@@ -149,14 +149,17 @@ def test_it_goes_into_a_pipeline_and_is_cloned(result, images):
 )
 def test_impossible_settings_are_told(result, images, settings, message):
     support, names, _, _ = episode(images)
+    one = OneShotClassifier(result.folder).set_params(**settings)
     with pytest.raises(UserError, match=message):
-        OneShotClassifier(**{"pretrained": result.folder} | settings).fit(support, names)
+        one.fit(support, names)
 
 
 def test_images_of_another_size_and_other_runs_are_told(result, images, tmp_path, monkeypatch):
     support, names, _, _ = episode(images)
     one = OneShotClassifier(result.folder)
-    with pytest.raises(UserError, match=r"images are \(1, 8, 8\) .* trained on \(1, 16, 16\)"):
+    with pytest.raises(
+        UserError, match=r"images have .* \(1, 8, 8\); .* trained on \(1, 16, 16\)"
+    ):
         one.fit(support[..., ::2, ::2], names)
     monkeypatch.setenv("HALLULIB_RUNS", str(tmp_path))
     flips = experiment.run(images, replace(TINY, generator="flips"))

@@ -20,6 +20,7 @@ from hallulib.oneshot import experiment, joint
 from hallulib.oneshot.experiment import Trial
 from hallulib.oneshot.hallucinate import Pool, Recipe
 from hallulib.oneshot.joint import Fit, Method, evaluate
+from hallulib.storage import store
 from hallulib.storage.settings import vary
 
 SMALL = dict(n_way=2, n_query=3, counts=(0, 1), pretraining=2, pretraining_width=16, kind="mean")
@@ -215,17 +216,17 @@ def test_episodes_of_a_split_are_those_of_the_task_whatever_else_varies():
 def test_a_run_stopped_while_testing_goes_on_where_it_was(result, tmp_path, monkeypatch):
     """Stopped with the first twenty episodes of one table on the disk and those before whole."""
     monkeypatch.setenv("HALLULIB_RUNS", str(tmp_path))
-    write, trained, evaluated = experiment._write, [], []
+    write, trained, evaluated = store.write_table, [], []
 
     def stopping(file, table):
         write(file, table)
         if file.name.startswith("shifts") and len(table) == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "_write", stopping)
+    monkeypatch.setattr(store, "write_table", stopping)
     with pytest.raises(KeyboardInterrupt):
         experiment.run(IMAGES, TRIAL)
-    monkeypatch.setattr(experiment, "_write", write)
+    monkeypatch.setattr(store, "write_table", write)
     plain = joint.evaluate
 
     def counted(methods, source, images, tasks, n, **options):
