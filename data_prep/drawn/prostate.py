@@ -38,7 +38,7 @@ parameters.
 
 Two sets show this. ``phantom`` is the whole slice, 64 mm wide, as the scanner gives it: at 2 mm
 per pixel nobody can see what the lesion is. ``lesions`` are windows of 16 mm around the lesion, or
-around random points of the gland where there is none, and their classes lie 1.25 times as far
+around random points of the gland where there is none, and their classes lie 1.3 times as far
 apart; a size beyond what such a window can show is to the posterior just a large one.
 """
 
@@ -86,7 +86,7 @@ SPLITS = tuple(COUNTS)
 # of each embedded set, what its law and its pixels depend on besides the size
 VIEWS: dict[str, dict[str, float]] = {
     "phantom": {"window_mm": FIELD_OF_VIEW, "separation": 1.0},
-    "lesions": {"window_mm": 16.0, "separation": 1.25},
+    "lesions": {"window_mm": 16.0, "separation": 1.3},
 }
 
 
@@ -113,7 +113,7 @@ def best_auroc(
         >>> round(best_auroc("isup"), 2), round(best_auroc("grade2"), 2)
         (0.85, 0.85)
         >>> round(best_auroc("isup", **VIEWS["lesions"]), 2)
-        0.89
+        0.91
     """
     member = law.membership(SCHEMES, scheme, "phantom")
     shift, seen = separation * SHIFT, _seen(window_mm)
