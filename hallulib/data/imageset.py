@@ -200,9 +200,9 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
     Args:
         path_or_name: a folder written by ``python -m data_prep``, or the name of an embedded set:
             ``"lesions"`` (windows of the prostate; ``"lesions_238"`` with the paper's count of
-            test images), ``"phantom"`` (whole slices of it), ``"histology"``, or one that an installed
-            package adds to the entry points ``hallulib.image_sets``, a function of ``size`` that
-            gives images, table and card.
+            test images), ``"phantom"`` (whole slices of it), ``"histology"``, or one that an
+            installed package adds to the entry points ``hallulib.image_sets``, a function of
+            ``size`` that gives images, table and card.
         size: side in pixels; images of a folder stay memory-mapped unless it is smaller than
             stored, and are then area-averaged; embedded sets are drawn at it
             (64 by default, ``"lesions"`` 32).
