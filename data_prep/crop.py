@@ -1,6 +1,6 @@
 r"""Square in-plane crops at a set spacing, and their grey values as bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,6 +48,16 @@ class Window:
         """Whether a part of the crop lies outside slices of this shape."""
         first, last = self.centre - self.reach, self.centre + self.reach
         return bool((first < -0.5).any() or (last > np.array(shape) - 0.5).any())
+
+    def moved(self, centre: np.ndarray, shape: tuple[int, ...]) -> "Window":
+        """The same crop around another place, or as near to it as slices of this shape allow.
+
+        Args:
+            centre: (2,) row and column.
+            shape: (2,) rows and columns of the slices, at least as wide as the crop.
+        """
+        last = np.array(shape) - 0.5 - self.reach
+        return replace(self, centre=np.clip(centre, self.reach - 0.5, last))
 
     def cut(self, pixels: np.ndarray) -> np.ndarray:
         r"""Crop of every slice, by linear interpolation.

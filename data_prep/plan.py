@@ -36,13 +36,13 @@ def split_name(text: str) -> str:
     return next((split for split, names in SPLIT_NAMES.items() if word in names), "")
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Options of every archive."""
+def add_output(parser: argparse.ArgumentParser, size: str = "%(default)s") -> None:
+    """Options of every archive; ``size``: how the help tells the default of ``--size``."""
     parser.add_argument(
         "out", type=output, metavar="OUT", help="the image set, a folder to create"
     )
-    size = "side in pixels (default %(default)s)"  # an archive may set another default
-    parser.add_argument("--size", type=pixels, default=64, help=size)
+    told = f"side in pixels (default {size})"  # an archive may set another default
+    parser.add_argument("--size", type=pixels, default=64, help=told)
     parser.add_argument("--name", help="name of the set (default: name of OUT)")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")

@@ -29,10 +29,12 @@ def half_axes(level, anatomy):
     return (23 + 1.8 * anatomy[0]) * narrow, (16.5 + 1.5 * anatomy[1]) * narrow
 
 
-def render(patients, size):
-    """The slices of some patients ``(slices, size, size)`` uint8."""
-    pixel, mm = FIELD_OF_VIEW / size, axis(FIELD_OF_VIEW, size)
-    n_slices = [len(p["z"]) for p in patients]
+def render(patients, size, field=FIELD_OF_VIEW):
+    """The slices of some patients, or windows of them, ``(slices, size, size)`` uint8.
+
+    A slice has its middle at ``centre``, x and y in mm.
+    """
+    pixel, n_slices = field / size, [len(p["z"]) for p in patients]
 
     def per_slice(rows):  # (slices, numbers) -> numbers that multiply the slices
         return np.asarray(rows, np.float32).T[..., None, None]
@@ -42,9 +44,10 @@ def render(patients, size):
 
     anatomy = per_slice(np.repeat([p["anatomy"] for p in patients], n_slices, 0))
     waves = np.repeat([p["waves"] for p in patients], n_slices, 0)
-    texture = textures(waves, WAVES, mm, pixel, joined("z"))
+    x, y = (joined("centre")[..., None] + axis(field, size)).astype(np.float32).swapaxes(0, 1)
+    texture = textures(waves, WAVES, x, y, pixel, joined("z"))
     level, lesion = per_slice(joined("level")), per_slice(joined("lesion"))
-    signal = _signal(mm, pixel, level, anatomy, texture, lesion)
+    signal = _signal(x[:, None, :], y[:, :, None], pixel, level, anatomy, texture, lesion)
     noise = np.concatenate(
         [p["rng"].standard_normal((len(p["z"]), 2, size, size), np.float32) for p in patients]
     )
@@ -54,10 +57,9 @@ def render(patients, size):
     return np.clip(magnitude * WINDOW, 0, 255).astype(np.uint8)
 
 
-def _signal(mm, pixel, level, anatomy, texture, lesion):
+def _signal(x0, y0, pixel, level, anatomy, texture, lesion):
     """The noiseless slices, painted from the back to the front; x to the right, y to the rear."""
     brush, draw = Brush(pixel), iter(anatomy[2:])
-    x0, y0 = mm[None, None, :], mm[None, :, None]
     x, y = x0 + 1.1 * texture["bend_x"], y0 + 1.1 * texture["bend_y"]
     canvas = _pelvis(brush, draw, x, y, level, texture)
 

@@ -30,7 +30,8 @@ def n_waves(bands: Bands) -> int:
 def textures(
     waves: Shaped[np.ndarray, "images waves 4"],
     bands: Bands,
-    axis: Float32[np.ndarray, " size"],
+    x: Float32[np.ndarray, "#images size"],
+    y: Float32[np.ndarray, "#images size"],
     pixel: float,
     z: Shaped[np.ndarray, " images"] | float = 0.0,
 ) -> dict[str, Float32[np.ndarray, "images size size"]]:
@@ -42,7 +43,8 @@ def textures(
         waves: of each wave its length within the band, direction, phase, and how it drifts with
             ``z``; each from 0 to 1.
         bands: of each texture its shortest and longest wave and the number of waves.
-        axis: pixel centres.
+        x: pixel centres of each image, or of all.
+        y: likewise.
         pixel: side of a pixel.
         z: depth of each image; textures of one place change slowly with it.
 
@@ -58,8 +60,8 @@ def textures(
         phase = 2 * np.pi * u[..., 2] + 0.12 * (2 * u[..., 3] - 1) * np.reshape(z, (-1, 1))
         blur = np.sinc(kx * pixel / (2 * np.pi)) * np.sinc(ky * pixel / (2 * np.pi))
         height = (np.sqrt(2 / count) * blur)[..., None].astype(np.float32)
-        a = (kx[..., None] * axis).astype(np.float32)
-        b = (ky[..., None] * axis + phase[..., None]).astype(np.float32)
+        a = (kx[..., None] * x[:, None]).astype(np.float32)
+        b = (ky[..., None] * y[:, None] + phase[..., None]).astype(np.float32)
         rows = np.concatenate([height * np.cos(b), -height * np.sin(b)], 1)
         fields[name] = rows.transpose(0, 2, 1) @ np.concatenate([np.cos(a), np.sin(a)], 1)
     return fields

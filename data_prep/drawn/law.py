@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import rankdata
+from scipy.stats import norm, rankdata
 
 from hallulib import UserError
 
@@ -78,6 +78,7 @@ def posterior(
     shift: Float[np.ndarray, "fine parameters"],
     frequency: Float[np.ndarray, " fine"],
     member: Float[np.ndarray, "fine classes"],
+    seen: Float[np.ndarray, " parameters"] | float = np.inf,
 ) -> Float[np.ndarray, "images classes"]:
     """Bayes' rule.
 
@@ -86,8 +87,11 @@ def posterior(
         shift: their mean in each of the finest classes.
         frequency: of those, summing to 1.
         member: of `membership`.
+        seen: the largest that each can be told to be; of a larger one only that is known.
     """
-    log_joint = np.log(frequency) - 0.5 * ((z[:, None] - shift) ** 2).sum(-1)
+    larger = z[:, None] > seen
+    terms = np.where(larger, norm.logsf(seen - shift), norm.logpdf(z[:, None] - shift))
+    log_joint = np.log(frequency) + terms.sum(-1)
     joint = np.exp(log_joint - log_joint.max(1, keepdims=True))
     return joint @ member / joint.sum(1, keepdims=True)
 
@@ -98,6 +102,7 @@ def simulated(
     frequency: Float[np.ndarray, " fine"],
     member: Float[np.ndarray, "fine classes"],
     seed: int,
+    seen: Float[np.ndarray, " parameters"] | float = np.inf,
 ) -> Estimate:
     """What a measure of the exact posterior is on average, over 20 simulations of 10,000 images.
 
@@ -107,13 +112,14 @@ def simulated(
         frequency: likewise.
         member: likewise.
         seed: of the simulations.
+        seen: as for `posterior`.
     """
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(20):
         fine = rng.choice(len(frequency), 10_000, p=frequency)
         z = shift[fine] + rng.standard_normal((len(fine), shift.shape[1]))
-        values.append(measure(member[fine], posterior(z, shift, frequency, member)))
+        values.append(measure(member[fine], posterior(z, shift, frequency, member, seen)))
     best = Estimate(np.mean(values))
     best.standard_error = float(np.std(values, ddof=1) / len(values) ** 0.5)
     return best

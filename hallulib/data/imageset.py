@@ -196,10 +196,12 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
 
     Args:
         path_or_name: a folder written by ``python -m data_prep``, or the name of an embedded set:
-            ``"phantom"`` (prostate), ``"histology"``, or one of the entry points
-            ``hallulib.image_sets``, functions of ``size`` that give images, table and card.
+            ``"lesions"`` (windows of the prostate; ``"lesions_238"`` with the paper's count of
+            test images), ``"phantom"`` (whole slices of it), ``"histology"``, or one of the entry
+            points ``hallulib.image_sets``, functions of ``size`` that give images, table and card.
         size: side in pixels; images of a folder stay memory-mapped unless it is smaller than
-            stored, and are then area-averaged; embedded sets are drawn at it (64 by default).
+            stored, and are then area-averaged; embedded sets are drawn at it
+            (64 by default, ``"lesions"`` 32).
 
     Raises:
         UserError: the set is missing, damaged or inconsistent, ``size`` cannot be reached, or
@@ -209,7 +211,8 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
         raise UserError(f"size is {size}; at least 1 pixel is needed")
     drawn = entry_points(group=DRAWN)
     if str(path_or_name) in drawn.names:
-        image_set = ImageSet(*drawn[str(path_or_name)].load()(size=size or 64))
+        draw = drawn[str(path_or_name)].load()
+        image_set = ImageSet(*(draw(size=size) if size else draw()))
     else:
         image_set = _load(Path(path_or_name).expanduser())
     check(image_set)

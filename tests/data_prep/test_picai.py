@@ -200,6 +200,16 @@ def test_masks_paper_takes_the_other_masks(archive, tmp_path):
     assert "1000005" not in set(table["study"])
 
 
+def test_the_bytes_without_windows_are_those_of_before_there_were_any(prepared):
+    sums = {name: prepared.card["sha256"][name][:16] for name in ("images.npy", "table.csv")}
+    assert sums == {"images.npy": "a5268f1debd053d2", "table.csv": "1177ea27c4d9f10c"}
+    steps = prepared.card["processing"]["steps"]
+    assert steps[5:7] == [
+        "crop 16 mm around the gland, linear to 1 mm, edge repeated",
+        "percentiles 0.5 to 99.5 of the gland's voxels (else of the crop) to 0 to 255",
+    ]
+
+
 def test_only_fields_on_the_list_reach_the_set(prepared):
     columns = ["patient", "split", "isup", "gs", "grade2", "study", "slice", "mask"]
     assert list(prepared.table.columns) == columns

@@ -8,12 +8,17 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import kstest
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from data_prep.drawn import anatomy, prostate
+from data_prep.drawn import anatomy, law, prostate
 from hallulib import UserError
+from hallulib.evidence.quality import features
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,8 @@ def test_a_slice_does_not_depend_on_how_many_others_are_drawn(small):
 
 
 def test_pixels_do_not_depend_on_the_block_they_are_drawn_in(small):
-    together = anatomy.render(prostate._patients(0, "unlabelled", 120), 64)
+    view = prostate.VIEWS["phantom"]
+    together = anatomy.render(prostate._patients(0, "unlabelled", 120, view), 64)
     assert np.array_equal(together, small[0][:120, 0])
 
 
@@ -193,7 +199,8 @@ def test_parameters_follow_the_stated_densities_slice_by_slice():
     rng = np.random.default_rng(0)
     z, level, anatomy = np.array([-6.0, 9.0]), np.array([-0.3, 0.4]), np.zeros(24)
     for score in (0, 5):
-        rows = np.stack([prostate._lesion(rng, score, z, level, anatomy) for _ in range(2_000)])
+        shift = prostate.SHIFT[score]
+        rows = np.stack([prostate._lesion(rng, shift, z, level, anatomy) for _ in range(2_000)])
         u = np.log(rows[..., :4])
         u[..., 1] -= np.log1p(-rows[..., 1])
         standard = (u - prostate.CENTRE) / prostate.SPREAD - prostate.SHIFT[score]
@@ -271,16 +278,115 @@ def test_the_test_split_can_be_told_its_own_ceiling(paper):
 
 
 def test_impossible_wishes_are_one_sentence(small):
-    with pytest.raises(UserError, match="size 8, .* at least 16"):
+    with pytest.raises(UserError, match="phantom .*size 8, .* at least 16"):
         prostate.prostate(size=8)
     with pytest.raises(UserError, match="nothing negative"):
         prostate.prostate(n_test=-1)
+    with pytest.raises(UserError, match="a window and a separation above 0"):
+        prostate.lesions(window_mm=0)
     with pytest.raises(UserError, match="no label scheme 'pirads'; known: isup, gs, grade2"):
         prostate.best_auroc("pirads")
     with pytest.raises(UserError, match="rows of the phantom that have a lesion"):
         prostate.posterior(small[1], "isup")
     with pytest.raises(UserError, match="lacks size_mm, contrast, edge_mm, texture"):
         prostate.posterior(small[1][["patient"]], "isup")
+
+
+@pytest.fixture(scope="module")
+def lesions():
+    return prostate.lesions(n_unlabelled=400)
+
+
+def test_a_window_shows_its_lesion_as_the_whole_slice_does():
+    n = dict(n_unlabelled=0, n_train=40, n_val=0, n_test=0)
+    whole, table, _ = prostate.prostate(256, **n)
+    windows, same, _ = prostate.lesions(64, window_mm=16.0, separation=1.0, **n)
+    assert table.equals(same)
+    x, y = table[["x_mm", "y_mm"]].astype(float).to_numpy().T
+    left, top = (np.rint((v + 32) * 4 - 32).astype(int) for v in (x, y))  # 4 pixels per mm
+    for slice_, window, i, j in zip(whole[:, 0], windows[:, 0], left, top, strict=True):
+        cut = slice_[j : j + 64, i : i + 64].astype(float)
+        assert np.corrcoef(cut.ravel(), window.ravel().astype(float))[0, 1] > 0.85
+
+
+def test_windows_of_benign_glands_lie_at_random_points_within():
+    patients = prostate._patients(0, "unlabelled", 4_000, prostate.VIEWS["lesions"])
+    centre, level = (np.concatenate([p[key] for p in patients]) for key in ("centre", "level"))
+    anatomy_ = np.repeat([p["anatomy"] for p in patients], [len(p["z"]) for p in patients], 0)
+    a, b = np.array([anatomy.half_axes(u, v) for u, v in zip(level, anatomy_, strict=True)]).T
+    u, v = centre[:, 0] / a, (centre[:, 1] + 2) / b
+    assert np.hypot(u, v).max() <= 0.85
+    # uniform on the disc: the square of the radius and the angle are uniform
+    assert kstest((u**2 + v**2) / 0.85**2, "uniform").pvalue > 1e-3
+    assert kstest(np.arctan2(u, v) / (2 * np.pi) + 0.5, "uniform").pvalue > 1e-3
+
+
+def test_the_paper_s_test_split_is_the_first_of_the_larger_one(lesions):
+    images, table, card = lesions
+    published, rows, its = prostate.lesions_238(n_unlabelled=400)
+    assert its["counts"] == card["counts"] | {"test": 238}
+    assert np.array_equal(published, images[: len(published)])
+    assert rows.equals(table[: len(rows)])
+    assert its["identity"] != card["identity"]
+    tested = table[table["split"] == "test"]
+    assert len(tested) == 2_400
+    assert tested["patient"].nunique() >= 500
+
+
+def test_runs_tell_sets_of_other_counts_or_laws_apart():
+    small = dict(size=16, n_unlabelled=0, n_train=1, n_val=0)
+    asked = [dict(n_test=1), dict(n_test=2), dict(n_test=1, separation=2.0)]
+    told = [prostate.lesions(**small, **other)[2]["identity"] for other in asked]
+    told += [prostate.prostate(**small, n_test=n)[2]["identity"] for n in (1, 2)]
+    assert len(set(told)) == 5
+
+
+def test_nothing_but_the_lesion_gives_the_class_away(lesions):
+    """A linear model of the pixels outside of it is at chance, over patients of the test."""
+    images, table, _ = lesions
+    x = images[:, 0].astype(float)
+    axis = np.abs(np.arange(32) - 15.5) * 0.5
+    far = np.hypot(axis, axis[:, None]) > 10.5  # corners: few lesions reach there
+    small = (table["size_mm"].replace("", "99").astype(float) < 13).to_numpy()
+    known = {s: (table["split"] == s).to_numpy() & small for s in ("train", "test")}
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3))
+    model.fit(x[known["train"]][:, far], table["grade2"][known["train"]])
+    p = model.predict_proba(x[known["test"]][:, far])[:, 0]
+    rows = table[known["test"]].assign(p=p)
+    mean = rows.groupby("patient").agg(p=("p", "mean"), y=("grade2", "first"))
+    auroc = roc_auc_score(mean["y"] == model.classes_[0], mean["p"])
+    n = mean["y"].value_counts()
+    assert abs(auroc - 0.5) < 3 * np.sqrt(n.sum() / (12 * n.prod()))
+
+
+@pytest.mark.parametrize("scheme", ["isup", "grade2", "gs"])
+def test_what_a_window_shows_can_be_learnt_and_is_no_giveaway(lesions, scheme):
+    images, table, card = lesions
+    view, names = prostate.VIEWS["lesions"], card["labels"][scheme]["values"]
+    tested = table[table["split"] == "test"]
+    y = tested[scheme].map(names.index).to_numpy()
+    exact = macro_auroc(y, prostate.posterior(tested, scheme, **view))
+    assert 0.80 < prostate.best_auroc(scheme, **view) < 0.92
+    assert abs(exact - prostate.best_auroc(scheme, **view)) < 0.02
+    f = features(torch.from_numpy(images) / 127.5 - 1).numpy()
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.02, max_iter=400))
+    known = (table["split"] == "train").to_numpy()
+    model.fit(f[known], table[scheme][known].map(names.index))
+    reached = macro_auroc(y, model.predict_proba(f[(table["split"] == "test").to_numpy()]))
+    assert 0.68 < reached < exact
+
+
+def test_a_size_that_a_window_cannot_show_is_only_known_to_be_large():
+    """Bayes' rule by counting: among lesions too large to see the end of, how many are of each."""
+    rng, seen = np.random.default_rng(0), np.array([0.5, np.inf])
+    shift, share = np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([0.7, 0.3])
+    y = rng.choice(2, 400_000, p=share)
+    z = shift[y] + rng.standard_normal((len(y), 2))
+    p = law.posterior(z, shift, share, np.eye(2), seen)
+    large = z[:, 0] > 0.5
+    np.testing.assert_allclose(p[large], np.broadcast_to(p[large][0], p[large].shape))
+    assert abs(p[large][0, 1] - y[large].mean()) < 0.005
+    np.testing.assert_allclose(p[~large], law.posterior(z, shift, share, np.eye(2))[~large])
 
 
 def test_an_empty_data_set_is_possible():

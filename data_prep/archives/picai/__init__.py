@@ -5,7 +5,10 @@ The steps, each of them written to the card:
 1. lesion slices: human masks (expert, else Pooch25), or with ``--masks paper`` expert, else
    Bosma22a, the rule nearest to the paper's 2,049 slices, which no rule gives;
 2. unlabelled slices: those with gland, of patients without significant cancer in any study;
-3. a square crop around the gland, percentiles of its voxels to black and white;
+3. a square crop around the gland, percentiles of its voxels to black and white; with ``--window
+   lesion`` a smaller square around the lesion, or around a random point of the gland where there
+   is none, of the same grey levels: in 219 lesion slices of 40 studies 16 mm hold 49 % of the
+   lesions whole, 24 mm 81 %;
 4. patients divided 1,611 : 200 : 238 by images, stratified by grade.
 
 What is odd is counted in the report; studies that cannot be read stop the run (``--on-fault
@@ -33,12 +36,13 @@ from data_prep.archives.picai.labels import (
     read_mapping,
     read_marksheet,
 )
-from data_prep.archives.picai.study import Case, Settings, read_case
+from data_prep.archives.picai.study import PLACE, Case, Settings, read_case
 from data_prep.crop import HIGH, LOW
 from data_prep.staging import Fault, File, listed
 from data_prep.writer import Report, by_fraction, prepare, versions
 from hallulib import UserError
 
+WINDOW_MM = 16.0
 SHARES = {"train": 1611 / 2049, "val": 200 / 2049, "test": 238 / 2049}
 
 
@@ -46,16 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m data_prep picai``."""
     parser.epilog = (
         "example: python -m data_prep picai picai_public_images picai_labels picai_128\n"
+        "         python -m data_prep picai picai_public_images picai_labels lesions"
+        " --window lesion\n"
         "IMAGES holds picai_public_images_fold*.zip, PATIENT/PATIENT_STUDY_t2w.mha or DICOM series"
         " in folders\nProstateX-NNNN or PATIENT_STUDY, at any depth."
     )
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of the images")
     parser.add_argument("labels", type=Path, metavar="LABELS", help="clone of picai_labels")
-    plan.add_output(parser)
-    parser.set_defaults(size=128)
+    plan.add_output(parser, "128, of a --window 32")
+    parser.set_defaults(size=None)
     add = parser.add_argument
     add("--masks", choices=list(MASKS), default="human", help="lesion masks (default human)")
-    add("--spacing", type=float, default=0.5, help="mm per pixel (default 0.5)")
+    add("--spacing", type=float, help="mm per pixel (default 0.5)")
+    told = "show each slice by a window around its lesion, or a random point of a benign gland"
+    add("--window", choices=["lesion"], help=f"{told} (default: the whole gland)")
+    add("--window-mm", type=float, help=f"side of a --window in mm (default {WINDOW_MM:g})")
     add("--seed", type=int, default=0, help="of the split (default 0)")
     plan.add_fault(parser, "study")
 
@@ -66,10 +75,7 @@ def run(args: argparse.Namespace) -> Report:
     Raises:
         UserError: nothing to read, impossible settings, or a fault with ``--on-fault stop``.
     """
-    if not (0.01 <= args.spacing <= 10 and 8 <= args.size <= 1024):
-        found = f"size {args.size} and spacing {args.spacing:g}"
-        raise UserError(f"{found} are given; 8 to 1024 pixels of 0.01 to 10 mm are needed")
-    settings = Settings(args.masks, args.size, args.spacing)
+    settings = _settings(args)
     cases, notes = list_cases(args.images, args.labels, args.on_fault)
     return prepare(
         args.out,
@@ -82,6 +88,24 @@ def run(args: argparse.Namespace) -> Report:
         overwrite=args.overwrite,
         on_fault=args.on_fault,
     )
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    if args.window:
+        if args.spacing is not None:
+            raise UserError("--spacing is given with --window; --size and --window-mm tell it")
+        size = 32 if args.size is None else args.size
+        width = WINDOW_MM if args.window_mm is None else args.window_mm
+        spacing, found = width / size, f"size {size} and window {width:g} mm"
+    else:
+        if args.window_mm is not None:
+            raise UserError("--window-mm is given without --window; --window lesion is needed")
+        size = 128 if args.size is None else args.size
+        spacing = 0.5 if args.spacing is None else args.spacing
+        found = f"size {size} and spacing {spacing:g}"
+    if not (0.01 <= spacing <= 10 and 8 <= size <= 1024):
+        raise UserError(f"{found} are given; 8 to 1024 pixels of 0.01 to 10 mm are needed")
+    return Settings(args.masks, size, spacing, bool(args.window))
 
 
 def list_cases(images: Path, labels: Path, on_fault: str = "stop") -> tuple[list[Case], list[str]]:
@@ -117,14 +141,22 @@ def list_cases(images: Path, labels: Path, on_fault: str = "stop") -> tuple[list
 def card(name: str, settings: Settings, seed: int) -> dict:
     """What a reader must know of the set; every setting that changes a pixel is in the steps."""
     width = settings.size * settings.spacing
+    crop = f"crop {width:g} mm around the gland, linear to {settings.spacing:g} mm, edge repeated"
+    if settings.windows:
+        crop = (
+            f"window {width:g} mm around the centroid of the slice's largest lesion of its grade,"
+            " unlabelled around a random point of its gland seeded by the study, moved inwards at"
+            f" the border; linear to {settings.spacing:g} mm"
+        )
     steps = [
         f"lesion slices: any voxel of the {', else '.join(MASKS[settings.masks])} mask",
         "grade: highest voxel of the slice for expert masks, else case_ISUP",
         f"unlabelled: slices with gland ({', else '.join(GLANDS)}) of patients without csPCa",
         "masks at the nearest voxel in space; slices counted from feet to head",
         "DICOM: rescaled; pixel padding as background",
-        f"crop {width:g} mm around the gland, linear to {settings.spacing:g} mm, edge repeated",
-        f"percentiles {LOW:g} to {HIGH:g} of the gland's voxels (else of the crop) to 0 to 255",
+        crop,
+        f"percentiles {LOW:g} to {HIGH:g} of the gland's voxels (else of the"
+        f" {'image' if settings.windows else 'crop'}) to 0 to 255",
         f"patients divided 1611:200:238 by images, stratified by isup, seed {seed}",
     ]
     return {
@@ -136,7 +168,7 @@ def card(name: str, settings: Settings, seed: int) -> dict:
         "processing": {"steps": steps, "versions": versions("pydicom", "scipy")},
         "labels": {name: {"values": list(told), "meaning": told} for name, told in LABELS.items()},
         "unit": "patient",
-        "coordinates": ["study", "slice", "mask"],
+        "coordinates": ["study", "slice", "mask", *PLACE * settings.windows],
     }
 
 
