@@ -63,7 +63,7 @@ def render(
     width = size * -(-SMALLEST // size)
     um, brush = axis(FIELD_OF_VIEW, width), Brush(FIELD_OF_VIEW / width)
     layout, waves, noise = _random(seeds, width)
-    texture = textures(_along_fibres(waves, layout), WAVES, um, brush.pixel)
+    texture = textures(_along_fibres(waves, layout), WAVES, um[None], um[None], brush.pixel)
     shapes = glands(tiles, layout)
     stamped = _stamp(nuclei(tiles, shapes, layout), len(seeds), width, brush)
     h, e = _amounts(tiles, texture, *distance_maps(shapes, um), stamped, brush)
