@@ -198,10 +198,10 @@ def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
         path_or_name: a folder written by ``python -m data_prep``, or the name of an embedded set:
             ``"lesions"`` (windows of the prostate; ``"lesions_238"`` with the paper's count of
             test images), ``"phantom"`` (whole slices of it), ``"histology"``, or one of the entry
-            points ``hallulib.image_sets``, functions of ``size`` that give images, table and card.
+            points ``hallulib.image_sets``, functions of a ``size`` of some default that give
+            images, table and card.
         size: side in pixels; images of a folder stay memory-mapped unless it is smaller than
-            stored, and are then area-averaged; embedded sets are drawn at it
-            (64 by default, ``"lesions"`` 32).
+            stored, and are then area-averaged; embedded sets are drawn at it.
 
     Raises:
         UserError: the set is missing, damaged or inconsistent, ``size`` cannot be reached, or
