@@ -18,11 +18,8 @@ class UserError(Exception):
 
 
 def lazily(room: str, **modules: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a room, which imports a module when one of its names is asked for.
-
-    Args:
-        room: its dotted name.
-        modules: module -> the names it hands out, separated by spaces.
+    """The ``__getattr__`` of a room, a dotted name, which imports a module when one of its names
+    is asked for; ``modules`` maps a module to its names, separated by spaces.
     """
     places = {name: module for module, names in modules.items() for name in names.split()}
 

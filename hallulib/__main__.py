@@ -79,14 +79,11 @@ class Terminated(KeyboardInterrupt):
 
 
 def run(work: Callable[[], int]) -> int:
-    """Does the work of a command line, and ends in order when it is asked to end.
-
-    What was started in the background ignores Ctrl-C; SIGTERM must not leave workers or half a
-    file behind there either.
+    """Does the work of a command line, and ends in order when it is asked to end. What was started
+    in the background ignores Ctrl-C; SIGTERM must not leave workers or half a file behind there.
 
     Returns:
-        The status that the work returns, 2 after the sentence of a user's error, 130 after Ctrl-C
-        and 143 after SIGTERM.
+        The work's status, 2 after a user's error, 130 after Ctrl-C and 143 after SIGTERM.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

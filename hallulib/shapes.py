@@ -19,9 +19,8 @@ AnyImages = Float[Tensor, "_ _ _ _"]  # fewer or more than others beside them
 class seeded(TorchDispatchMode):
     """Networks that are built within, on the CPU, start at weights that the seed alone decides.
 
-    The layers of PyTorch draw from the random numbers that all threads share. Within this
-    context, those of this thread draw from a generator of their own, and get the numbers that
-    they would get after ``torch.manual_seed(seed)``; no other generator moves.
+    Within, layers of PyTorch that this thread builds draw from a generator of their own the
+    numbers that they would get after ``torch.manual_seed(seed)``; no other generator moves.
     """
 
     def __init__(self, seed: int = 0):

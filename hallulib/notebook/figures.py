@@ -87,12 +87,9 @@ def images(
 ) -> go.Figure:
     """A grid of images on one fixed scale: -1 black, 1 white, beyond that cut off.
 
-    Args:
-        x: grey or colour images in [-1, 1], read row by row.
-        titles: one for each column, or one for each image.
-        rows: one label for each row.
-        columns: images in a row; by default at most 8.
-        cell: height of an image in CSS pixels; by default as large as fits a page, at most 160.
+    The images, grey or colour, are read row by row. There is a title for each column or for each
+    image, and one label for each of the ``rows``. A row has so many ``columns``, by default at
+    most 8; a ``cell`` is so many CSS pixels high, by default as large as fits a page, at most 160.
 
     Example:
         >>> figure = images(torch.zeros(4, 1, 8, 8), titles=["a", "b"], columns=2)
@@ -131,12 +128,9 @@ def explore(view: Callable[..., go.Figure], /, **grid: Any) -> None:
 
     In a notebook the sliders are widgets that call ``view`` with any number between the ends of
     the grid. In the published page they choose among the figures of all combinations, computed
-    here; no kernel and no network are needed.
-
-    Args:
-        view: draws the figure for one value of each parameter.
-        **grid: for each parameter its values, the first shown first, or ``(label, values)`` with
-            a label for the reader that carries the unit: ``t=("time t", [0, 0.25, 0.5])``.
+    here; no kernel and no network are needed. The ``grid`` gives for each parameter its values,
+    the first shown first, or ``(label, values)`` with a label for the reader that carries the
+    unit: ``t=("time t", [0, 0.25, 0.5])``.
     """
     entries = {n: entry if isinstance(entry, tuple) else (n, entry) for n, entry in grid.items()}
     labels = {name: label for name, (label, _) in entries.items()}

@@ -82,9 +82,8 @@ class Grid(BaseModel):
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All parameters of each cell, one that occurs twice listed once.
-
-    The combinations of ``grid`` come first, its last name changing fastest, then ``cells``.
+    """All parameters of each cell, one that occurs twice listed once: the combinations of
+    ``grid``, its last name changing fastest, then ``cells``.
 
     Raises:
         UserError: the file is no grid, a name is no parameter of the chapter, or a value is
@@ -125,13 +124,11 @@ def _key(chapter: str, values: dict) -> str:
 
 
 def execute(chapter: Path, out: Path, values: dict, **options: Any) -> nbformat.NotebookNode:
-    """Execute a notebook with papermill as all chapters are: at the root of the project.
-
-    What was executed is kept in ``out``, cell by cell; the options are papermill's.
+    """Execute a notebook with papermill as all chapters are: at the root of the project. What was
+    executed is kept in ``out``, cell by cell; the options are papermill's.
 
     Raises:
-        UserError: the chapter stopped with one; its sentence, after the chapter's name. Or its
-            process was killed.
+        UserError: the chapter stopped with one, told after its name, or its process was killed.
         papermill.PapermillExecutionError: it failed otherwise.
     """
     import papermill  # it takes seconds
@@ -160,9 +157,8 @@ def execute(chapter: Path, out: Path, values: dict, **options: Any) -> nbformat.
 
 
 def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> Cell:
-    """Run one cell where this is called and write it to ``file``; ``error`` tells what failed.
-
-    The executed notebook stays beside the file if the cell failed.
+    """Run one cell where this is called and write it to ``file``; ``error`` tells what failed. The
+    executed notebook stays beside the file if the cell failed.
     """
     # papermill changes the folder of the whole process and back: with several threads in a
     # worker, none may go back to another one than the root
@@ -216,15 +212,11 @@ def run(file: Path, out: Path, *, address: str | None = None, workers: int = 2) 
     """Finish a grid: run what ``out`` does not hold yet, and yield every cell of the grid.
 
     First come the cells that were finished before, then each other one when it ends; one with an
-    ``error`` is tried again by the next call. At the end ``out`` holds the cells in the order of
-    the grid, and after them whatever else it held.
-
-    Args:
-        file: the grid.
-        out: JSON file of all cells. Until it is written those that ended lie beside it, in a
-            folder of that name with ``.cells`` in place of ``.json``.
-        address: of a dask scheduler to join, such as ``tcp://host:8786``.
-        workers: processes on this machine, where no address is given; they share its cores.
+    ``error`` is tried again by the next call. At the end ``out``, a JSON file, holds the cells in
+    the order of the grid, and after them whatever else it held. Until then those that ended lie
+    beside it, in a folder of that name with ``.cells`` in place of ``.json``. Cells run where the
+    dask scheduler at an ``address`` such as ``tcp://host:8786`` sends them, or without one in so
+    many ``workers``, processes that share the cores of this machine.
 
     Raises:
         UserError: the file is wrong, a stored cell cannot be read, or no scheduler answers.

@@ -10,12 +10,8 @@ from hallulib.storage import store
 
 
 class Ledger:
-    """The numbers that a chapter measured.
-
-    Args:
-        chapter: the name of its folder of one JSON file per number.
-        seed: of the chapter.
-        **settings: parameters of the chapter that its numbers depend on.
+    """The numbers that a chapter measured, one JSON file each in a folder of the chapter's name.
+    The ``settings`` are the parameters of the chapter that its numbers depend on.
     """
 
     def __init__(self, chapter: str, *, seed: int, **settings: object):
@@ -35,15 +31,9 @@ class Ledger:
         high: float | None = None,
         **settings: object,
     ) -> None:
-        """Write down a number; the seconds it took run from the one before.
-
-        Args:
-            name: of its file.
-            value: NaN becomes null in the file, as JSON has none.
-            n: how many things it was measured on.
-            low: end of its 95 % interval, where it has one.
-            high: the other end.
-            **settings: of this measurement alone.
+        """Write down a number in a file of its name; the seconds it took run from the one before.
+        It was measured on ``n`` things; ``low`` and ``high`` are the ends of its 95 % interval, if
+        any, the ``settings`` are of this measurement alone. NaN becomes null, as JSON has none.
         """
         ends = {"value": value, "low": low, "high": high}
         number = {end: None if v is None or v != v else float(v) for end, v in ends.items()}

@@ -29,20 +29,17 @@ Rule = type[str] | type[bool] | tuple | set | frozenset | list
 def check(namespace: Mapping[str, Any], **declared: Rule) -> None:
     """Stop the run with one sentence if a parameter is misspelt or impossible.
 
-    A kernel that JupyterLab or Binder started in the folder of its notebook is moved to the root
-    of the project, where relative paths start under papermill and ``make``.
+    The ``namespace`` is ``globals()`` of the notebook. Looked at are all names in capitals that
+    hold a plain value, and whatever papermill injected. A kernel that JupyterLab or Binder started
+    in the folder of its notebook is moved to the root of the project, where relative paths start
+    under papermill and ``make``.
 
-    A rule is one of
+    Each parameter of the chapter is ``declared`` as ``NAME=rule``, and a rule is one of
 
     * ``str`` (text that is not empty) or ``bool``;
     * ``(low, high)``, both included, ``None`` for an open end: a whole number if every end that is
       given is an ``int``, any finite number otherwise;
     * a set or list of the allowed values.
-
-    Args:
-        namespace: ``globals()`` of the notebook. Looked at are all names in capitals that hold a
-            plain value, and whatever papermill injected.
-        **declared: ``NAME=rule``, one for each parameter of the chapter.
 
     Raises:
         UserError: naming the parameter, what was found and what is allowed.
@@ -120,10 +117,8 @@ def chapters(source: Path) -> list[Path]:
 
 
 def own_values(chapter: Path) -> dict[str, Any]:
-    """Name and value of the parameters that the chapter itself sets.
-
-    Raises:
-        UserError: one is an expression, so that its value is known only when the chapter runs.
+    """Name and value of the parameters that the chapter itself sets. A `UserError` if one is an
+    expression, so that its value is known only when the chapter runs.
     """
     cells = nbformat.read(chapter, 4).cells
     source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", ())), "")
@@ -207,10 +202,8 @@ def read_yaml(file: Path) -> dict:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The plain value of a text of YAML: no alias, no tag, no name set twice.
-
-    Raises:
-        UserError: it is something else, or unreadable; ``where`` tells the user which text.
+    """The plain value of a text of YAML: no alias, no tag, no name set twice. A `UserError` if it
+    is something else, or unreadable; ``where`` tells the user which text.
 
     Example:
         >>> parse_yaml("{STEPS: 1_000, RATE: 1e-3, DATASET: 010, AT: 1:04}", "here")

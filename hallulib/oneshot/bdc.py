@@ -10,12 +10,11 @@ and :math:`\operatorname{tr}(A B) / c^2` is the squared distance covariance of t
 channels are the paired samples. As their number grows it tends to zero only if the two are
 independent, where a covariance sees no more than linear dependence.
 
-Classes are the mean of their examples, and a query belongs to the nearest of these prototypes,
+Axes before those named here are episodes, computed side by side. Classes are the mean of their
+examples, and a query belongs to the nearest of these prototypes,
 
 .. math:: p_k = \frac{\sum_i w_{ki}\, v_{ki}}{\sum_i w_{ki}}, \qquad
           P(k \mid q) \propto \exp\bigl(\beta\; \mathrm{sim}(q, p_k)\bigr)
-
-Axes before those named here are episodes, and computed side by side.
 
 Source: Székely, Rizzo & Bakirov, *Measuring and testing dependence by correlation of distances*,
 2007, doi 10.1214/009053607000000505; Xie et al., *Joint Distribution Matters: Deep Brownian
@@ -60,14 +59,12 @@ def bdc_matrix(
     scale: Float[Tensor, ""] | float | int = 1.0,
     eps: float | int = 1e-5,
 ) -> Matrices:
-    r"""The doubly centred matrix of distances between channels.
+    r"""The doubly centred matrix of distances between channels, symmetric, each row of sum zero.
 
-    They are symmetric and their rows sum to zero. The cost is :math:`O(c^2 m)` for c channels and
-    m positions, in float32 at least, also under autocast. The squared distances are multiplied by
-    ``scale``, above 0. Where two channels are equal, ``eps`` keeps the slope of the square root
-    finite, at most ``0.5 * eps ** -0.5``; 0 is exact.
-
-    Source: Xie et al. 2022, the BDC module, whose diagonal before centring is ``sqrt(eps)``, too.
+    The cost is :math:`O(c^2 m)` for c channels and m positions, in float32 at least, also under
+    autocast. The squared distances are multiplied by ``scale``, above 0. Where two channels are
+    equal, ``eps`` keeps the slope of the square root finite, at most ``0.5 * eps ** -0.5``; 0 is
+    exact. Source: Xie et al. 2022, whose diagonal before centring is ``sqrt(eps)``, too.
 
     Example:
         >>> bdc_matrix(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), eps=0)
@@ -121,9 +118,7 @@ class BDC(nn.Module):
 
     The squared distances are divided by :math:`2hw` and multiplied by a learned factor
     :math:`e^\theta` that starts at 1: the temperature of the paper, whose initial value here
-    follows the map that comes in.
-
-    Source: Xie et al. 2022, the BDC module.
+    follows the map that comes in. Source: Xie et al. 2022, the BDC module.
 
     Example:
         >>> BDC(512, reduce_to=64)(torch.rand(2, 512, 4, 4)).shape
@@ -171,9 +166,8 @@ class Mean(nn.Module):
 
 
 def prototypes(vectors: Support, weights: Weights | None = None) -> Prototypes:
-    """The mean vector of each class.
-
-    Weights are not negative and not all zero in a class; an example of weight 0 is left out.
+    """The mean vector of each class. Weights are not negative and not all zero in a class; an
+    example of weight 0 is left out.
 
     Example:
         >>> prototypes(torch.tensor([[[0.0], [4.0]]]), torch.tensor([[3.0, 1.0]]))
@@ -269,10 +263,9 @@ def build(
     metric: str = "cosine",
     seed: int = 0,
 ) -> PrototypeClassifier:
-    """A fresh classifier on a `hallulib.evidence.resnet.resnet18`.
-
-    A feature map of ``8 * width`` channels becomes what ``kind``, a name in `KINDS`, says; before
-    a matrix is taken they are reduced, to 64 for 2080 entries. The ``metric`` is one of `METRICS`.
+    """A fresh classifier on a `hallulib.evidence.resnet.resnet18`, whose feature map of
+    ``8 * width`` channels becomes what ``kind``, a name in `KINDS`, says. Before a matrix is
+    taken, channels are reduced, to 64 for 2080 entries. The ``metric`` is one of `METRICS`.
     Backbones of one seed are equal for every kind.
     """
     with seeded(seed):

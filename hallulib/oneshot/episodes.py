@@ -28,12 +28,10 @@ class TooFew(UserError):
 class Episode(NamedTuple):
     """Positions in the image set that make one task.
 
-    Attributes:
-        classes: the classes to tell apart, in the order of the card.
-        support: images to learn from; row c shows ``classes[c]``.
-        query: images to classify, each once, class by class.
-        answers: the positions of the queries' classes in ``classes``.
-        spare: other real images of each class, for an oracle.
+    Row c of ``support``, the images to learn from, shows ``classes[c]``; classes are in the order
+    of the card. Those of ``query`` are to be classified, each once, class by class, and
+    ``answers`` are the positions of their classes in ``classes``. ``spare`` are other real images
+    of each class, for an oracle.
     """
 
     classes: tuple[str, ...]
@@ -82,11 +80,8 @@ class Episodes:
         split: whose images are used; positions nevertheless refer to all of ``images``.
         n_way: classes per episode, at least 2; all of the scheme unless given. Fewer are drawn
             anew for each episode, from those with enough patients.
-        k_shot: support images per class.
-        n_query: queries per class.
-        n_spare: spare images per class.
-        share_patients: deal images as if each came from a patient of its own: the leak that
-            makes results too good.
+        k_shot, n_query, n_spare: support, query and spare images per class.
+        share_patients: deal images as if each had its own patient, a leak that flatters results.
 
     Attributes:
         classes: the classes that episodes draw from, in the order of the card.

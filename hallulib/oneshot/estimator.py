@@ -7,8 +7,7 @@ hallucinates more of each class, and the prototypes
 
 answer for any number of queries.
 
-Source:
-    Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024.
+Source: Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024.
 """
 
 from dataclasses import dataclass, field
@@ -61,13 +60,11 @@ class OneShotClassifier(ImageClassifier):
     n_hallucinated: Count = 2
 
     def fit(self, X, y) -> "OneShotClassifier":
-        """Learn the support, one image of each class at least, and make more of it.
-
-        Classes that the generator knows by name keep what the joint training taught it of them.
+        """Learn the support, one image of each class at least, and make more of it. Classes that
+        the generator knows by name keep what the joint training taught it of them.
 
         Raises:
-            UserError: the folder is no finished joint training of a score model, or the images
-                are of another size.
+            UserError: no finished joint training of a score model, or images of another size.
             ValueError: scikit-learn's own checks of X and y.
         """
         x, position = self._first(X, y)

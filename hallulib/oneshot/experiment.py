@@ -44,33 +44,26 @@ Measurement = tuple[dict[str, Method], Source]  # the columns that share a sourc
 class Trial:
     """All settings of the experiment but the images, so that two runs with equal ones are equal.
 
+    An unknown name or an impossible number raises a `UserError`.
+
     Attributes:
         train_scheme: label column of the training episodes.
-        test_scheme: of the validation and test episodes; the same is the paper's *coarse* task,
-            a coarser one (train on Gleason scores, test on ISUP grades) its *fine* task.
+        test_scheme: of the validation and test episodes; the same is the paper's *coarse* task, a
+            coarser one (train on Gleason scores, test on ISUP grades) its *fine* task.
         n_way, k_shot, n_query: of every episode; fewer ways than classes draws classes.
         n_spare: real images kept aside for the oracle.
-        counts: numbers of extra supports; each has a classifier trained with as many, and 0
-            is the baseline.
+        counts: numbers of extra supports, each with a classifier trained so; 0 is the baseline.
         generator: where extra supports come from: ``"score_model"``, or one of the controls.
-        pretraining: steps of the score model's pretraining.
-        pretraining_width: of its network.
+        pretraining, pretraining_width: steps and network width of the score model's pretraining.
         forget: forget the class vectors of the pretraining, as if it had seen no labels.
-        pool: images per class that are made once and drawn from, where the recipe allows; 0
-            makes the supports of every episode anew.
-        kind, metric, width, reduce_to: of the classifiers, see
-            :func:`hallulib.oneshot.bdc.build`.
-        steps: training episodes.
-        decays: parts of them after which the learning rate is divided by 10.
-        per_epoch: episodes between two validations.
-        n_validation: validation episodes.
-        n_episodes: test episodes.
+        pool: images per class, made once and drawn from where the recipe allows; 0 makes the
+            supports of every episode anew.
+        kind, metric, width, reduce_to: of the classifiers, see `hallulib.oneshot.bdc.build`.
+        steps, n_validation, n_episodes: training, validation and test episodes.
+        decays: parts of the steps after which the learning rate is divided by 10.
+        per_epoch: training episodes between two validations.
         seed: of everything but the pretraining, which many trials share.
-        recipe: how supports are hallucinated.
-        fit: how classifiers learn.
-
-    Raises:
-        UserError: an unknown name or an impossible number.
+        recipe, fit: how supports are hallucinated, and how classifiers learn.
     """
 
     train_scheme: str
@@ -112,10 +105,8 @@ class Trial:
             )
 
     def episodes(self, images: ImageSet, split: str) -> Episodes:
-        """The episodes of a split: the same for every trial with the same task and seed.
-
-        Raises:
-            UserError: the split does not have what the episodes need.
+        """The episodes of a split, the same for every trial with the same task and seed; a
+        `UserError` if the split does not have what they need.
         """
         scheme = self.train_scheme if split == "train" else self.test_scheme
         deal = {name: getattr(self, name) for name in ("n_way", "k_shot", "n_query", "n_spare")}
@@ -128,10 +119,8 @@ class Trial:
 
     @classmethod
     def of(cls, told: dict[str, object]) -> "Trial":
-        """The trial of a run that was told these settings and else the defaults.
-
-        Raises:
-            UserError: a setting is unknown, or a value impossible.
+        """The trial of a run that was told these settings and else the defaults; a `UserError` if
+        a setting is unknown, or a value impossible.
         """
         own = {k: v for k, v in told.items() if k.split(".")[0] not in ("data", "size")}
         return vary(cls("", ""), own)
@@ -139,14 +128,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left.
+    """What a run of a ``trial`` left.
 
-    Attributes:
-        trial: its settings.
-        folder: with ``run.json``, ``losses.csv``, ``auroc.csv`` and the weights in half precision.
-        auroc: one row per test episode, one column per method; ``"baseline"`` is one.
-        source: the generator as it was measured.
-        classifiers: number of extra supports -> classifier.
+    The ``folder`` has ``run.json``, ``losses.csv``, ``auroc.csv`` and the weights in half
+    precision; ``auroc`` has one row per test episode and one column per method, of which
+    ``"baseline"`` is one. ``source`` is the generator as it was measured, ``classifiers`` are by
+    number of extra supports.
     """
 
     trial: Trial
@@ -179,11 +166,7 @@ def run(images: ImageSet, trial: Trial, *, from_scratch: bool = False) -> Result
 
 
 def check_served(images: ImageSet, trial: Trial) -> None:
-    """Refuses a trial whose episodes some split cannot serve, and says what it could serve.
-
-    Raises:
-        UserError: the image set does not have what the episodes need.
-    """
+    """Raises a `UserError`, which says what could be served, if a split cannot serve a trial."""
     fault = _too_few(images, trial)
     if fault is None:
         return
@@ -236,10 +219,9 @@ def _do(images: ImageSet, trial: Trial, folder: Path) -> None:
 def start(
     images: ImageSet, trial: Trial, *, pretrained: bool = True
 ) -> tuple[Source, Classifiers]:
-    """The generator and the classifiers of a trial before the joint training.
-
-    A score model is the ``pretrained`` one, which is trained now if it is not there, or has random
-    weights, to be replaced by those of a finished run.
+    """The generator and the classifiers of a trial before the joint training. A score model is the
+    ``pretrained`` one, which is trained now if it is not there, or has random weights, to be
+    replaced by those of a finished run.
 
     Raises:
         UserError: the image set has no such label column, or a setting is impossible.
@@ -343,13 +325,11 @@ def _halved(name: str, tensor: Tensor) -> Tensor:
 def load(
     folder: Path, names: tuple[str, ...], device: str
 ) -> tuple[Trial, Hallucinator, Classifiers]:
-    """What a joint training left, its generator ready for classes of these names.
-
-    Those it knows keep what the joint training taught it of them.
+    """What a joint training left, its generator ready for classes of these names; those it knows
+    keep what the joint training taught it of them.
 
     Raises:
-        UserError: the folder is not one of a finished `run`, or its supports came from no score
-            model.
+        UserError: no folder of a finished `run`, or supports that came from no score model.
     """
     if not all((folder / file).exists() for file in (store.CARD, GENERATOR)):
         raise UserError(

@@ -43,10 +43,8 @@ class Source(Stateful):
     per_class = True  # the images of a class depend on its own support alone: see `evaluate`
 
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
-        """``n`` more images of each class, in [-1, 1]; the first do not depend on ``n``.
-
-        Raises:
-            UserError: it has not so many images of a class, or does not know the class.
+        """``n`` more images of each class, in [-1, 1]; the first do not depend on ``n``. A
+        `UserError` if it has not so many of a class, or does not know the class.
         """
         raise NotImplementedError
 
@@ -124,20 +122,17 @@ def control(name: str, images: ImageSet, scheme: str) -> Source:
 class Recipe:
     """How supports are hallucinated: the choices that the paper leaves open.
 
+    An unknown name or an impossible number raises a `UserError`.
+
     Attributes:
         adapt: weights that learn: ``"all"``, or the ``"classes"`` vectors alone.
         adapt_steps: Adam's steps per episode, at test too; 0 keeps the generator as it is.
         lr: of Adam; the paper's "20^-4" is read as 2e-4.
         copies: noised copies of each support image in such a step.
         p_uncond: chance that the class is dropped there, which guidance needs.
-        guidance_scale: see :func:`hallulib.diffusion.score.guided`; 1 is plain conditional
-            sampling.
+        guidance_scale: see `hallulib.diffusion.score.guided`; 1 is plain conditional sampling.
         start_time: 1 generates from noise, less from the support noised to that time.
-        sampler: a name in :data:`hallulib.diffusion.sample.SAMPLERS`.
-        sampler_steps: of the sampler.
-
-    Raises:
-        UserError: an unknown name or an impossible number.
+        sampler, sampler_steps: a name in `hallulib.diffusion.sample.SAMPLERS`, and its steps.
     """
 
     adapt: Annotated[str, one_of(ADAPTS)] = "all"
@@ -166,10 +161,8 @@ class Hallucinator(Source):
         self.per_class = recipe.adapt_steps == 0
 
     def adapt(self, episode: Episode, support: Shots, seed: int) -> Float[Tensor, ""]:
-        """Steps on the support alone; the denoising loss before the last one, nan without steps.
-
-        Raises:
-            UserError: a class that the model does not know.
+        """Steps on the support alone; the denoising loss before the last one, nan without steps. A
+        `UserError` for a class that the model does not know.
         """
         y, copies = self._classes(episode), self.recipe.copies
         loss, rng = torch.tensor(torch.nan), torch.Generator(y.device).manual_seed(seed)
@@ -184,10 +177,8 @@ class Hallucinator(Source):
 
     @torch.no_grad()
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
-        """Images of each class, hallucinated by the present weights.
-
-        The first images do not depend on ``n`` with ``heun`` and ``dpm_solver``, on a CPU; the
-        other samplers draw noise for all images on the way.
+        """Images of each class, hallucinated by the present weights. The first do not depend on
+        ``n`` with ``heun`` and ``dpm_solver``, on a CPU; the others draw noise for all on the way.
         """
         recipe, starts = self.recipe, None
         if recipe.start_time < 1:
@@ -224,10 +215,9 @@ class Hallucinator(Source):
 
 
 class Pool(Source):
-    """Draws from images that a hallucinator makes once, when they are first needed.
-
-    Where episodes are not learnt and images start from noise, hallucinations of all episodes are
-    independent draws from one law for each class, so thousands of them can share ``size`` a class.
+    """Draws from images that a hallucinator makes once, when they are first needed. Where episodes
+    are not learnt and images start from noise, hallucinations of all episodes are independent
+    draws from one law for each class, so thousands of them can share ``size`` a class.
     """
 
     def __init__(self, hallucinator: Hallucinator, size: int, seed: int = 0):

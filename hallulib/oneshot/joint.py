@@ -8,8 +8,7 @@ forms prototypes from the real support and the first n of these images, and lowe
           {k_\text{shot} + n w}.
 
 Nothing flows back from the classifiers into the generator, so the baseline (n = 0) and all other
-n share one generator and the same episodes. `evaluate` asks several classifiers about the same
-test episodes, with the same extra supports.
+n share one generator and the same episodes.
 
 F is the AUC margin loss of each class against the rest, so that every class weighs the same. The
 AUROC of class c is the chance that one of its images scores above another image. Its smooth
@@ -22,8 +21,7 @@ Written as a saddle point it needs no pairs,
         + 2 \alpha\,(m + \mathrm{E}_-[h] - \mathrm{E}_+[h]) - \alpha^2,
 
 minimal in the network, a and b, maximal in :math:`\alpha \ge 0`; then a and b are the means of
-the two sides and :math:`\alpha = [m + \mathrm{E}_-[h] - \mathrm{E}_+[h]]_+`. LibAUC's `pesg` is
-the optimiser that descends and ascends.
+the two sides and :math:`\alpha = [m + \mathrm{E}_-[h] - \mathrm{E}_+[h]]_+`.
 
 Source: Pachetti & Colantonio, *Hallucinating for Diagnosing*, 2024; Yuan et al., *Large-scale
 Robust Deep AUC Maximization*, 2021. https://arxiv.org/abs/2012.03173
@@ -63,7 +61,7 @@ PerClass = Float[Tensor, " n_classes"]
 
 @dataclass(frozen=True)
 class Fit:
-    """How classifiers learn.
+    """How classifiers learn; an unknown name or an impossible number raises a `UserError`.
 
     Attributes:
         loss: ``"aucm"``, the AUC margin loss with LibAUC's PESG, or ``"cross_entropy"`` with Adam.
@@ -74,9 +72,6 @@ class Fit:
             PESG, ``"running"``, which at small learning rates takes thousands of episodes.
         margin: of that loss, on probabilities.
         weight: of a hallucinated image in a prototype, where a real one has 1.
-
-    Raises:
-        UserError: an unknown name or an impossible number.
     """
 
     loss: Annotated[str, one_of(("aucm", "cross_entropy"))] = "aucm"
@@ -96,7 +91,6 @@ class AUCMarginLoss:
 
     Positives should score above negatives by the ``margin``; ``a`` and ``b`` are running means of
     the two sides. It is no module: the optimiser, which lowers parameters, would lower alpha too.
-
     Source: Yuan et al. 2021, without the class prior (version 2 of LibAUC, whose multi-label loss
     on one-hot labels is the same up to rounding).
     """
@@ -106,9 +100,8 @@ class AUCMarginLoss:
         self.a, self.b, self.alpha = (torch.zeros(n_classes, requires_grad=True) for _ in range(3))
 
     def __call__(self, scores: Scores, y: Labels) -> Float[Tensor, ""]:
-        """The loss of one batch; it may be negative before a, b and alpha have settled.
-
-        Two classes at least are needed; one that is absent contributes nothing.
+        """The loss of one batch; it may be negative before a, b and alpha have settled. Two
+        classes at least are needed; one that is absent contributes nothing.
         """
         scores = at_least_float32(scores)
         plus, minus = _means(scores, y)
@@ -119,10 +112,9 @@ class AUCMarginLoss:
 
     @torch.no_grad()
     def settle(self, scores: Scores, y: Labels) -> None:
-        """Set a, b and alpha to their best values for these scores, before `pesg`.
-
-        From zero, alpha takes some 1 / (2 lr) steps to get near: five thousand at 1e-4. Until
-        then the loss draws the scores together and hardly ranks them.
+        """Set a, b and alpha to their best values for these scores, before `pesg`. From zero,
+        alpha takes some 1 / (2 lr) steps to get near: five thousand at 1e-4, in which the loss
+        draws the scores together and hardly ranks them.
         """
         plus, minus = _means(at_least_float32(scores), y)
         self.a.copy_(plus)
@@ -202,10 +194,8 @@ class PESGState:
         return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take on what `state_dict` gave, as if the run had not been left.
-
-        Raises:
-            KeyError, RuntimeError: the tensors are of another model or other settings.
+        """Take on what `state_dict` gave, as if the run had not been left; a KeyError or
+        RuntimeError if the tensors are of another model or other settings.
         """
         pesg = self.optimizer
         for name, own in self.state_dict().items():
@@ -317,10 +307,8 @@ def evaluate(
     All methods see the same episodes and the first n of the same extra supports; ``weight`` is
     that of an extra support in a prototype. What the source learns from an episode is undone after
     it. Episodes are made and embedded ``EPISODES_AT_ONCE`` together where the source allows;
-    ``first`` of them, a multiple of that, are done already. All processes get all results.
-
-    To ``permute`` the answers is a control that must come out at 0.5: the mean over ``SHUFFLES``
-    orders of the answers of each episode.
+    ``first`` of them, a multiple of that, are done already. All processes get all results. To
+    ``permute`` the answers is a control that must give 0.5: the mean over ``SHUFFLES`` orders.
 
     Yields:
         AUROC of the next episodes, one column for each method. That of an episode depends on the
@@ -436,7 +424,6 @@ class State(checkpoint.Stateful):
 
 def episode(state: State, images: ImageSet, task: Episode, seed: int) -> None:
     """One training episode: the source learns it and makes images, each classifier takes a step.
-
     Its losses become a row of the state's.
     """
     support, query = pictures(images, task, state.losses.device)
@@ -477,8 +464,7 @@ def meta_train(
     ``settings``, all else that the run depends on and JSON can hold, others do not resume it.
 
     Raises:
-        UserError: a support image or a loss that is not finite, a damaged checkpoint or one of
-            other settings.
+        UserError: an image or loss that is not finite, a checkpoint damaged or of other settings.
     """
     settings = (settings or {}) | {"steps": steps, "per_epoch": per_epoch, "seed": seed}
     settings |= {"fit": asdict(fit), "decays": list(decays), "n_validation": n_validation}

@@ -72,10 +72,8 @@ def pack(parts: Parts) -> Tensors:
 
 
 def restore(parts: Parts, tensors: Tensors) -> None:
-    """Gives parts back what `pack` made of them.
-
-    Raises:
-        KeyError, RuntimeError, ValueError: the tensors are of other parts.
+    """Gives parts back what `pack` made of them; a KeyError, RuntimeError or ValueError if the
+    tensors are of other parts.
     """
     for name, part in parts.items():
         if isinstance(part, Tensor):
@@ -130,10 +128,8 @@ def _load_moments(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
 
 
 def write(folder: Path, tensors: Tensors, step: int, settings: dict, log: dict[str, list]) -> None:
-    """Write a checkpoint and the log of the run, which of several processes the main one does.
-
-    Raises:
-        UserError: they cannot be written; the checkpoint before is still there.
+    """Write a checkpoint and the log of the run, which of several processes the main one does. A
+    `UserError` if they cannot be written; the checkpoint before is still there.
     """
     if not parallel.is_main():
         return
@@ -147,10 +143,8 @@ def write(folder: Path, tensors: Tensors, step: int, settings: dict, log: dict[s
 
 
 def read(folder: Path, settings: dict) -> tuple[Tensors, int] | None:
-    """The tensors and the step of a checkpoint; ``None`` where there is none.
-
-    Raises:
-        UserError: the file is damaged, or was written with other settings.
+    """The tensors and the step of a checkpoint; ``None`` where there is none. A `UserError` if the
+    file is damaged, or was written with other settings.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -172,10 +166,8 @@ def read(folder: Path, settings: dict) -> tuple[Tensors, int] | None:
 
 
 def resume(state: Stateful, folder: Path, settings: dict) -> None:
-    """Let a fresh state take on the checkpoint of its run, if there is one.
-
-    Raises:
-        UserError: as `read`, or the tensors are those of another model.
+    """Let a fresh state take on the checkpoint of its run, if there is one. A `UserError` as by
+    `read`, or if the tensors are those of another model.
     """
     found = read(folder, settings)
     parallel.wait()  # none writes the next one before all have read this one

@@ -25,11 +25,7 @@ class CannotWrite(UserError):
 
 @contextlib.contextmanager
 def writing(where: Path) -> Iterator[None]:
-    """Turn a failure to write into one sentence that begins with ``where``.
-
-    Raises:
-        CannotWrite: it was not written.
-    """
+    """Turn a failure to write into a `CannotWrite`, one sentence that begins with ``where``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -45,9 +41,7 @@ def writing(where: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name to write a file under; once that is done, it is renamed to ``path`` in one step.
-
-    Raises:
-        CannotWrite: what was at ``path`` before still is.
+    After a `CannotWrite`, what was at ``path`` before still is.
     """
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
@@ -67,9 +61,7 @@ def whole_files(folder: Path, last: str = "") -> Iterator[Path]:
 
     For what libraries write, which make further files of their own while they do. A file without
     which the others are not read goes first and comes ``last``: none reads old among new ones.
-
-    Raises:
-        CannotWrite: a file that was in ``folder`` before is still whole.
+    After a `CannotWrite`, a file that was in ``folder`` before is still whole.
     """
     folder, partial = Path(folder), Path(folder) / PARTIAL
     with writing(folder):
@@ -114,11 +106,7 @@ def _sha256(path: Path) -> str:
 
 
 def drop(file: Path) -> None:
-    """Remove a file if it is there.
-
-    Raises:
-        CannotWrite: it is, and cannot be removed.
-    """
+    """Remove a file if it is there; a `CannotWrite` if it cannot be removed."""
     if file.exists():  # asked first: a disk that is read-only refuses to remove nothing, too
         with writing(file):
             file.unlink(missing_ok=True)

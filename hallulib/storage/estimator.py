@@ -41,12 +41,9 @@ class ImageEstimator(BaseEstimator):
 
     Images may come as rows ``(n, channels * side * side)``, as ``(n, side, side)`` or as
     ``(n, channels, side, side)``, in an array, a tensor, a list or a table. Whole numbers of any
-    type are grey levels, 0 black to 255 white; other numbers are in [-1, 1].
-
-    Args:
-        channels: of images that come as rows.
-        device: a GPU if there is one.
-        random_state: of everything, a whole number.
+    type are grey levels, 0 black to 255 white; other numbers are in [-1, 1]. ``channels`` are
+    those of images that come as rows, ``device`` is a GPU if there is one, and the
+    ``random_state``, a whole number, seeds all.
 
     Attributes:
         keeps: what an estimator keeps besides numbers, tables and arrays: attribute -> its
@@ -141,9 +138,8 @@ class ImageEstimator(BaseEstimator):
         return device
 
     def save(self, folder: Path | str) -> None:
-        """Write the fitted estimator: JSON, safetensors and folders of networks, no pickle.
-
-        What the folder holds stays readable until it is replaced, in one step, as a whole.
+        """Write the fitted estimator: JSON, safetensors and folders of networks, no pickle. What
+        the folder holds stays readable until it is replaced, in one step, as a whole.
 
         Raises:
             NotFittedError: it is not fitted.
@@ -169,11 +165,7 @@ class ImageEstimator(BaseEstimator):
 
     @classmethod
     def load(cls, folder: Path | str, **parameters: object) -> "ImageEstimator":
-        """Read what `save` wrote.
-
-        Args:
-            folder: of `save`.
-            parameters: in place of those that were saved, as ``device="cpu"``.
+        """Read what `save` wrote, but for ``parameters`` given here, such as ``device="cpu"``.
 
         Raises:
             UserError: there is no such estimator, or a file of it has changed.

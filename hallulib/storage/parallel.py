@@ -64,9 +64,8 @@ def alone() -> Iterator[None]:
 
 
 def share(n: int) -> tuple[slice, float]:
-    """The rows of a batch of n that are this process's, and how much their mean counts.
-
-    Where there are fewer rows than processes, each takes them all.
+    """The rows of a batch of n that are this process's, and how much their mean counts. Where
+    there are fewer rows than processes, each takes them all.
 
     Example:
         >>> share(8)
@@ -81,10 +80,8 @@ def share(n: int) -> tuple[slice, float]:
 def combine(
     weights: Iterable[Tensor], loss: Float[Tensor, "*terms"], counts: float
 ) -> Float[Tensor, "*terms"]:
-    """Make the gradients of one share those of the whole batch, in place.
-
-    Weights are the same on every process; the loss holds means over the share, which counts as
-    `share` says. That of the whole batch is given, without its graph.
+    """Make the gradients of one share those of the whole batch, in place, and give the loss of
+    that, without graph. The loss of the share holds means over it, and it counts as `share` says.
     """
     if processes() == 1:
         return loss.detach()

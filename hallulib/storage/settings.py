@@ -54,10 +54,8 @@ NEEDED = {
 def check(settings: Any) -> None:
     """Refuse settings that are not of the kinds that their class declares.
 
+    A dataclass or any object with annotated attributes will do, and may hold NumPy's numbers.
     Nothing is converted: ``"2"``, ``True`` and ``2.5`` are no whole numbers, infinity no number.
-
-    Args:
-        settings: a dataclass, or any object with annotated attributes; may hold NumPy's numbers.
 
     Raises:
         UserError: naming the first that is not, what it is and what is needed.
@@ -92,11 +90,10 @@ def _kinds(settings: type) -> type[BaseModel]:
 def vary(standard: Settings, changes: Mapping[str, object] | str) -> Settings:
     """The same settings with other values of some, of those held within them too.
 
-    Args:
-        standard: a dataclass, which may hold others, as `Trial` holds its recipe and its fit.
-        changes: name -> value, or a text as below (a colon does as well); ``"nothing"`` changes
-            nothing. Of two settings of one name the last held is meant; ``recipe.lr`` names the
-            part as well.
+    The ``standard`` is a dataclass, which may hold others, as `Trial` holds its recipe and its
+    fit. The ``changes`` are name -> value, or a text as below (a colon does as well);
+    ``"nothing"`` changes nothing. Of two settings of one name the last held is meant;
+    ``recipe.lr`` names the part as well.
 
     Raises:
         UserError: an unknown name, a value of the wrong kind, or settings that do not go together.

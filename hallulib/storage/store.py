@@ -86,8 +86,7 @@ def load_or_train(
         settings: everything the result depends on; what JSON can hold.
 
     Raises:
-        UserError: a file of the found run differs from its checksum, or the folder of the runs
-            cannot be written.
+        UserError: a file of the found run has changed, or the folder of runs cannot be written.
     """
     name = re.sub(r"[^\w-]+", "-", name)  # a name may come from a data set: it stays one folder
     usual = defaults_of(defaults) if defaults else {}
@@ -138,15 +137,9 @@ def kept(
     steps: int,
     **settings: Any,
 ) -> Path:
-    """As `load_or_train`, of a training loop, whose steps are one of the settings.
-
-    Args:
-        name: of the model.
-        start: the loop, which keeps its checkpoint in the folder.
-        save: writes what is kept of the last state into the folder.
-        told: what the bar says.
-        steps: of the whole run.
-        settings: the others, and what else `load_or_train` takes.
+    """As `load_or_train`, of a training loop, whose steps are one of the settings: ``start`` gives
+    the loop, which keeps its checkpoint in the folder, ``save`` writes what is kept of its last
+    state there, and ``told`` is what the bar says.
     """
 
     def train(folder: Path, **_) -> None:
@@ -158,13 +151,9 @@ def kept(
 
 
 def finished(loop: Iterator[State], steps: int, told: str, show: bool = True) -> State:
-    """The last state of a training loop, which a bar follows on the main process.
-
-    Args:
-        loop: yields its state after each step, and at least once.
-        steps: of the whole run, not of what a checkpoint left of it.
-        told: what the bar says.
-        show: draw the bar.
+    """The last state of a training loop, which yields it after each step, and at least once. Where
+    ``show`` is true, a bar that says ``told`` follows it on the main process; ``steps`` are those
+    of the whole run, not of what a checkpoint left of it.
     """
     first, hidden = next(loop), not (show and parallel.is_main())
     bar = tqdm(loop, told, steps, initial=first.step, disable=hidden)
@@ -208,7 +197,6 @@ def _flat(settings: Settings) -> dict[str, Any]:
 
 def told(of: Settings, defaults: Settings, asked: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Settings on a card that differ from the defaults: today's, and its own where those went.
-
     Settings that are ``asked`` for are none that went.
     """
     settings = _flat(of["settings"])
@@ -241,10 +229,8 @@ def finish(
 
 
 def is_finished(folder: Path, settings: Settings, defaults: Mapping[str, Any] = {}) -> bool:
-    """Whether a folder holds a finished run with these settings, its files intact.
-
-    Raises:
-        UserError: the settings agree but a file is missing or changed, or its card is none.
+    """Whether a folder holds a finished run with these settings, its files intact. A `UserError`
+    if the settings agree but a file is missing or changed, or if its card is none.
     """
     if not (folder / CARD).exists():
         return False
@@ -256,9 +242,7 @@ def is_finished(folder: Path, settings: Settings, defaults: Mapping[str, Any] = 
 
 def card(folder: Path, intact: bool = True) -> dict[str, Any]:
     """The card of a finished run, whose files have to be what it wrote unless ``intact`` is false.
-
-    Raises:
-        UserError: it is no card, or a file is missing or changed.
+    A `UserError` if it is no card, or a file is missing or changed.
     """
     try:
         found = json.loads((folder / CARD).read_text())
