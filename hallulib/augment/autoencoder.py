@@ -6,8 +6,7 @@ with the mean :math:`m` and the scale :math:`\kappa = 1/\mathrm{std}` of the lat
 training images, so that a diffusion made for images of unit variance suits the latents too. Both
 are kept in the stock configuration (``shift_factor``, ``scaling_factor``) beside the weights.
 
-It learns to keep pixels and edges (`sharpness`). No trained network is asked what looks right, in
-contrast to a perceptual loss, and no adversary.
+It learns to keep pixels and edges (`sharpness`), without perceptual loss or adversary.
 
 Source: Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models*, 2022,
 sections 3.1 and 4.3.2 (rescaling), appendix G (terms), https://arxiv.org/abs/2112.10752; the
@@ -70,10 +69,8 @@ class Autoencoder(nn.Module):
     def standardise(self, images: Images) -> "Autoencoder":
         """Set shift and scale so that latents of these images have mean 0 and variance 1.
 
-        Of more than a thousand images every second, third ... is asked.
-
-        Raises:
-            UserError: the network answers the same to all of them, or no number.
+        Of more than a thousand images every second, third ... is asked. Latents that do not
+        differ, or are no numbers, are a `UserError`.
         """
         self.kl.register_to_config(scaling_factor=1.0, shift_factor=0.0)
         z = self.encode(images[:: max(1, len(images) // 1000)]).double()
@@ -91,11 +88,9 @@ def build(
 ) -> Autoencoder:
     """A fresh autoencoder for square images.
 
-    A latent position has ``factor`` pixels along each side. There are ``width`` channels, a
-    multiple of 8, at full resolution (128 in the paper), and twice as many below.
-
-    Raises:
-        UserError: a factor that is no power of 2 or does not divide the size.
+    A latent position has ``factor`` pixels along each side, a power of 2 that divides the size
+    (else a `UserError`). There are ``width`` channels, a multiple of 8, at full resolution (128 in
+    the paper), and twice as many below.
     """
     levels = factor.bit_length()
     if factor != 2 ** (levels - 1) or size % factor:
@@ -190,10 +185,7 @@ def train(
     rate falls from ``lr`` to 0 along a cosine.
 
     The model must be on the images' device and made for their size. The checkpoint in ``folder``
-    is resumed, see :func:`hallulib.storage.checkpoint.loop`.
-
-    Raises:
-        UserError: a checkpoint of other settings.
+    is resumed, see :func:`hallulib.storage.checkpoint.loop`; another run's is a `UserError`.
     """
     model.train().to(memory_format=torch.channels_last)
     device = images.device

@@ -14,8 +14,7 @@ unselected      classical, and synthetic images drawn at random from all that we
 selected        classical, and as many admitted by :mod:`hallulib.augment.selection`
 ==============  ===========================================================================
 
-Source:
-    Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023.
+Source: Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023.
 """
 
 import math
@@ -57,31 +56,25 @@ SCORES, VERDICTS, SYNTHETIC = "scores.csv", "verdicts.csv", "synthetic.safetenso
 
 @dataclass(frozen=True)
 class Trial:
-    """All settings of the experiment but the images.
+    """All settings of the experiment but the images; a `UserError` for an impossible one.
 
     Attributes:
         scheme: label column.
         share: of the labels of the split ``train`` that are kept in a fold.
         folds: draws of those labels, each with networks of its own.
-        encoding: steps of the autoencoder.
+        encoding, encoder_width: steps of the autoencoder, and width of its first block.
         factor: pixels along each side of a position of its latents: 4 as in the paper suits 64
             pixels and more; of 32 pixels it leaves too little for nuclei to be told apart.
-        pretraining: steps of the score model of its latents.
-        width: of that score model.
-        encoder_width: of the first block of the autoencoder.
+        pretraining, width: steps of the score model of its latents, and its width.
         steering: steps of the noise-aware classifier, with the labels.
         gradient_scale: of its gradient; the paper takes 10.
         sampler, sampler_steps: see :func:`hallulib.diffusion.sample.draw`.
         ratio: synthetic images learnt from, for each labelled real one.
         candidates: synthetic images made for each one that is learnt from.
         confidence: least probability of its class, see :mod:`hallulib.augment.selection`.
-        resnet_steps: of every ResNet-18.
-        resnet_width: of its first block.
+        resnet_steps, resnet_width: of every ResNet-18 and of its first block.
         n_test: test images, at most; classes keep their shares.
         seed: of everything random; fold i adds i.
-
-    Raises:
-        UserError: an impossible number or name.
     """
 
     scheme: str
@@ -200,11 +193,8 @@ def judged(
 ) -> tuple[nn.Module, AnyImages, pd.DataFrame]:
     """Synthetic images, and what a network trained on the labelled ones says of them.
 
-    Arguments are as of `synthesise` and :class:`hallulib.augment.selection.FeatureSpace`.
-
-    Returns:
-        The network, the images, and one row for each, see
-        :meth:`hallulib.augment.selection.FeatureSpace.judge`.
+    Arguments are as of `synthesise` and :class:`hallulib.augment.selection.FeatureSpace`. Given
+    are the network, the images and, for each of these, the row of ``FeatureSpace.judge``.
     """
     judge = _network(trial, x, y, seed, "classical")
     n = per_class(trial.ratio, len(x), int(y.max()) + 1) * trial.candidates
@@ -255,8 +245,7 @@ class SyntheticAugmenter(ImageEstimator):
 
     Attributes:
         classes_: the labels, sorted.
-        synthetic_: images that were made, (n, channels, side, side) in [-1, 1].
-        labels_: the class each was made for.
+        synthetic_, labels_: images made, (n, channels, side, side) in [-1, 1], and their classes.
         verdicts_: one row for each, see :meth:`hallulib.augment.selection.FeatureSpace.judge`.
 
     Example:
@@ -361,16 +350,13 @@ def run(
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Scores of every arm in every fold, found by the settings or measured now.
 
-    Each fold is a run of its own: an interrupted experiment goes on with the fold it was in.
-
-    Returns:
-        One row per fold and test image: ``fold``, ``patient``, ``label`` (index of the class),
-        and for each arm and class ``<arm> <class>``, the probability; and the folders of the
-        folds, with ``verdicts.csv`` (one row per synthetic image) and the images beside it.
+    Each fold is a run of its own: an interrupted experiment goes on with the fold it was in. The
+    table has one row per fold and test image: ``fold``, ``patient``, ``label`` (index of the
+    class), and for each arm and class ``<arm> <class>``, the probability. The folders are those of
+    the folds, with ``verdicts.csv`` (one row per synthetic image) and the images in them.
 
     Raises:
-        UserError: a split is empty, fewer than two classes, a class with fewer than two images,
-            or no synthetic image was admitted.
+        UserError: an empty split, fewer than two classes or images of one, or none admitted.
     """
     prior = pretrained(images, trial, from_scratch)
     scores, folders = [], []

@@ -36,7 +36,8 @@ class FeatureSpace:
     """What a network of :func:`hallulib.evidence.resnet.train_resnet` makes of an image.
 
     ``centroids`` are the mean normalised features of each class, ``images`` the real ones, which
-    must not be copied; nearer to one than ``copy_distance`` (root mean square) is a copy.
+    must not be copied; nearer to one than ``copy_distance`` (root mean square, see
+    `copy_threshold`) is a copy.
     """
 
     network: nn.Module
@@ -48,10 +49,7 @@ class FeatureSpace:
     def fit(
         cls, network: nn.Module, images: Images, y: Labels, copy_distance: float
     ) -> "FeatureSpace":
-        """Centroids of the images ``network`` was trained on, of classes 0 to k - 1.
-
-        A ``copy_distance`` is measured by `copy_threshold`.
-        """
+        """Centroids of the images ``network`` was trained on, of classes 0 to k - 1."""
         f = normalised(read(network, images)[0])
         centroids = np.stack([f[(y == c).numpy()].mean(0) for c in range(int(y.max()) + 1)])
         return cls(network, centroids, images, copy_distance)
@@ -96,8 +94,7 @@ def normalised(
 def take(verdicts: pd.DataFrame, per_class: int) -> Bool[np.ndarray, " samples"]:
     """The admitted samples nearest to their centroids, at most so many of each class.
 
-    Raises:
-        UserError: no sample of any class was admitted.
+    If no sample of any class was admitted, it is a `UserError`.
     """
     passed = verdicts[verdicts["verdict"] == ADMITTED]
     if not len(passed):

@@ -61,15 +61,8 @@ def area_average(images: np.ndarray, size: int) -> np.ndarray:
     .. math:: y = \frac{1}{N^2} W x W^\top,
         \quad W_{ij} = \left|[i N, (i + 1) N] \cap [j n, (j + 1) n]\right|
 
-    from N to n pixels a side. The weights are whole numbers, so the sums are exact and the result
-    is the same on every machine.
-
-    Args:
-        images: uint8 (batch, ..., N, N).
-        size: n, at most N.
-
-    Returns:
-        uint8 (batch, ..., n, n), halves rounded to even.
+    from N to n pixels a side, n at most N, for uint8 (batch, ..., N, N); halves are rounded to
+    even. The weights are whole numbers, so sums are exact and results the same on every machine.
 
     Example:
         >>> area_average(np.array([[[0, 4], [2, 6]]], np.uint8), 1)
@@ -110,8 +103,7 @@ def check_memory(n: int, channels: int, size: int, where: str, *, each: int = 1)
 def map_array(file: Path | str) -> np.ndarray:
     """An .npy file as a memory map: what it declares must fit its size, and nothing is read.
 
-    Raises:
-        ValueError: it is no whole .npy file of plain values.
+    What is no whole .npy file of plain values is a `ValueError`.
     """
     try:
         return np.lib.format.open_memmap(file, mode="r")

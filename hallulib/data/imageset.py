@@ -32,12 +32,9 @@ DRAWN = "hallulib.image_sets"  # entry points: whoever draws an embedded set
 class ImageSet:
     """Images with their table and card, see the module; row i of ``table`` is of ``images[i]``.
 
-    Args:
-        images: uint8 (N, C, H, H), C 1 or 3; memory-mapped when opened from a folder.
-        table: strings, "" where there is no label.
-        card: origin, labels and processing.
-        path: the folder, or None for an embedded set.
-        opened: the table as `open` read it.
+    ``images`` are uint8 (N, C, H, H), C 1 or 3, memory-mapped when opened from a folder, their
+    ``path``; an embedded set has none. The table holds strings, "" where there is no label;
+    ``opened`` is the table as `open` read it.
     """
 
     images: np.ndarray
@@ -106,8 +103,7 @@ class ImageSet:
     def tensor(self, rows: Sequence[int] | np.ndarray | slice | None = None) -> Images:
         """Images at ``rows``, or all, as float32 in [-1, 1]: ``u / 127.5 - 1``; no other scaling.
 
-        Raises:
-            UserError: they do not fit into the memory.
+        What does not fit into the memory is a `UserError`.
         """
         rows = slice(None) if rows is None else rows
         n = len(np.arange(len(self))[rows])
@@ -124,17 +120,10 @@ class ImageSet:
     ) -> "ImageSet":
         """The images that meet every condition given, in their present order.
 
-        Neighbouring rows stay memory-mapped, scattered ones are copied to memory.
-
-        Args:
-            split: one or several.
-            labelled: a scheme in which they have a label.
-            patients: whose they are.
-            rows: positions, in any order.
-
-        Raises:
-            UserError: a split or scheme is unknown, nothing is left, or it does not fit into the
-                memory.
+        ``split`` is one or several, ``labelled`` a scheme in which they have a label; ``rows`` are
+        positions, in any order. Neighbouring rows stay memory-mapped, scattered ones are copied to
+        memory. An unknown split or scheme, no image left, or more than fits into the memory is a
+        `UserError`.
         """
         keep = np.ones(len(self), bool)
         if split is not None:
@@ -170,8 +159,7 @@ class ImageSet:
     def for_training(self, scheme: str | None) -> tuple[Images, Labels, PerImage]:
         """Unlabelled and training images, class indices (-1 unlabelled), how often to draw each.
 
-        Raises:
-            UserError: neither split has an image.
+        If neither split has an image, it is a `UserError`.
         """
         chosen = self.select(["unlabelled", "train"])
         y = chosen.labels(scheme) if scheme else torch.full((len(chosen),), -1)
@@ -242,16 +230,9 @@ def split_patients(
 
     A patient's stratum is the rarest label among its images. Within a stratum, patients come in
     random order and each goes to the split that lacks most images; a stratum with as many patients
-    as splits leaves no split empty.
-
-    Args:
-        patients: of each image, in any order.
-        strata: label of each image.
-        fractions: split -> share of the images, each >= 0, summing to 1.
-        seed: of the order within a stratum.
-
-    Raises:
-        UserError: the fractions are not shares of known splits.
+    as splits leaves no split empty. ``patients`` and ``strata`` are those of each image, in any
+    order; ``fractions`` are shares of the images, at least 0, that sum to 1, of known splits, or
+    it is a `UserError`.
 
     Example:
         >>> split_patients(["a", "b", "b"], ["x", "x", "y"], {"train": 0.5, "test": 0.5}, seed=0)
@@ -280,11 +261,8 @@ def choose(
 ) -> Int[np.ndarray, " kept"]:
     """Positions of ``per_class`` images of each class, or of a share; more add to fewer.
 
-    Args:
-        labels: class indices, -1 where there is none.
-        per_class: images of each class; 0 takes a share of them.
-        seed: of the order within a class.
-        share: of the images of each class, at least two; all unless given.
+    Class indices of -1 are left out. With ``per_class`` 0 they are a ``share`` of each class, at
+    least two images; all unless given.
     """
     y, rng = labels.numpy(), np.random.default_rng(seed)
     kept = []

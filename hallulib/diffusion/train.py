@@ -74,11 +74,7 @@ def descend(
     p_uncond: float | int,
     loss_of: Loss = denoising_loss,
 ) -> Float[Tensor, ""]:
-    """One step down the denoising loss of a batch, classes dropped now and then.
-
-    Returns:
-        The loss before the step.
-    """
+    """One step down a batch's denoising loss, some classes dropped; returns the loss before it."""
     eps = torch.randn(x_0.shape, generator=rng, device=x_0.device)
     dropped = torch.rand(len(x_0), generator=rng, device=x_0.device) < p_uncond
     y = y.masked_fill(dropped, model.null)
@@ -123,8 +119,7 @@ def pretrain(
         batch_size: images per step, drawn with replacement.
         lr: Adam's learning rate, reached linearly over ``warmup`` steps.
         class_rate: rate of the class vectors as a multiple of ``lr``. New labels need more than 1:
-            their vectors start at zero, and until they have grown, the other weights have nothing
-            to tell classes apart by.
+            until their vectors have grown from zero, the other weights cannot tell classes apart.
         warmup: steps of the linear rise.
         ema_decay: of the averaged weights; early averages are shorter.
         seed: of every draw.
@@ -134,8 +129,7 @@ def pretrain(
         every: steps between checkpoints, and between looks at whether the loss is finite.
 
     Raises:
-        UserError: no step, no image in a batch, a checkpoint of other settings, or a loss that is
-            no longer finite.
+        UserError: no step, an empty batch, another run's checkpoint, or a loss that is not finite.
 
     Source: Ho et al. 2020 (loss, clipping); Ho & Salimans 2022, algorithm 1 (dropped labels).
     """
@@ -193,13 +187,11 @@ def pretrained(
 ) -> tuple[ScoreModel, Path]:
     """The class-conditional score model of an image set: found by its settings, or trained now.
 
-    It learns from the images without labels and from the split ``train``; where there are both,
-    half of every batch comes from each. Validation and test images are never seen. Without
-    ``scheme``, the label column, it is unconditional; it is trained on a GPU if there is one.
-    The averaged model is given, in evaluation mode, with the folder of its run.
-
-    Raises:
-        UserError: no image to train on.
+    It learns from the images without labels and from the split ``train`` (a `UserError` if both
+    are empty); where there are both, half of every batch comes from each. Validation and test
+    images are never seen. Without ``scheme``, the label column, it is unconditional; it is trained
+    on a GPU if there is one. The averaged model is given, in evaluation mode, with the folder of
+    its run.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     labels = images.classes(scheme) if scheme else ()

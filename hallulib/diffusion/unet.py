@@ -152,13 +152,10 @@ def adaptable(model: ScoreModel, adapt: str) -> list[nn.Parameter]:
 
 
 def save(model: ScoreModel, folder: Path) -> None:
-    """Write a model as a ``diffusers`` folder of safetensors.
+    """Write a model as a ``diffusers`` folder of safetensors, or raise a `UserError`.
 
     Of a VP model with the default rates, ``DDPMPipeline.from_pretrained(folder)`` samples the null
     class; other diffusions are no DDPM, so only the network is written.
-
-    Raises:
-        UserError: the folder cannot be written.
     """
     unet = copy.copy(model.network.unet)  # shares the weights
     unet.register_to_config(class_embed_type=None)  # the null class needs no class input

@@ -80,12 +80,9 @@ def fit_temperature(log_density: LogDensities, y: Labels, priors: Priors | None 
     is convex in :math:`1/T`, so there is one minimum, at which its slope is zero. Temperatures
     reach from 0.01 to 10000 times the mean distance of a log-density from the mean of its row. The
     lowest is returned where all classes are told apart without error, the highest where the true
-    class is the least likely on average, and 1 where log-densities are equal.
-
-    Args:
-        log_density: nats or log-ratios of images that were *not* trained on.
-        y: their true classes.
-        priors: as in `posterior`, above 0 for each class that occurs.
+    class is the least likely on average, and 1 where log-densities are equal. They are nats or
+    log-ratios of images that were *not* trained on; ``priors``, as in `posterior`, are above 0 for
+    each class that occurs.
 
     Source: Guo et al., *On Calibration of Modern Neural Networks*, 2017, section 4.2.
     https://arxiv.org/abs/1706.04599
@@ -147,10 +144,8 @@ def risk_coverage(probabilities: Probabilities, y: Labels) -> RiskCoverage:
 def threshold(probabilities: Probabilities, y: Labels, risk: float | int) -> float:
     """The lowest top probability from which on at most this share of answers is wrong.
 
-    As it was chosen on these images, others see a little more risk.
-
-    Raises:
-        UserError: a risk that no threshold keeps.
+    As it was chosen on these images, others see a little more risk. A risk that no threshold keeps
+    is a `UserError`.
     """
     curve = risk_coverage(probabilities, y)
     low_enough = curve.risk <= risk + 1e-12
@@ -196,10 +191,8 @@ def log_odds(log_posterior: LogDensities) -> LogDensities:
               = \ell_c - \log \sum_{b \ne c} e^{\ell_b}
 
     Probabilities of confident models round to 0 and 1, and such ties spoil an AUROC.
-    Log-probabilities may be off by a constant per row.
-
-    Raises:
-        UserError: a log-probability that is not finite, or a single class.
+    Log-probabilities may be off by a constant per row; one that is not finite, or a single class,
+    is a `UserError`.
 
     Example:
         >>> log_odds(torch.tensor([[0.0, 2000.0]], dtype=torch.float64))

@@ -48,15 +48,12 @@ def auroc(y: ArrayLike, scores: ArrayLike) -> float | np.ndarray:
 
     .. math:: \mathrm{AUROC} = \frac{\sum_{i: y_i = 1} R_i - m(m+1)/2}{m\,(n - m)},
 
-    with m positives among n. Classes absent from ``y`` are left out of the macro mean.
+    with m positives among n; for labels (episodes, n) the AUROC of each episode. Classes absent
+    from ``y`` are left out of the macro mean.
 
     Args:
         y: 0 or 1 for binary scores, else the column of the true class; (n,) or (episodes, n).
-        scores: higher is likelier. The shape of ``y`` (score of class 1), or one more axis of
-            classes.
-
-    Returns:
-        A float for one set of labels; for (episodes, n) the AUROC of each episode.
+        scores: higher is likelier; shaped as ``y`` (score of class 1), or with an axis of classes.
 
     Raises:
         UserError: a label that no score stands for, or only one class is present.
@@ -131,15 +128,11 @@ def bootstrap(
 ) -> Interval:
     """A statistic with its percentile bootstrap interval, resampling whole groups.
 
-    Resamples for which the statistic raises `UserError` (`auroc`: a single class was drawn) are
-    left out. Where groups are few the interval covers the truth a little less often than it says.
-
-    Args:
-        statistic: a number from the arrays, e.g. `auroc`.
-        arrays: rows that belong together, e.g. labels and scores.
-        groups: one name per row, e.g. the patient; rows count as independent only if it is None.
-        n_resamples: the limits settle to a few percent of the width at 2000.
-        seed: of the resamples.
+    The statistic is a number from arrays of rows that belong together, e.g. `auroc` of labels and
+    scores. ``groups`` has one name per row, e.g. the patient; rows count as independent only if it
+    is None. Resamples for which the statistic raises `UserError` (`auroc`: a single class was
+    drawn) are left out; the limits settle to a few percent of the width at 2000 of them. Where
+    groups are few the interval covers the truth a little less often than it says.
 
     Raises:
         UserError: lengths differ, fewer than two groups, or more than half of the resamples fail.
@@ -197,9 +190,8 @@ def of_episodes(auroc: pd.DataFrame, ceiling: float | None = None) -> pd.DataFra
 
     Returns:
         One row per method: mean and standard deviation of the first ten episodes, as the paper
-        reports; mean over all with its 95 % interval; mean paired difference to the baseline
-        with its interval; `episodes_needed` to show it; share of the way from chance (0.5) to
-        the ceiling.
+        reports; mean over all and mean paired difference to the baseline, with 95 % intervals;
+        `episodes_needed` to show it; share of the way from chance (0.5) to the ceiling.
     """
     rows = {}
     baseline = auroc["baseline"]
@@ -224,12 +216,8 @@ def share_of_oracle(
 ) -> Interval:
     """Gain of n hallucinated supports as a share of the gain of n real ones, bootstrapped.
 
-    The real ones are given to the classifier of the baseline, at test only, in a run with an
-    oracle.
-
-    Raises:
-        UserError: there is no such column, or the interval of the gain of real supports does not
-            lie above zero.
+    The real ones were given to the baseline's classifier, at test only, in a run with an oracle.
+    No such column, or an interval of their gain that does not lie above zero, is a `UserError`.
     """
     methods = ["baseline", f"+{n}", f"oracle +{n}"]
     if not set(methods) <= set(auroc):
@@ -245,13 +233,8 @@ def share_of_oracle(
 def of_contest(scores: pd.DataFrame, seed: int = 0, own: str = "likelihood") -> pd.DataFrame:
     """Accuracy and AUROC of every method with 95 % intervals, and against one of them.
 
-    Args:
-        scores: what :func:`hallulib.likelihood.estimator.run` gave.
-        seed: of the bootstrap, which draws whole patients.
-        own: the method that the others are compared with.
-
-    Returns:
-        One row per method and measure; gains are positive where ``own`` is better.
+    ``scores`` are those of :func:`hallulib.likelihood.estimator.run`; the bootstrap draws whole
+    patients. One row per method and measure; gains are positive where ``own`` is better.
     """
     y, of_own, rows = scores["label"].to_numpy(), columns(scores, own), []
     by_patient = partial(bootstrap, groups=scores["patient"], n_resamples=1000, seed=seed)
@@ -279,17 +262,10 @@ def of_folds(
     """Accuracy of every arm with 95 % intervals, and its paired gain over one of them.
 
     Folds and, within them, test patients are drawn with replacement: folds share test images, so
-    neither alone would tell how much another experiment might differ.
-
-    Args:
-        scores: one row per fold and test image, as :func:`hallulib.augment.run` gives.
-        arms: whose scores are compared.
-        against: the arm that gains are over, on the same folds and patients.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-
-    Returns:
-        One row per arm; the AUROC is the mean over folds of the macro mean over classes.
+    neither alone would tell how much another experiment might differ. ``scores`` have one row per
+    fold and test image, as :func:`hallulib.augment.run` gives. One row per arm; gains are over the
+    arm ``against``, on the same folds and patients, and the AUROC is the mean over folds of the
+    macro mean over classes.
     """
     fold, folds = pd.factorize(scores["fold"])
     who, patients = pd.factorize(scores["patient"])

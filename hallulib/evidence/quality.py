@@ -1,12 +1,9 @@
 r"""How good samples are: do they look real, do they cover the data, are they copies?
 
 `features` describes an image by about a hundred numbers from a fixed filter bank: no weights, no
-download, no random numbers. On features of real and generated images
-
-- `frechet_distance` and `kernel_distance` compare the two distributions;
-- `density_coverage` tells realistic from complete;
-
-and `memorisation` compares pixels: the `nearest` training image of every sample, against the
+download, no random numbers. On features of real and generated images `frechet_distance` and
+`kernel_distance` compare the two distributions, and `density_coverage` tells realistic from
+complete. `memorisation` compares pixels: the `nearest` training image of every sample, against the
 same distance for held-out real images. Values compare only at equal image size and numbers of
 images: the Frechet distance of finite samples is biased upwards, so quote it beside that of two
 real halves, split by patient, since slices of one patient are alike.
@@ -181,10 +178,9 @@ def kernel_distance(real: AnyFeatures, generated: AnyFeatures, *, blocks: int = 
     .. math:: \frac{\sum_{i \ne j} k(r_i, r_j)}{n(n-1)} + \frac{\sum_{i \ne j} k(g_i, g_j)}{m(m-1)}
               - \frac{2 \sum_{ij} k(r_i, g_j)}{nm}
 
-    Zero on average for two samples of one distribution, however few (so it may be negative).
-
-    The standard error is the jackknife's over so many ``blocks`` of neighbouring rows, at least
-    two each; rows sorted by patient keep slices of one patient together and the error honest.
+    Zero on average for two samples of one distribution, however few (so it may be negative). The
+    standard error is the jackknife's over so many ``blocks`` of neighbouring rows, at least two
+    each; rows sorted by patient keep slices of one patient together and the error honest.
 
     Source: Gretton et al. 2012, eq. 3, https://jmlr.org/papers/v13/gretton12a.html; the kernel:
     Binkowski et al. 2018, https://arxiv.org/abs/1801.01401.

@@ -7,11 +7,9 @@ The log-density is at least what the denoising errors over all noise levels leav
           \rVert^2 \, d\log s ,
 
 and only the integral depends on the class. `bound` estimates all of it. `decide` compares classes
-alone: every class sees the same noise at the same levels, so that what is hard about an image
-cancels in the differences, and sees it with both signs, so that what the noise adds mostly cancels
-too. No pass backwards through the network is needed.
-
-Which levels tell classes apart differs between data sets and with the number of labels:
+alone: all see the same noises at the same levels and with both signs, so what is hard about an
+image and most of what the noise adds cancel in the differences; no backward pass is needed. Which
+levels tell classes apart differs between data sets and with the number of labels:
 `informative_levels` spends evaluations where classes differ most, and needs no labels; `leads` and
 `best_band` ask images that were held out which of these differences are right.
 
@@ -43,9 +41,7 @@ Offsets = Float[Tensor, "_classes _pairs"]
 class Levels:
     """Where noise levels are drawn: a density of ``log s``, constant within bands of equal width.
 
-    Attributes:
-        first, last: ends of ``log s``.
-        shares: chance of each band; they sum to 1.
+    The bands divide ``log s`` from ``first`` to ``last``; ``shares``, their chances, sum to 1.
     """
 
     first: float
@@ -147,12 +143,10 @@ def bound(
 class Decision:
     """What `decide` found.
 
-    Attributes:
-        log_ratio: log-likelihood of each class against the winner's, in nats where ``power`` is
-            0; of a class that was dropped, as it stood then.
-        error: standard error of ``log_ratio``.
-        evaluations: network evaluations that each image took, over all classes.
-        sure: images with one class left; the others used up their pairs.
+    ``log_ratio``, with its standard ``error``, is the log-likelihood of each class against the
+    winner's, in nats where ``power`` is 0; of a class that was dropped, as it stood then. The
+    network ``evaluations`` of an image are over all classes. It is ``sure`` if one class is left;
+    if not, it used up its pairs.
     """
 
     log_ratio: PerClass
@@ -194,8 +188,7 @@ def decide(
         confidence: of each comparison that drops a class, 0.5 to 1; with 1 none is dropped.
         antithetic: every pair uses its noise with both signs, for two evaluations of each class.
         levels: where to look; `informative_levels` finds the best, all evenly unless given.
-        power: errors are weighted by ``s ** power``; 0 is the likelihood, larger numbers look
-            more at the coarse.
+        power: errors are weighted by ``s ** power``; 0 is the likelihood, more favours the coarse.
         offsets: subtracted from the errors, see `common_errors`.
         seed: of the noise and the levels.
         batch: most pairs of image and class in the network at once, which bounds the memory.

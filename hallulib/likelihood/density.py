@@ -68,11 +68,10 @@ class ClassModel(Protocol):
 class LogDensity:
     """Log-densities of images under classes, or bounds of them, with all that they are means of.
 
-    Attributes:
-        samples: nats per image, one for each probe of the flow (a full trace is one), or for each
-            pair of noise and level of a bound; the same ones for all images and classes.
-        evaluations: of the network for each pair of image and class, the most of any batch; of
-            the flow, each with one backward pass per probe.
+    ``samples``, nats per image, are one for each probe of the flow (a full trace is one), or for
+    each pair of noise and level of a bound; the same ones for all images and classes.
+    ``evaluations`` of the network are for each pair of image and class, the most of any batch;
+    each of the flow has one backward pass per probe.
     """
 
     samples: Float[Tensor, "batch classes samples"]
@@ -112,7 +111,8 @@ def log_density(
 ) -> LogDensity:
     r"""Log-density of every image under every class, by the probability flow.
 
-    It is the density of images blurred with the noise of time ``sde.t_train``.
+    It is the density of images blurred with the noise of time ``sde.t_train``. A label that the
+    model was not trained with is a `UserError`.
 
     Args:
         model: never guided.
@@ -126,9 +126,6 @@ def log_density(
         tolerance: relative and absolute, of an adaptive method.
         seed: of the probes.
         batch: most pairs of image and class in the network at once, which bounds the memory.
-
-    Raises:
-        UserError: a label that the model was not trained with.
     """
     y = model.index(model.labels if classes is None else classes).to(x.device)
     x = in_type_of(model, x)
@@ -299,10 +296,8 @@ class MovedGaussian:
 
     Fisher's linear discriminant, and only the means :math:`m_c` are left to learn from labels,
     which for few images are wrong most in fine detail; s decides how much of that counts. It is
-    what a network must beat to be worth its training.
-
-    Args:
-        images: all training images, with a label or without; at least two.
+    what a network must beat to be worth its training. ``images`` are all training images, at least
+    two, with a label or without.
 
     Source: Fisher 1936, doi 10.1111/j.1469-1809.1936.tb02137.x; few labels: Ng & Jordan 2001.
 
@@ -339,8 +334,7 @@ class MovedGaussian:
     def noise_level(self, x: Images, y: Labels, seed: int = 0) -> float:
         """The level of `LEVELS` that makes the labels of held-out images most likely.
 
-        Up to five times a part is held out; if a class has one image, none can be, and `ALONE` is
-        taken.
+        Up to five times a part is held out; if a class has one image, it is `ALONE`.
         """
         n_folds = min(5, int(torch.bincount(y).min()))
         if n_folds < 2:

@@ -53,35 +53,26 @@ class ScoreClassifier(calibration.ImageClassifier):
 
     .. math:: p(c \mid x) \propto p(c)\, p_\theta(x \mid c)^{1/T}
 
-    ``fit`` trains the model, from scratch or from a pretrained one; images without labels help
-    it to learn what images look like. Forms of images, ``channels``, ``device`` and
-    ``random_state``: see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves
-    and loads.
+    ``fit`` trains the model, from scratch or from a pretrained one; images without labels help it
+    to learn what images look like. Forms of images, ``channels``, ``device`` and ``random_state``:
+    see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads.
 
     Args:
-        pretrained: score model to start from, or its folder; its own labels may be others.
-            ``None`` starts from scratch.
+        pretrained: score model to start from, of any labels, or its folder; ``None``: a new one.
         adapt: which weights of a pretrained model learn: ``"all"``, ``"classes"``.
-        shift: start each class as the density of all images, moved to the mean of its own
-            (:func:`hallulib.diffusion.unet.moved_to_means`); with ``steps=0`` that is all it
-            learns.
+        shift: start each class as the density of all images, moved to the mean of its own, see
+            :func:`hallulib.diffusion.unet.moved_to_means`; with ``steps=0`` that is all it learns.
         copies: moved and mirrored copies of each labelled image to train on as well; with few
             labels they keep the model from remembering the images instead of the class.
-        steps: optimiser steps; 0 takes a pretrained model as it is.
-        batch_size: images per step.
-        lr: Adam's learning rate.
-        class_rate: that of the class vectors, as a multiple of ``lr``.
+        steps, batch_size, lr: of Adam; 0 steps take a pretrained model as it is.
+        class_rate: rate of the class vectors, as a multiple of ``lr``.
         width: of a new network, see :func:`hallulib.diffusion.unet.build`.
-        method: ``"decide"``, adaptive and fast; ``"bound"``; or ``"exact"``, by the probability
-            flow.
+        method: ``"decide"``, adaptive and fast; ``"bound"``; ``"exact"``, by the probability flow.
         effort: network evaluations for each image and class, at most for ``"decide"``.
-        confidence: of each comparison that drops a class, see
-            :func:`hallulib.likelihood.bound.decide`.
-        power: weight ``s ** power`` of noise levels in ``"decide"``; 0 is the likelihood.
+        confidence, power: of ``"decide"``, see :func:`hallulib.likelihood.bound.decide`.
         weigh: with 2 or more, only the band of noise levels counts in which labelled images that
             were held out are told apart best (:func:`hallulib.likelihood.bound.best_band`), in so
-            many folds of which each costs a training of its own; the model that answers learns
-            from all.
+            many folds, each at the cost of a training; the model that answers learns from all.
         priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
         centre: subtract from each class what it is ahead by, on the mean, on images without
             labels; for classes that are about equally frequent among them.
@@ -92,14 +83,12 @@ class ScoreClassifier(calibration.ImageClassifier):
         verbose: show a progress bar.
 
     Attributes:
-        classes_: the labels, sorted.
+        classes_, priors_, temperature_: the labels, sorted, one number for each, and T.
         model_: the trained `ScoreModel`, on its device.
         levels_: noise levels at which its classes differ most or, with ``weigh``, the band where
             they are told apart best, for ``"decide"``.
-        priors_: one number per class.
         offset_: what is subtracted from the log-likelihood of each class; for ``"decide"`` from
             its errors, pair by pair (:func:`hallulib.likelihood.bound.common_errors`).
-        temperature_: T.
 
     Source: Sarker et al. 2025, https://arxiv.org/abs/2502.17727; Li et al. 2023.
 
@@ -143,8 +132,7 @@ class ScoreClassifier(calibration.ImageClassifier):
         Labels are numbers or strings. Images without labels fill half of every batch.
 
         Raises:
-            UserError: an unknown or impossible setting, images that do not suit the network, or
-                a checkpoint of another training.
+            UserError: an impossible setting, unsuitable images, or another training's checkpoint.
             ValueError: scikit-learn's own checks of X and y.
         """
         own, position = self._first(X, y)
@@ -182,8 +170,7 @@ class ScoreClassifier(calibration.ImageClassifier):
     def calibrate(self, X, y) -> "ScoreClassifier":
         """Set the temperature that makes labels of images it was not trained on most likely.
 
-        Raises:
-            UserError: a label that was not in the training, or labels of one class.
+        A label that was not in the training, or labels of one class, are a `UserError`.
         """
         check_is_fitted(self)
         y = self._known(y)
@@ -315,23 +302,18 @@ def _some(images: Others, n: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Contest:
-    """All settings of a comparison but the images.
+    """All settings of a comparison but the images; a `UserError` for an impossible number.
 
     Attributes:
         scheme: label column.
         per_class: labelled images per class, or all that it has; 0 keeps every label.
         n_test: test images, about: equally many of each class, if it has so many.
-        pretraining: steps of the score model without labels.
+        pretraining, width: steps of the score model without labels, and its width.
         steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
             teach it to remember the few there are.
         shift, copies, effort: see `ScoreClassifier`; with ``shift`` no step is taken.
-        width: of the score model.
-        resnet_steps: of the ResNet-18.
-        resnet_width: of its first block.
+        resnet_steps, resnet_width: of the ResNet-18 and of its first block.
         seed: of the choice of labels and of all training.
-
-    Raises:
-        UserError: an impossible number.
     """
 
     scheme: str
@@ -354,13 +336,9 @@ class Contest:
 def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd.DataFrame:
     """Every method's scores of every test image, found by the settings or measured now.
 
-    Returns:
-        One row per test image: ``patient``, ``label`` (index of the class), ``evaluations`` of
-        the likelihood, and for each method and class ``<method> <class>``: log-odds for the
-        first two, probabilities for the others.
-
-    Raises:
-        UserError: fewer than two classes in one of the two splits.
+    There is one row per test image: ``patient``, ``label`` (index of the class), ``evaluations``
+    of the likelihood, and for each method and class ``<method> <class>``: log-odds for the first
+    two methods, probabilities for the others. Fewer than two classes in a split are a `UserError`.
     """
     folder = store.load_or_train(
         f"few-labels-{images.name}",
