@@ -26,7 +26,7 @@ _build/html/index.html:
 	@$(MAKE) --no-print-directory book
 
 test: $(READY)  ## all tests: library, chapters at test size, the published pages in a browser
-	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -n auto --maxprocesses 8 --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -n auto --no-loadscope-reorder
 
 chapters: $(READY)  ## only the chapters at test size
 	@exec $(BIN)/python -m pytest -m chapter

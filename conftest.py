@@ -15,6 +15,7 @@ import papermill
 import psutil
 import pytest
 import torch
+from dask.system import CPU_COUNT
 
 ROOT = Path(__file__).parent
 CHAPTERS = sorted(path.stem for path in (ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "executed" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(LIMIT_OF_CHAPTERS))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: tests that start processes wait for them."""
+    return min(CPU_COUNT + 1, 8)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -256,7 +256,7 @@ def _connect(address, workers, stack):
             dashboard_address=None,
             # a cell that takes its worker with it may have run for hours: no silent second try
             scheduler_kwargs={"allowed_failures": 0},
-            silence_logs=logging.ERROR,  # it warns of workers that take a while to end
+            silence_logs=logging.CRITICAL,  # workers that end, and take a while to, tell of it
             env=dict.fromkeys(names, str(max(1, CPU_COUNT // workers))),
         )
         client = stack.enter_context(Client(stack.enter_context(cluster), set_as_default=False))
