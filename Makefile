@@ -25,8 +25,9 @@ serve: $(READY) | _build/html/index.html  ## show the book on 127.0.0.1 (PORT=80
 _build/html/index.html:
 	@$(MAKE) --no-print-directory book
 
-test: $(READY)  ## all tests: library, chapters at test size, the published pages in a browser
-	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -n auto --no-loadscope-reorder
+test: $(READY)  ## library, chapters at test size, pages in a browser (RELEASE=1: long tests too)
+	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -n auto --no-loadscope-reorder \
+		$(if $(RELEASE),,-m "not release")
 
 chapters: $(READY)  ## only the chapters at test size
 	@exec $(BIN)/python -m pytest -m chapter

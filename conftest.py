@@ -51,6 +51,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(LIMIT_OF_CHAPTERS))
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr == "not release":
+        terminalreporter.line("make test RELEASE=1 runs the long tests of a release as well")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """One more than there are cores: tests that start processes wait for them."""

@@ -92,6 +92,7 @@ def left(folder):
     return [file for file in folder.rglob("*") if ".partial" in str(file.relative_to(folder))]
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("work", WORKS)
 def test_a_work_killed_twenty_times_ends_with_the_same_bytes(server, whole, tmp_path, work):
     expected, seconds, operations = whole[work]

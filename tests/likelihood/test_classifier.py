@@ -67,6 +67,7 @@ def fitted():
     return ScoreClassifier(steps=250, lr=2e-3, **TINY | {"effort": 16}).fit(*bars())
 
 
+@pytest.mark.release
 def test_scikit_learns_checks_pass_on_tables_made_into_images():
     found = check_estimator(Framed(), expected_failed_checks=EXPECTED, on_fail=None)
     failed = {c["check_name"]: str(c["exception"]) for c in found if c["status"] == "failed"}

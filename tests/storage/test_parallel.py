@@ -51,12 +51,14 @@ def one(tmp_path_factory):
         yield {name: getattr(toy_processes, name)() for name in names}, store.runs_folder()
 
 
+@pytest.mark.release
 def test_all_processes_end_with_the_same_weights_to_the_last_bit(two):
     first, second = (load_file(two / f"rank{rank}") for rank in (0, 1))
     assert first.keys() == second.keys()
     assert [k for k in first if not torch.equal(first[k], second[k])] == []
 
 
+@pytest.mark.release
 def test_losses_and_weights_are_those_of_one_process_with_the_whole_batch(two, one):
     """Of a training that was killed and went on."""
     shared, whole = within("score", load_file(two / "rank0")), one[0]["score"]
@@ -65,6 +67,7 @@ def test_losses_and_weights_are_those_of_one_process_with_the_whole_batch(two, o
         torch.testing.assert_close(shared[f"model.{key}"], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.release
 def test_an_autoencoder_learns_as_in_one_process(two, one):
     shared, whole = within("latents", load_file(two / "rank0")), one[0]["latents"]
     torch.testing.assert_close(shared["losses"], whole["losses"], rtol=1e-4, atol=1e-6)
@@ -72,6 +75,7 @@ def test_an_autoencoder_learns_as_in_one_process(two, one):
     torch.testing.assert_close(shared["again"], whole["again"], rtol=0, atol=1e-3)
 
 
+@pytest.mark.release
 def test_joint_training_has_the_losses_and_episodes_of_one_process(two, one):
     shared, whole = within("joint", load_file(two / "rank0")), one[0]["joint"]
     names = [load_csv(runs, TABLE)[0] for runs in (two / "runs", one[1])]
@@ -93,6 +97,7 @@ def load_csv(runs, name):
         return list(csv.reader(file))
 
 
+@pytest.mark.release
 def test_a_run_is_written_once_and_nothing_is_left_over(two):
     (folder,) = (two / "runs").glob("one-shot-*[!k]")
     assert (folder / store.CARD).exists()
@@ -100,6 +105,7 @@ def test_a_run_is_written_once_and_nothing_is_left_over(two):
     assert not (folder / CHECKPOINT).exists()
 
 
+@pytest.mark.release
 def test_what_cannot_be_shared_is_done_by_one_process_alone(two):
     (file,) = (two / "runs").glob("by-one-*/trained")
     assert file.read_text() == "1 "
