@@ -95,7 +95,7 @@ def test_what_executes_chapters_may_take_longer(request, executed):
     assert float(request.config.getini("timeout")) < limit
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+@pytest.mark.parametrize("workers", ["-n0", pytest.param("-n1", marks=pytest.mark.release)])
 def test_sigterm_ends_tests_of_the_background_with_their_fixtures(workers, tmp_path):
     command, begun = hanging(tmp_path, workers, "test_hanging.py"), tmp_path / "begun"
     path = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -262,7 +262,14 @@ def _both(kernels, tiny):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.release),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.release),
+    ],
+)
 def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
     kernels = tiny.home / "kernels"
     tiny.ask("grid: {STEPS: [1, 2]}")
