@@ -157,7 +157,7 @@ def build(source: Path, target: Path, chosen: dict[str, dict], workers: int = 1)
     pages, every = target / "book", chapters(source)
     collect(source, pages)
 
-    def bring_up(chapter: Path) -> None:
+    def one(chapter: Path) -> None:
         settings, out = chosen[chapter.stem], pages / chapter.name
         title = f"{chapter.stem} ({every.index(chapter) + 1} of {len(every)})"
         if is_current(chapter, out, settings):
@@ -168,7 +168,7 @@ def build(source: Path, target: Path, chosen: dict[str, dict], workers: int = 1)
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for job in as_completed([pool.submit(bring_up, chapter) for chapter in every]):
+            for job in as_completed([pool.submit(one, chapter) for chapter in every]):
                 job.result()
         except BaseException as stop:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -182,7 +182,10 @@ def build(source: Path, target: Path, chosen: dict[str, dict], workers: int = 1)
 
 def side_by_side(workers: int | None) -> int:
     """How many chapters to run at once, each on its share of the threads of this machine."""
-    workers = workers or (1 if torch.cuda.is_available() else min(CPU_COUNT, 4))
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else min(CPU_COUNT, 4)
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; at least 1 is needed")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPU_COUNT // workers)))
     return workers
 
@@ -227,7 +230,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs"
     )
-    parser.add_argument("--workers", type=int, help="chapters side by side; 1 on a GPU, else 4")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="chapters side by side (default: 1 on a GPU, else a core each, at most 4)",
+    )
     parser.add_argument("--source", type=Path, default=ROOT / "book", help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, default=BUILD, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -82,6 +82,7 @@ SHIFT = np.array(  # (score, parameter)
 )
 SLICE_SHARE = 0.1  # part of the variance of u that differs between the slices of a patient
 COUNTS = {"unlabelled": 11_202, "train": 1_611, "val": 200, "test": 238}  # the paper's
+MANY = 2_400  # test slices of the windows
 SPLITS = tuple(COUNTS)
 # of each embedded set, what its law and its pixels depend on besides the size
 VIEWS: dict[str, dict[str, float]] = {
@@ -203,7 +204,7 @@ def lesions(
     n_unlabelled: int = 11_202,
     n_train: int = 1_611,
     n_val: int = 200,
-    n_test: int = 2_400,
+    n_test: int = MANY,
     window_mm: float = VIEWS["lesions"]["window_mm"],
     separation: float = VIEWS["lesions"]["separation"],
 ) -> tuple[np.ndarray, pd.DataFrame, dict]:
@@ -362,8 +363,8 @@ def _table(patients):
 
 def _card(name, size, seed, counts, view):
     """What the card of any image set says."""
-    usual = COUNTS | {"test": 2_400} if name == "lesions" else COUNTS
-    asked = {k: v for k, v in (counts | view).items() if v != (usual | VIEWS[name])[k]}
+    usual = COUNTS | VIEWS[name] | ({"test": MANY} if name == "lesions" else {})
+    asked = {k: v for k, v in (counts | view).items() if v != usual[k]}
     others = "".join(f", {key} {value}" for key, value in asked.items())
     return {
         "name": name,

@@ -198,6 +198,12 @@ def run(book, *options):
     return build.main([*options, "--source", str(book), "--target", str(book.parent / "out")])
 
 
+@pytest.mark.parametrize("workers", ["0", "-1"])
+def test_fewer_workers_than_one_are_refused(book, capsys, workers):
+    assert run(book, "--workers", workers) == 2
+    assert capsys.readouterr().err == f"--workers is {workers}; at least 1 is needed\n"
+
+
 def ran(book):
     file = book.parent / "ran"
     return file.read_text().split() if file.exists() else []
