@@ -42,11 +42,11 @@ doctor: $(READY)  ## what is installed, what is wrong with it, what chapters too
 weights: $(READY)  ## train the weights that ship with the library anew (two hours or more)
 	@exec $(BIN)/python -c "from hallulib import data, oneshot; \
 		from hallulib.diffusion import train; from hallulib.storage import store; \
-		images = data.open('phantom', 32); \
+		images = data.open('lesions', 32); \
 		run = train.pretrained(images, scheme='isup', steps=4000, width=24, from_scratch=True)[1]; \
-		print(store.ship(run, 'score-phantom')); \
+		print(store.ship(run, 'score-lesions')); \
 		run = oneshot.run(images, oneshot.Trial('isup', 'isup'), from_scratch=True).folder; \
-		print(store.ship(run, 'one-shot-phantom'))"
+		print(store.ship(run, 'one-shot-lesions'))"
 
 lint: $(READY)  ## style of code and notebooks, types of the library, outputs in notebooks
 	@$(BIN)/ruff check .

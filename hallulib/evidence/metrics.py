@@ -1,9 +1,10 @@
 r"""What a result is worth: AUROC, intervals, paired differences, and tables of methods with them.
 
 An AUROC of one episode says next to nothing: for two classes of ``m`` queries and scores without
-information its standard deviation is :math:`\sqrt{(2m+1)/(12m^2)}`, 0.19 at m = 5. So methods are
-compared on the *same* episodes (`paired_difference`), over as many as the difference in question
-needs (`episodes_needed`), and slices of one patient count as one observation (`bootstrap`).
+information its standard deviation is :math:`\sqrt{(2m+1)/(12m^2)}`, 0.19 at m = 5. More episodes
+mend that, but from the same patients and one training they repeat the luck of both. So methods
+are compared on the *same* episodes, and what is resampled are groups of test patients and
+trainings (`over_patients`); slices of one patient count as one observation (`bootstrap`).
 `of_episodes`, `of_contest` and `of_folds` set the methods of an experiment side by side. Scores
 and labels may be NumPy arrays, tensors or lists.
 """
@@ -19,25 +20,30 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import optimize, stats
 
 from hallulib import UserError
 
 LEVEL = 0.95  # of all intervals
-POWER = 0.8  # chance that a study sees the difference that there is
 METHODS = ("likelihood", "gaussian", "resnet18", "linear", "filter_bank")  # of a contest
 
 
 class Interval(NamedTuple):
-    """An estimate with the limits of its 95 % interval, from ``n`` independent observations."""
+    """An estimate with the limits of its 95 % interval, from ``n`` independent observations.
+
+    Where two things were resampled, ``n`` are the groups of patients and ``trainings`` the others.
+    Limits are nan where nothing independent is left to tell how far off the estimate may be.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    trainings: int = 1
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}"
+        several = f" in {self.trainings} trainings" * (self.trainings > 1)
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}{several}"
 
 
 def auroc(y: ArrayLike, scores: ArrayLike) -> float | np.ndarray:
@@ -164,70 +170,123 @@ def bootstrap(
     return Interval(float(statistic(*data)), float(low), float(high), len(rows))
 
 
-def episodes_needed(difference: float | int, sd: float | int) -> int:
-    r"""Episodes after which a true paired difference is seen in four of five studies.
+def over_patients(values: ArrayLike, groups: int) -> Interval:
+    r"""Mean over test episodes, with an interval over groups of test patients and trainings.
 
-    By two-sided paired t-tests at 5 %; ``sd`` is that of the *paired differences* over episodes.
-    Roughly :math:`(2.8\,\mathrm{sd} / \mathrm{difference})^2`. Source: Cohen 1988, chapter 2.
+    Episode e is of the patients of group :math:`e \bmod G`
+    (:class:`hallulib.oneshot.episodes.Episodes`), and S trainings see the same episodes. With the
+    means of each training in each group as a table of S x G numbers, and the mean squares of its
+    two margins,
+
+    .. math:: \hat{\mathrm{var}} = \frac{\mathrm{MS}_S + \mathrm{MS}_G}{S\,G}, \qquad
+              \nu = \frac{(\mathrm{MS}_S + \mathrm{MS}_G)^2}
+              {\mathrm{MS}_S^2 / (S - 1) + \mathrm{MS}_G^2 / (G - 1)},
+
+    and Student's t of :math:`\nu` degrees of freedom. The error of single cells is counted twice:
+    where it prevails the interval is conservative. With one training it speaks of that training
+    only, and with one group there is none.
+
+    Args:
+        values: (episodes,) or (trainings, episodes), the AUROC of each, or a paired difference.
+        groups: of patients.
+
+    Source: Satterthwaite 1946, doi 10.2307/3002019; two crossed factors: Owen 2007,
+    doi 10.1214/07-AOAS122.
 
     Example:
-        >>> episodes_needed(0.05, 0.1)
-        34
+        >>> print(over_patients([[0.5, 0.6, 0.7, 0.6], [0.5, 0.7, 0.8, 0.6]], groups=2))
+        0.625 [0.184, 1.066], n = 2 in 2 trainings
     """
-    effect, tail = abs(difference) / sd, (1 + LEVEL) / 2
-    n = max(2, math.floor(((stats.norm.ppf(tail) + stats.norm.ppf(POWER)) / effect) ** 2))
-    while stats.nct.sf(stats.t.ppf(tail, n - 1), n - 1, effect * math.sqrt(n)) < POWER:
-        n += 1
-    return n
+    table = _by_group(values, groups)
+    (trainings, groups), mean = table.shape, table.mean()
+    squares = [  # mean squares of trainings and of groups, with their degrees of freedom
+        (table.size / n * ((table.mean(1 - axis) - mean) ** 2).sum() / (n - 1), n - 1)
+        for axis, n in enumerate(table.shape)
+        if n > 1
+    ]
+    if groups < 2:
+        return Interval(float(mean), math.nan, math.nan, groups, trainings)
+    total = sum(square for square, _ in squares)
+    freedom = total**2 / sum(square**2 / df for square, df in squares) if total else 1.0
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(total / table.size))
+    return Interval(float(mean), float(mean) - half, float(mean) + half, groups, trainings)
 
 
-def of_episodes(auroc: pd.DataFrame, ceiling: float | None = None) -> pd.DataFrame:
+def _by_group(values: ArrayLike, groups: int) -> np.ndarray:
+    """Mean of the episodes of each group, (trainings, groups)."""
+    values = np.atleast_2d(_array(values).astype(float))
+    return np.stack([values[:, g::groups].mean(1) for g in range(groups)], 1)
+
+
+def of_episodes(
+    auroc: Sequence[pd.DataFrame], groups: int, ceiling: float | None = None
+) -> pd.DataFrame:
     """Each method's AUROC in the paper's form and with honest intervals.
 
     Args:
-        auroc: one row per test episode, one column per method, ``"baseline"`` among them.
+        auroc: of each training one row per test episode, the same ones for all, and one column
+            per method, ``"baseline"`` among them.
+        groups: of test patients, see `over_patients`.
         ceiling: best possible AUROC of the task, above 0.5, if it is known.
 
     Returns:
-        One row per method: mean and standard deviation of the first ten episodes, as the paper
-        reports; mean over all and mean paired difference to the baseline, with 95 % intervals;
-        `episodes_needed` to show it; share of the way from chance (0.5) to the ceiling.
+        One row per method: mean and standard deviation of the first ten episodes of the first
+        training, as the paper reports; mean over all and mean paired difference to the baseline,
+        with 95 % intervals; share of the way from chance (0.5) to the ceiling.
     """
     rows = {}
-    baseline = auroc["baseline"]
-    for name, values in auroc.items():
-        mean = mean_interval(values)
-        row = {"ten": values[:10].mean(), "ten_sd": values[:10].std(ddof=0)}
-        row |= {"mean": mean.value, "low": mean.low, "high": mean.high, "episodes": mean.n}
+    for name in auroc[0]:
+        values, ten = np.stack([of[name] for of in auroc]), auroc[0][name][:10]
+        mean = over_patients(values, groups)
+        row = {"ten": ten.mean(), "ten_sd": ten.std(ddof=0)}
+        row |= {"mean": mean.value, "low": mean.low, "high": mean.high}
         if name != "baseline":
-            gain, spread = paired_difference(values, baseline), (values - baseline).std()
-            row |= _gain(*gain[:3])
-            # means that tie but for rounding differ by nothing that episodes could show
-            if spread > 0 and abs(gain.value) > 1e-7 * spread:
-                row["needed"] = episodes_needed(gain.value, float(spread))
+            row |= _gain(*over_patients(values - [of["baseline"] for of in auroc], groups)[:3])
         if ceiling is not None:
             row["share"] = (mean.value - 0.5) / (ceiling - 0.5)
         rows[name] = row
     return pd.DataFrame(rows).T.rename_axis("method")
 
 
-def share_of_oracle(
-    auroc: pd.DataFrame, n: int, *, n_resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """Gain of n hallucinated supports as a share of the gain of n real ones, bootstrapped.
+def share_of_oracle(auroc: Sequence[pd.DataFrame], n: int, groups: int) -> Interval:
+    r"""Gain of n hallucinated supports as a share of the gain of n real ones, by Fieller.
 
-    The real ones were given to the baseline's classifier, at test only, in a run with an oracle.
-    No such column, or an interval of their gain that does not lie above zero, is a `UserError`.
+    The interval holds every share r for which the mean of (gain of hallucinated - r x gain of
+    real) may be zero, by `over_patients`. The real ones were given to the baseline's classifier,
+    at test only, in a run with an oracle.
+
+    Args:
+        auroc: as for `of_episodes`.
+        n: extra supports per class.
+        groups: as for `of_episodes`.
+
+    Raises:
+        UserError: no such column, or an interval of the oracle's gain that is not above zero.
+
+    Source: Fieller 1954, doi 10.1111/j.2517-6161.1954.tb00159.x.
     """
     methods = ["baseline", f"+{n}", f"oracle +{n}"]
-    if not set(methods) <= set(auroc):
-        raise UserError(f"the methods are {', '.join(auroc)}; {', '.join(methods)} are needed")
-    base, made, real = auroc[methods].to_numpy().T
-    gain = paired_difference(real, base)
+    if not set(methods) <= set(auroc[0]):
+        raise UserError(f"the methods are {', '.join(auroc[0])}; {', '.join(methods)} are needed")
+    base, made, real = np.stack([of[methods].to_numpy() for of in auroc]).transpose(2, 0, 1)
+    gain = over_patients(real - base, groups)
     if not gain.low > 0:
         raise UserError(f"the oracle's gain is {gain}: one that is surely above 0 is needed")
-    share = lambda made, real: made.mean() / real.mean()
-    return bootstrap(share, made - base, real - base, n_resamples=n_resamples, seed=seed)
+    share = float((made - base).mean() / (real - base).mean())
+
+    def limit(sign: int) -> float:
+        """The share at which zero leaves the interval, upwards or downwards."""
+
+        def outside(step: float) -> float:
+            found = over_patients(made - base - (share + sign * step) * (real - base), groups)
+            return -found.low if sign < 0 else found.high
+
+        far = 1.0
+        while outside(far) > 0 and far < 1e6:
+            far *= 2
+        return share + sign * float(optimize.brentq(outside, 0.0, far))
+
+    return gain._replace(value=share, low=limit(-1), high=limit(1))
 
 
 def of_contest(scores: pd.DataFrame, seed: int = 0, own: str = "likelihood") -> pd.DataFrame:

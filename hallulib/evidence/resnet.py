@@ -70,7 +70,7 @@ def train_resnet(
     seed: int = 0,
     batch_size: int = 32,
     told: str = "ResNet-18",
-) -> nn.Module:
+) -> nn.Sequential:
     """A ResNet-18 with pooling and classifier, trained with Adam; the rate falls to 0 by a cosine.
 
     Classes, 0 to k - 1, are drawn equally often, as for the score model. Each drawn batch goes

@@ -5,8 +5,13 @@ the split plays at most one part in an episode: its images are support, spare or
 P patients with one support each therefore has at most P - 1 patients to ask about, and a class of
 a single patient cannot be drawn at all. Episode i comes from the numbers (seed, i) alone:
 resuming a run needs no state and every method sees the same episodes.
+
+Thousands of episodes from a few patients say no more than the patients do. So those of a test are
+dealt within disjoint groups of patients, episode i within group i modulo the number of groups:
+the groups are independent, and `hallulib.evidence.metrics.over_patients` counts them.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -81,9 +86,12 @@ class Episodes:
         n_way: classes per episode, at least 2; all of the scheme unless given. Fewer are drawn
             anew for each episode, from those with enough patients.
         k_shot, n_query, n_spare: support, query and spare images per class.
+        groups: disjoint groups of patients, alike in classes, within which episodes are dealt;
+            fewer if some class that can serve in the whole split cannot in each of so many.
         share_patients: deal images as if each had its own patient, a leak that flatters results.
 
     Attributes:
+        groups: as many as there are.
         classes: the classes that episodes draw from, in the order of the card.
         left_out: the classes that have too few patients or images.
 
@@ -116,6 +124,7 @@ class Episodes:
         k_shot: int = 1,
         n_query: int = 5,
         n_spare: int = 0,
+        groups: int = 1,
         seed: int = 0,
         share_patients: bool = False,
     ):
@@ -128,9 +137,9 @@ class Episodes:
         self.k_shot, self.n_query, self.n_spare, self.seed = k_shot, n_query, n_spare, seed
         patient = np.arange(len(images)) if share_patients else images.table["patient"]
         self._patient = np.unique(patient, return_inverse=True)[1]
-        labels = np.where(images.table["split"] == split, labels, -1)
-        rows = [np.flatnonzero(labels == index) for index in range(len(known))]
-        found = [_Class(name, r, self._patient[r]) for name, r in zip(known, rows, strict=True)]
+        self._names, self._labels = known, np.where(images.table["split"] == split, labels, -1)
+        self._group = np.zeros(len(self._patient), int)  # of a patient
+        (found,) = self._dealt(self._labels, 1)
         faults = self._faults(found, "unknown" if share_patients else images.unit)
         if len(found) - len(faults) < self.n_way:
             raise TooFew(
@@ -138,15 +147,20 @@ class Episodes:
                 f" {scheme} can serve in split {split} and n_way is {self.n_way}:"
                 f" {next(iter(faults.values()))}"
             )
-        self._found = [c for c in found if c.name not in faults]
-        self.classes = tuple(c.name for c in self._found)
+        self.classes = tuple(c.name for c in found if c.name not in faults)
         self.left_out = tuple(faults)
+        for self.groups in range(groups, 0, -1):
+            self._group = self._in_groups(found, self.groups)
+            self._deals = self._dealt(self._labels, self.groups)
+            if self._all_serve():
+                break
 
     def __getitem__(self, index: int) -> Episode:
         rng = np.random.default_rng([self.seed, index])
         # in the order of the card, so that a position means the same class in every full episode
-        drawn = np.sort(rng.choice(len(self._found), self.n_way, replace=False))
-        classes = [self._found[i] for i in drawn]
+        drawn = np.sort(rng.choice(len(self.classes), self.n_way, replace=False))
+        serving = [c for c in self._deals[index % self.groups] if c.name in self.classes]
+        classes = [serving[i] for i in drawn]
         taken = np.zeros(len(self._patient), bool)
         support = np.stack([self._support(c, rng) for c in classes])
         taken[self._patient[support]] = True
@@ -160,6 +174,48 @@ class Episodes:
     def take(self, n: int) -> Iterator[Episode]:
         """The first n episodes."""
         return (self[index] for index in range(n))
+
+    def permuted(self, draw: int, tries: int = 20) -> "Episodes":
+        """Tasks like these, the labels of the patients of each group dealt anew among them: what a
+        classifier gets that knows patients and nothing of classes. A `TooFew` error if none of so
+        many ``tries`` leaves the classes images enough.
+        """
+        other, rng = copy.copy(self), np.random.default_rng([self.seed, draw])
+        rows = np.flatnonzero(self._labels >= 0)
+        who, first = np.unique(self._patient[rows], return_inverse=True)
+        own = [rows[first == i] for i in range(len(who))]
+        for _ in range(tries):
+            labels = self._labels.copy()
+            for group in range(self.groups):
+                members = np.flatnonzero(self._group[who] == group)
+                for to, of in zip(members, rng.permutation(members), strict=True):
+                    labels[own[to]] = np.resize(self._labels[own[of]], len(own[to]))
+            other._deals = self._dealt(labels, self.groups)
+            if other._all_serve():
+                return other
+        raise TooFew(f"permuted among patients, the labels left too few images {tries} times")
+
+    def _in_groups(self, found: list[_Class], groups: int) -> Int[np.ndarray, " patients"]:
+        """The group of each patient: dealt round class by class, the rarest first."""
+        rng, group = np.random.default_rng(self.seed), np.full(len(self._patient), -1)
+        members = sorted((rng.permutation(np.unique(c.patients)) for c in found), key=len)
+        order = np.fromiter(dict.fromkeys(np.concatenate(members).tolist()), int)
+        group[order] = np.arange(len(order)) % groups
+        return group
+
+    def _dealt(self, labels: Int[np.ndarray, " n"], groups: int) -> list[list[_Class]]:
+        """The classes of each group, by the labels given."""
+        where, dealt = self._group[self._patient], []
+        for group in range(groups):
+            own = np.where(where == group, labels, -1)
+            rows = {name: np.flatnonzero(own == i) for i, name in enumerate(self._names)}
+            dealt.append([_Class(name, r, self._patient[r]) for name, r in rows.items()])
+        return dealt
+
+    def _all_serve(self) -> bool:
+        """Whether the classes that serve in the whole split do so in each group."""
+        faults = [self._faults(found, "unknown") for found in self._deals]
+        return not set(self.classes) & set().union(*faults)
 
     def _support(self, c: _Class, rng: Draw) -> np.ndarray:
         patients = rng.choice(np.unique(c.patients), self.k_shot, replace=False)

@@ -47,7 +47,7 @@ class OneShotClassifier(ImageClassifier):
 
     Example:
         >>> from hallulib import data
-        >>> x = data.open("phantom", 32).select("test", labelled="isup").tensor(range(8)).numpy()
+        >>> x = data.open("lesions", 32).select("test", labelled="isup").tensor(range(8)).numpy()
         >>> some = OneShotClassifier(n_hallucinated=1).fit(x[:2], ["low", "high"])
         >>> some.predict_proba(x[2:]).shape, some.hallucinated_.shape
         ((6, 2), (2, 1, 1, 32, 32))
@@ -55,7 +55,7 @@ class OneShotClassifier(ImageClassifier):
 
     keeps = {"network_": (bdc.save, bdc.load)}
     pretrained: Annotated[Path | str, needed("the folder of a run is needed")] = field(
-        default="one-shot-phantom", kw_only=False
+        default="one-shot-lesions", kw_only=False
     )
     n_hallucinated: Count = 2
 

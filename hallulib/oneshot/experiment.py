@@ -5,6 +5,7 @@ method, all methods on the same episodes. It is kept as a run: found again by it
 where it was stopped, its weights and its table checked by checksum.
 """
 
+import contextlib
 import itertools
 import json
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hallulib import UserError
@@ -24,20 +25,26 @@ from hallulib.data.checks import UNITS
 from hallulib.data.imageset import ImageSet
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.unet import relabelled
+from hallulib.evidence.metrics import auroc
+from hallulib.evidence.resnet import read, train_resnet
 from hallulib.oneshot import bdc, hallucinate, joint
 from hallulib.oneshot.bdc import PrototypeClassifier
 from hallulib.oneshot.episodes import Episodes, TooFew
 from hallulib.oneshot.hallucinate import Hallucinator, Pool, Recipe, Source
-from hallulib.oneshot.joint import Fit, Method, evaluate
+from hallulib.oneshot.joint import Fit, Method, Tasks, evaluate
+from hallulib.shapes import Images
 from hallulib.storage import disk, parallel, store
 from hallulib.storage.settings import Count, Positive, Seed, Several, Width, check, one_of, vary
 
 GENERATORS = ("score_model", *hallucinate.CONTROLS)
 SPLITS_OF = {"train": 1, "val": 2, "test": 3}  # each split has episodes of its own
 TABLE, PART, GENERATOR = "auroc.csv", ".part.csv", "generator.safetensors"
-PERMUTED = "permuted labels"  # the control whose answers are shuffled
+PERMUTED = "permuted patients"  # the control whose test patients swap their labels
+PERMUTATIONS = 20  # of them
+OF_RUN = ("data", "size", "protocol")  # settings of a run that are none of its trial
+PROTOCOL = 2  # of test episodes: raised where they are dealt or measured in another way
 Classifiers = dict[int, PrototypeClassifier]  # by the number of extra supports
-Measurement = tuple[dict[str, Method], Source]  # the columns that share a source
+Measurement = tuple[dict[str, Method], Source, Tasks]  # the columns that share a source
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Trial:
         test_scheme: of the validation and test episodes; the same is the paper's *coarse* task, a
             coarser one (train on Gleason scores, test on ISUP grades) its *fine* task.
         n_way, k_shot, n_query: of every episode; fewer ways than classes draws classes.
+        groups: of test patients, within which test episodes are dealt; at most so many.
         n_spare: real images kept aside for the oracle.
         counts: numbers of extra supports, each with a classifier trained so; 0 is the baseline.
         generator: where extra supports come from: ``"score_model"``, or one of the controls.
@@ -59,10 +67,12 @@ class Trial:
         pool: images per class, made once and drawn from where the recipe allows; 0 makes the
             supports of every episode anew.
         kind, metric, width, reduce_to: of the classifiers, see `hallulib.oneshot.bdc.build`.
+        supervised: steps on the labels of ``train_scheme`` with which their backbone starts, as
+            Xie et al. 2022 pretrain theirs; 0 starts from random weights.
         steps, n_validation, n_episodes: training, validation and test episodes.
         decays: parts of the steps after which the learning rate is divided by 10.
         per_epoch: training episodes between two validations.
-        seed: of everything but the pretraining, which many trials share.
+        seed: of everything but the test episodes, which are the same for all seeds.
         recipe, fit: how supports are hallucinated, and how classifiers learn.
     """
 
@@ -72,6 +82,7 @@ class Trial:
     k_shot: Positive = 1
     n_query: Positive = 5
     n_spare: Count = 2
+    groups: Positive = 10
     counts: tuple[int, ...] = (0, 1, 2)
     generator: Annotated[str, one_of(GENERATORS)] = "score_model"
     pretraining: Count = 4000
@@ -82,11 +93,12 @@ class Trial:
     metric: Annotated[str, one_of(bdc.METRICS)] = "cosine"
     width: Positive = 12
     reduce_to: Positive = 64
+    supervised: Count = 500
     steps: Count = 300
     decays: tuple[float, ...] = (0.6, 0.85)
     per_epoch: Positive = 50
     n_validation: Count = 20
-    n_episodes: Several = 1000
+    n_episodes: Several = 600
     seed: Seed = 0
     recipe: Recipe = Recipe()
     fit: Fit = Fit()
@@ -110,19 +122,22 @@ class Trial:
         """
         scheme = self.train_scheme if split == "train" else self.test_scheme
         deal = {name: getattr(self, name) for name in ("n_way", "k_shot", "n_query", "n_spare")}
-        deal |= dict(split=split, seed=10 * self.seed + SPLITS_OF[split])
-        return Episodes(images, scheme, **deal)
+        if split == "test":
+            return Episodes(images, scheme, split=split, groups=self.groups, **deal)
+        seed = 10 * self.seed + SPLITS_OF[split]
+        return Episodes(images, scheme, split=split, seed=seed, **deal)
 
     def settings(self) -> dict:
         """All of it as what JSON can hold."""
-        return asdict(self) | {"counts": list(self.counts), "decays": list(self.decays)}
+        listed = {"counts": list(self.counts), "decays": list(self.decays)}
+        return asdict(self) | listed | {"protocol": PROTOCOL}
 
     @classmethod
     def of(cls, told: dict[str, object]) -> "Trial":
         """The trial of a run that was told these settings and else the defaults; a `UserError` if
         a setting is unknown, or a value impossible.
         """
-        own = {k: v for k, v in told.items() if k.split(".")[0] not in ("data", "size")}
+        own = {k: v for k, v in told.items() if k.split(".")[0] not in OF_RUN}
         return vary(cls("", ""), own)
 
 
@@ -195,6 +210,10 @@ def _too_few(images: ImageSet, trial: Trial) -> TooFew | None:
 def _do(images: ImageSet, trial: Trial, folder: Path) -> None:
     """Train, keep the weights, and measure what is kept, in half precision."""
     source, classifiers = start(images, trial)
+    if trial.supervised:
+        backbone = _supervised(images, trial, trial.train_scheme)[0].state_dict()
+        for classifier in classifiers.values():
+            classifier.backbone.load_state_dict(backbone)
     own = ("steps", "fit", "n_validation", "per_epoch", "decays", "seed")
     loop = joint.meta_train(
         source,
@@ -233,7 +252,9 @@ def start(
     steps, width = trial.pretraining, trial.pretraining_width
     if pretrained:
         scheme = images.schemes[0]
-        model, _ = train.pretrained(images, scheme=scheme, steps=steps, width=width, device=device)
+        model, _ = train.pretrained(
+            images, scheme=scheme, steps=steps, width=width, seed=trial.seed, device=device
+        )
     else:
         model = unet.build(size=images.size, channels=images.channels, width=width).to(device)
     schemes = dict.fromkeys([trial.train_scheme, trial.test_scheme])
@@ -258,22 +279,71 @@ def _todo(
     memory = min(map(len, hallucinate.ClassMemory(images, scheme).rows.values()))
     remembers = memory >= most and trial.train_scheme == scheme
     can_serve = {"oracle": trial.n_spare >= most, "memory": remembers}
-    todo = {name: ({name: Method(0, baseline)}, Source()) for name in ("baseline", PERMUTED)}
+    tasks, alone = trial.episodes(images, "test"), Method(0, baseline)
+    todo: dict[str, Measurement] = {"baseline": ({"baseline": alone}, Source(), tasks)}
+    with contextlib.suppress(TooFew):
+        draws, each = [tasks.permuted(i) for i in range(PERMUTATIONS)], trial.n_episodes
+        dealt = [draws[i * PERMUTATIONS // each][i] for i in range(each)]
+        todo[PERMUTED] = {PERMUTED: alone}, Source(), dealt
     for name in ("oracle", "memory", "flips", "shifts"):
         if can_serve.get(name, True):
             methods = {f"{name} +{n}": Method(n, baseline) for n in extra}
-            todo[name] = methods, hallucinate.control(name, images, scheme)
+            todo[name] = methods, hallucinate.control(name, images, scheme), tasks
     own = {f"+{n}": Method(n, classifiers[n]) for n in extra}
     own |= {f"+{n} at test only": Method(n, baseline) for n in extra}
-    return todo | {"generator": (own, source)}
+    return todo | {"generator": (own, source, tasks)}
+
+
+def without_support(
+    images: ImageSet, trial: Trial, classifier: PrototypeClassifier
+) -> pd.DataFrame:
+    """AUROC of the test episodes by methods that never look at their support.
+
+    Where training images have labels of the test's classes, a template of each class may be all
+    that a generator brings: ``"class mean"`` compares queries with the mean training vector of
+    each class, ``"supervised"`` is a ResNet-18 that learns from these labels, as the backbone of
+    the ``classifier`` did. One row per episode; no column where a class has no such label.
+    """
+    tasks = [*trial.episodes(images, "test").take(trial.n_episodes)]
+    labels, names = images.labels(trial.test_scheme), images.classes(trial.test_scheme)
+    split = images.table["split"].where(labels.numpy() >= 0)
+    known, asked = (np.flatnonzero(split == name) for name in ("train", "test"))
+    x, y, queries = images.tensor(known), labels[known], images.tensor(asked)
+    place = np.array([[names.index(name) for name in task.classes] for task in tasks])
+    if not np.isin(place, y).all():
+        return pd.DataFrame(index=range(len(tasks)))
+    network = _supervised(images, trial, trial.test_scheme)
+    with torch.no_grad():
+        of_known, of_asked = (_embedded(classifier, part) for part in (x, queries))
+        means = torch.stack([of_known[y == c].mean(0) for c in range(len(names))])
+        scores = {"class mean": classifier.logits(of_asked, means.nan_to_num()[:, None]).cpu()}
+    scores["supervised"] = torch.as_tensor(read(network, queries)[1]).log()
+    rows = np.searchsorted(asked, np.stack([task.query for task in tasks]))
+    answers = np.stack([task.answers for task in tasks])
+    dealt = {name: of[rows[..., None], place[:, None]] for name, of in scores.items()}
+    return pd.DataFrame({name: auroc(answers, of.softmax(-1)) for name, of in dealt.items()})
+
+
+def _supervised(images: ImageSet, trial: Trial, scheme: str) -> nn.Sequential:
+    """A ResNet-18 that learnt the labels of the training images."""
+    known, steps = images.select("train", labelled=scheme), trial.supervised or trial.steps
+    x, y = known.tensor(), known.labels(scheme)
+    return train_resnet(
+        x, y, steps=max(1, steps), width=trial.width, seed=trial.seed, told="supervised"
+    )
+
+
+def _embedded(classifier: PrototypeClassifier, x: Images) -> Tensor:
+    device = classifier.log_scale.device
+    return torch.cat([classifier.embed(part.to(device)) for part in x.split(256)])
 
 
 def _measure(images: ImageSet, trial: Trial, folder: Path, todo: dict[str, Measurement]) -> None:
     """Write the AUROC of all episodes after each few, on from what an interrupted call wrote."""
-    tasks, parts = trial.episodes(images, "test"), {k: folder / f"{k}{PART}" for k in todo}
+    parts = {k: folder / f"{k}{PART}" for k in todo}
     total, hidden = len(todo) * trial.n_episodes, not parallel.is_main()
     bar = tqdm(total=total, desc="test episodes", disable=hidden)
-    for name, (methods, source) in todo.items():
+    for name, (methods, source, tasks) in todo.items():
         part, columns = parts[name], list(methods)
         done = pd.read_csv(part) if part.exists() else pd.DataFrame(columns=columns, dtype=float)
         bar.update(len(done))
@@ -285,7 +355,6 @@ def _measure(images: ImageSet, trial: Trial, folder: Path, todo: dict[str, Measu
             trial.n_episodes,
             first=len(done),
             weight=trial.fit.weight,
-            permute=name == PERMUTED,
             seed=trial.seed,
         ):
             done = pd.DataFrame(np.concatenate([done.to_numpy(), new]), columns=columns)
@@ -294,7 +363,9 @@ def _measure(images: ImageSet, trial: Trial, folder: Path, todo: dict[str, Measu
                 store.write_table(part, done)
     bar.close()
     if parallel.is_main():
-        store.write_table(folder / TABLE, pd.concat(map(pd.read_csv, parts.values()), axis=1))
+        baseline = todo["baseline"][0]["baseline"].classifier
+        measured = [*map(pd.read_csv, parts.values()), without_support(images, trial, baseline)]
+        store.write_table(folder / TABLE, pd.concat(measured, axis=1))
         for part in parts.values():
             disk.drop(part)
 

@@ -9,7 +9,6 @@ from hallulib import UserError
 from hallulib.evidence.metrics import (
     auroc,
     bootstrap,
-    episodes_needed,
     mean_interval,
     paired_difference,
 )
@@ -150,15 +149,6 @@ def test_paired_differences_are_narrower_for_methods_that_find_the_same_episodes
     unpaired_width = np.sqrt(2) * (alone.high - alone.low)
     assert paired.value == pytest.approx(np.mean(a) - np.mean(b))
     assert paired.high - paired.low < 0.6 * unpaired_width
-
-
-def test_episodes_needed_reach_the_power_they_promise_and_one_fewer_does_not(rng):
-    n = episodes_needed(0.05, 0.2)
-    assert n == 128  # Cohen's tables, d = 0.25
-    draws = rng.normal(0.05, 0.2, size=(4000, n))
-    power = np.mean([mean_interval(d).low > 0 for d in draws])
-    assert power == pytest.approx(0.8, abs=0.025)
-    assert episodes_needed(0.06, 0.2) < n < episodes_needed(-0.04, 0.2)
 
 
 @pytest.mark.parametrize("groups", [["a", "a"], ["a", "b", "c"], ["a"]])

@@ -297,3 +297,64 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(prostate, options, mess
     with pytest.raises(UserError, match=message) as told:
         Episodes(prostate, **options)
     assert "\n" not in str(told.value)
+
+
+# ---- groups of patients
+
+
+@pytest.mark.parametrize("scheme", ["isup", "grade2"])
+def test_groups_share_no_patient_and_episodes_take_turns(prostate, scheme):
+    episodes = Episodes(prostate, scheme, split="train", n_spare=2, groups=4)
+    assert episodes.groups == 4
+    patients, of_group = prostate.table["patient"].to_numpy(), [set() for _ in range(4)]
+    for i, task in enumerate(episodes.take(80)):
+        check_apart(task, patients)
+        for rows in (task.support, task.spare, task.query):
+            of_group[i % 4] |= set(patients[rows.ravel()])
+    assert not any(a & b for a, b in combinations(of_group, 2))
+
+
+def test_groups_are_alike_in_classes(prostate):
+    episodes = Episodes(prostate, "isup", split="train", groups=4)
+    for name in episodes.classes:
+        sizes = [
+            len(np.unique(c.patients)) for deal in episodes._deals for c in deal if c.name == name
+        ]
+        assert max(sizes) - min(sizes) <= 2  # patients of several classes count for the rarest
+
+
+def test_one_group_is_no_group(prostate):
+    plain, one = (Episodes(prostate, "isup", split="train", **k) for k in ({}, {"groups": 1}))
+    assert all(same(plain[i], one[i]) for i in range(5))
+
+
+def test_there_are_as_many_groups_as_the_rarest_class_can_serve(prostate):
+    """Of eight patients of ISUP 5 and six of ISUP 4 in the test split, ten groups are not made."""
+    few = Episodes(prostate, "isup", split="test", groups=10)
+    assert 1 <= few.groups < 6
+    assert few.classes == Episodes(prostate, "isup", split="test").classes
+
+
+def test_permuted_patients_keep_their_images_and_swap_their_labels(prostate):
+    plain = Episodes(prostate, "isup", split="train", groups=3)
+    swapped = plain.permuted(0)
+    patients, truth = prostate.table["patient"].to_numpy(), prostate.labels("isup").numpy()
+    kept, seen = [], {}
+    for task in swapped.take(60):
+        assert len(np.unique(task.query)) == len(task.query)
+        assert not set(patients[task.support.ravel()]) & set(patients[task.query])
+        kept += (truth[task.query] == task.answers).tolist()
+        for row, answer in zip(task.query.tolist(), task.answers.tolist(), strict=True):
+            assert seen.setdefault(row, answer) == answer  # one label throughout
+    assert np.mean(kept) < 0.6  # four classes, of which one prevails
+    other = plain.permuted(1)
+    assert not all(same(swapped[i], other[i]) for i in range(5))
+    again = plain.permuted(0)
+    assert all(same(swapped[i], again[i]) for i in range(5))
+
+
+def test_permuting_leaves_as_many_patients_to_each_class():
+    toy = of_one_class_each(x=[2] * 9, y=[2] * 5)
+    (found,) = Episodes(toy, "grade", split="test", n_way=2, n_query=2).permuted(3)._deals
+    assert [len(np.unique(c.patients)) for c in found] == [9, 5, 0]
+    assert [len(c.rows) for c in found] == [18, 10, 0]

@@ -20,7 +20,7 @@ from hallulib.oneshot.hallucinate import Recipe
 from hallulib.oneshot.joint import predict
 from hallulib.storage import store
 
-SHIPPED = store.SHIPPED / "one-shot-phantom"
+SHIPPED = store.SHIPPED / "one-shot-lesions"
 TINY = experiment.Trial(
     "isup",
     "isup",
@@ -80,7 +80,7 @@ def test_it_answers_as_the_learner_of_the_experiment(result, images, n):
 
 
 def test_the_shipped_one_gives_the_auroc_that_its_run_has_measured():
-    images, measured = imageset.open("phantom", 32), pd.read_csv(SHIPPED / "auroc.csv")
+    images, measured = imageset.open("lesions", 32), pd.read_csv(SHIPPED / "auroc.csv")
     for i in range(3):
         support, names, query, truth = episode(images, i)
         some = OneShotClassifier(n_hallucinated=0).fit(support, names)
@@ -144,7 +144,7 @@ def test_it_goes_into_a_pipeline_and_is_cloned(result, images):
         (dict(n_hallucinated=1.5), "n_hallucinated is 1.5"),
         (dict(channels=3), r"images of shape \(1, 16, 16\) found; \(3, side, side\)"),
         (dict(pretrained=None), "pretrained is None; the folder of a run"),
-        (dict(pretrained="no/such/place/one-shot-phantom"), "one-shot-phantom is not a finished"),
+        (dict(pretrained="no/such/place/one-shot-lesions"), "one-shot-lesions is not a finished"),
     ],
 )
 def test_impossible_settings_are_told(result, images, settings, message):

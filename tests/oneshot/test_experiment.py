@@ -15,7 +15,13 @@ from toy_task import IMAGES, same
 from hallulib import UserError
 from hallulib.data.imageset import ImageSet
 from hallulib.diffusion import train
-from hallulib.evidence.metrics import of_episodes, share_of_oracle
+from hallulib.evidence.metrics import (
+    auroc,
+    mean_interval,
+    of_episodes,
+    over_patients,
+    share_of_oracle,
+)
 from hallulib.oneshot import experiment, joint
 from hallulib.oneshot.experiment import Trial
 from hallulib.oneshot.hallucinate import Pool, Recipe
@@ -26,7 +32,8 @@ from hallulib.storage.settings import vary
 SMALL = dict(n_way=2, n_query=3, counts=(0, 1), pretraining=2, pretraining_width=16, kind="mean")
 SMALL |= dict(width=4, steps=2, per_epoch=2, n_validation=1, n_episodes=22)
 TRIAL = Trial("grade", "grade", **SMALL, recipe=Recipe(sampler_steps=1, lr=1e-2))
-CONTROLS = ["baseline", "permuted labels", "oracle +1", "memory +1", "flips +1", "shifts +1"]
+CONTROLS = ["baseline", "permuted patients", "oracle +1", "memory +1", "flips +1", "shifts +1"]
+UNSUPPORTED = ["class mean", "supervised"]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +163,7 @@ def test_settings_survive_json():
 
 
 def test_a_run_has_a_column_for_every_method_and_a_row_for_every_episode(result):
-    assert list(result.auroc) == [*CONTROLS, "+1", "+1 at test only"]
+    assert list(result.auroc) == [*CONTROLS, "+1", "+1 at test only", *UNSUPPORTED]
     assert len(result.auroc) == 22
     assert result.auroc.stack().between(0, 1).all()
     assert set(result.classifiers) == {0, 1}
@@ -207,10 +214,47 @@ def test_episodes_of_a_split_are_those_of_the_task_whatever_else_varies():
         rows = np.concatenate([one.support.ravel(), one.query])
         assert set(IMAGES.table["split"].iloc[rows]) == {split}
     moved = replace(TRIAL, seed=1)
-    assert not np.array_equal(
-        moved.episodes(IMAGES, "test")[3].query,
-        TRIAL.episodes(IMAGES, "test")[3].query,
-    )
+    for split, same_for_all in (("train", False), ("val", False), ("test", True)):
+        one, two = (t.episodes(IMAGES, split)[3] for t in (TRIAL, moved))
+        assert np.array_equal(one.query, two.query) == same_for_all
+
+
+def test_the_seed_of_a_trial_reaches_its_pretraining_and_its_classifiers():
+    weights = []
+    for seed in (0, 1):
+        source, classifiers = experiment.start(IMAGES, replace(TRIAL, seed=seed))
+        weights.append((source.state_dict(), classifiers[0].state_dict()))
+    (one, first), (two, second) = weights
+    assert not same(one, two)
+    assert not same(first, second)
+
+
+def test_runs_whose_test_episodes_were_dealt_in_another_way_are_not_found(result, monkeypatch):
+    monkeypatch.setattr(experiment, "PROTOCOL", experiment.PROTOCOL - 1)
+    assert experiment.run(IMAGES, TRIAL).folder != result.folder
+
+
+def test_a_class_mean_is_the_answer_of_the_classifier_to_all_training_images(result):
+    """Another way there: a support of every training image of the class."""
+    found = experiment.without_support(IMAGES, TRIAL, result.classifiers[0])
+    np.testing.assert_allclose(found, result.auroc[UNSUPPORTED])
+    task = TRIAL.episodes(IMAGES, "test")[4]
+    rows = [
+        np.flatnonzero((IMAGES.table["split"] == "train") & (IMAGES.table["grade"] == name))
+        for name in task.classes
+    ]
+    with torch.no_grad():
+        embed = lambda positions: result.classifiers[0].embed(IMAGES.tensor(positions))
+        logits = result.classifiers[0].logits(embed(task.query), torch.stack([*map(embed, rows)]))
+    told = auroc(task.answers, logits.softmax(-1))
+    assert told == pytest.approx(found["class mean"][4], abs=1e-6)
+
+
+def test_what_needs_training_labels_of_the_test_s_classes_is_left_out_without_them(result):
+    images = replace(IMAGES, table=IMAGES.table.copy())
+    dark = (images.table["split"] == "train") & (images.table["grade"] == "dark")
+    images.table.loc[dark, "grade"] = ""
+    assert list(experiment.without_support(images, TRIAL, result.classifiers[0])) == []
 
 
 def test_a_run_stopped_while_testing_goes_on_where_it_was(result, tmp_path, monkeypatch):
@@ -258,7 +302,7 @@ def test_a_fine_task_is_trained_on_the_finer_labels_and_has_no_memory():
 @pytest.mark.parametrize("name", ["oracle", "flips", "mixup"])
 def test_a_control_can_take_the_place_of_the_generator_and_keeps_its_own_column(name):
     found = experiment.run(IMAGES, quick(f"generator={name}"))
-    assert set(found.auroc) == {*CONTROLS, "+1", "+1 at test only"}
+    assert set(found.auroc) == {*CONTROLS, "+1", "+1 at test only", *UNSUPPORTED}
     if name != "mixup":  # the baseline given the same images, whichever column it stands in
         same_images = found.auroc[f"{name} +1"] - found.auroc["+1 at test only"]
         assert (same_images.abs() < 1e-9).all()
@@ -317,72 +361,69 @@ def made_up(n=400, seed=0, **gains):
 
 
 def test_the_table_gives_the_papers_form_and_intervals():
-    told = made_up(oracle_1=0.04)
-    rows = of_episodes(told, ceiling=0.9)
-    base, oracle = (told[name] for name in ("baseline", "oracle +1"))
+    told = [made_up(seed=seed, oracle_1=0.04) for seed in (0, 1)]
+    rows = of_episodes(told, 5, ceiling=0.9)
+    base, oracle = (np.stack([of[name] for of in told]) for name in ("baseline", "oracle +1"))
     assert list(rows.index) == ["baseline", "oracle +1"]
     row = rows.loc["oracle +1"]
-    assert row["ten"] == pytest.approx(np.mean(oracle[:10]))
-    assert row["ten_sd"] == pytest.approx(np.std(oracle[:10]))  # of the population, as NumPy's
-    assert row["mean"] == pytest.approx(oracle.mean())
-    assert row["episodes"] == 400
-    half = 1.966 * oracle.std() / 20  # Student's quantile with 399 degrees of freedom
-    assert (row["low"], row["high"]) == pytest.approx(
-        (oracle.mean() - half, oracle.mean() + half), abs=1e-4
-    )
-    gain = oracle - base
+    assert row["ten"] == pytest.approx(oracle[0, :10].mean())
+    assert row["ten_sd"] == pytest.approx(np.std(oracle[0, :10]))  # of the population, as NumPy's
+    whole, gain = over_patients(oracle, 5), over_patients(oracle - base, 5)
+    assert tuple(row[["mean", "low", "high"]]) == whole[:3]
+    assert tuple(row[["gain", "gain_low", "gain_high"]]) == gain[:3]
     assert row["gain"] == pytest.approx(0.04)
-    assert row["gain_high"] - row["gain"] == pytest.approx(1.966 * gain.std() / 20, rel=1e-2)
     assert row["share"] == pytest.approx((oracle.mean() - 0.5) / 0.4)
-    # ((1.96 + 0.84) sd / gain)^2, and two more for Student's wider tails
-    assert row["needed"] == pytest.approx((2.8 * gain.std() / 0.04) ** 2 + 2, abs=1.5)
-    assert rows.loc["baseline", ["gain", "gain_low", "gain_high", "needed"]].isna().all()
-    assert "share" not in of_episodes(told)
+    assert rows.loc["baseline", ["gain", "gain_low", "gain_high"]].isna().all()
+    assert "share" not in of_episodes(told, 5)
 
 
-def test_a_method_that_equals_the_baseline_needs_no_number_of_episodes():
+def test_one_group_of_patients_has_no_interval_and_one_training_that_of_the_groups_alone():
+    values = made_up()["baseline"].to_numpy()
+    assert np.isnan(over_patients(values, 1)[1:3]).all()
+    means = values.reshape(-1, 8).mean(0)
+    assert over_patients(values, 8)[:3] == pytest.approx(mean_interval(means)[:3])
+
+
+def test_more_episodes_of_the_same_patients_and_equal_trainings_narrow_nothing():
+    values = made_up(40)["baseline"].to_numpy()
+    once, often = over_patients(values, 8), over_patients(np.tile(values, (1, 25)), 8)
+    assert often == pytest.approx(once)
+    thrice = over_patients(np.tile(values, (3, 1)), 8)
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
+
+
+def test_a_method_that_equals_the_baseline_gains_nothing():
     told = made_up(flips_1=0.1)
     told["flips +1"] = told["baseline"]
-    row = of_episodes(told).loc["flips +1"]
+    row = of_episodes([told], 5).loc["flips +1"]
     assert (row["gain"], row["gain_low"], row["gain_high"]) == (0, 0, 0)
-    assert "needed" not in row or np.isnan(row["needed"])
-
-
-def test_means_that_tie_but_for_rounding_need_no_number_of_episodes():
-    a = [0.72, 0.6, 0.52, 0.36, 0.36, 0.2, 0.24, 0.2, 0.28, 0.72]
-    b = [0.52, 0.28, 0.36, 0.24, 0.72, 0.36, 0.2, 0.2, 0.6, 0.72]
-    row = of_episodes(pd.DataFrame({"baseline": a, "+1": b})).loc["+1"]
-    assert row["gain"] == pytest.approx(0, abs=1e-12)
-    assert "needed" not in row or np.isnan(row["needed"])
 
 
 def test_the_share_of_the_oracle_is_the_ratio_of_the_gains():
     told = made_up(oracle_2=0.05)
     told["+2"] = told["baseline"] + 0.4 * (told["oracle +2"] - told["baseline"])
-    exact = share_of_oracle(told, 2)
+    exact = share_of_oracle([told], 2, 20)
     assert tuple(exact)[:3] == pytest.approx((0.4, 0.4, 0.4))
-    assert exact.n == 400
-    rng = np.random.default_rng(1)
-    noise = rng.normal(0, 0.02, 400)
+    noise = np.random.default_rng(1).normal(0, 0.02, 400)
     told["+2"] += noise - noise.mean()
-    noisy = share_of_oracle(told, 2)
+    noisy = share_of_oracle([told], 2, 20)
     assert noisy.value == pytest.approx(0.4)
     # by the delta method, with 0.4 of the oracle's own noise in common
-    width = 2 * 1.96 * 0.02 / 20 / 0.05
+    spread = over_patients(noise, 20)
+    width = (spread.high - spread.low) / 0.05
     assert noisy.high - noisy.low == pytest.approx(width, rel=0.15)
-    assert share_of_oracle(told, 2) == noisy
 
 
 def test_a_share_of_nothing_is_refused():
     told = made_up(oracle_2=0.05)
     with pytest.raises(UserError, match=r"baseline, \+2, oracle \+2 are needed"):
-        share_of_oracle(told, 2)
+        share_of_oracle([told], 2, 5)
     told["+2"] = told["oracle +2"]
     told["oracle +2"] = told["baseline"]
-    with pytest.raises(UserError):
-        share_of_oracle(told, 2)
+    with pytest.raises(UserError, match="one that is surely above 0 is needed"):
+        share_of_oracle([told], 2, 5)
 
 
 def test_a_table_needs_no_more_than_the_columns():
     assert Fit() == STANDARD.fit
-    assert len(of_episodes(made_up(n=12))) == 1
+    assert len(of_episodes([made_up(n=12)], 2)) == 1

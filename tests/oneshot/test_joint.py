@@ -383,15 +383,6 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(monkeypatch, kind):
     assert list(evaluate([Method(0, classifiers()[0])], source, IMAGES, TEST, 5, first=5)) == []
 
 
-def test_permuted_labels_average_to_chance():
-    method = [Method(0, classifiers()[0])]
-    told = all_of(evaluate(method, Source(), IMAGES, TEST, 300, permute=True))[:, 0]
-    error = told.std() / 300**0.5
-    assert abs(told.mean() - 0.5) < 4 * error
-    honest = all_of(evaluate(method, Source(), IMAGES, TEST, 20))[:, 0]
-    assert honest.mean() > 0.6
-
-
 def test_evaluation_leaves_the_weights_as_they_are():
     found, before = classifiers((0, 1)), classifiers((0, 1))
     all_of(evaluate([Method(n, c) for n, c in found.items()], Changed("flips"), IMAGES, TEST, 3))
