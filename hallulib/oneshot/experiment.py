@@ -94,11 +94,11 @@ class Trial:
     width: Positive = 12
     reduce_to: Positive = 64
     supervised: Count = 500
-    steps: Count = 300
+    steps: Count = 200
     decays: tuple[float, ...] = (0.6, 0.85)
     per_epoch: Positive = 50
     n_validation: Count = 20
-    n_episodes: Several = 600
+    n_episodes: Several = 400
     seed: Seed = 0
     recipe: Recipe = Recipe()
     fit: Fit = Fit()
