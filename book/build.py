@@ -3,12 +3,14 @@
 A chapter is executed again only if something it depends on has changed: its own cells, its
 parameters, the data set they name, the library, the installed versions. So an interrupted
 build goes on where it was, and a repeated one only publishes. Without a GPU chapters run side by
-side, on as many threads as that leaves each of them.
+side, on as many threads as that leaves each of them. Pages appear while others are computed.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -33,6 +35,7 @@ from hallulib.storage import disk
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
+PREVIEW = 60  # seconds from one look at the pages so far to the next, at least
 
 
 def fingerprint(chapter: Path, chosen: dict) -> str:
@@ -122,8 +125,22 @@ def collect(source: Path, target: Path) -> None:
         house.write(target)
 
 
-def publish(pages: Path, html: Path) -> None:
-    """Turn executed chapters into HTML; every warning is an error.
+def preview(pages: Path, every: list[Path], html: Path) -> None:
+    """Publish the pages so far; a chapter that is not there yet says so."""
+    so_far = pages.parent / "preview" / pages.name
+    shutil.rmtree(so_far, ignore_errors=True)
+    shutil.copytree(pages, so_far)
+    for chapter in every:
+        if not (so_far / chapter.name).exists():
+            title = nbformat.read(chapter, 4).cells[0].source.splitlines()[0]
+            told = f"{title}\n\nThis chapter is being computed: load the page again later.\n"
+            (so_far / chapter.name).with_suffix(".md").write_text(told)
+    with contextlib.suppress(UserError):  # the whole book will tell
+        publish(so_far, html, whole=False)
+
+
+def publish(pages: Path, html: Path, whole: bool = True) -> None:
+    """Turn executed chapters into HTML; of the whole book every warning is an error.
 
     Raises:
         UserError: if there was one, and the folder ``html`` is then as it was before; or it
@@ -133,11 +150,11 @@ def publish(pages: Path, html: Path) -> None:
     # the program of this environment, which need not be the first on the PATH
     command = [str(Path(sys.executable).parent / "jupyter-book"), "build", str(pages), "--all"]
     command += ["--config", str(ROOT / "_config.yml"), "--path-output", str(site)]
-    done = subprocess.run(
-        [*command, "-W", "--keep-going", "-n", "-q"], capture_output=True, text=True
-    )
+    strict = ["-W", "--keep-going", "-n"] if whole else []
+    done = subprocess.run([*command, *strict, "-q"], capture_output=True, text=True)
     if done.returncode:
-        print(done.stdout[-4000:] + done.stderr[-4000:], file=sys.stderr)
+        if whole:
+            print(done.stdout[-4000:] + done.stderr[-4000:], file=sys.stderr)
         raise UserError(f"the book in {pages} was not published: see the warnings above")
     replaced = site / "replaced"
     with disk.writing(html):
@@ -152,9 +169,10 @@ def publish(pages: Path, html: Path) -> None:
 def build(source: Path, target: Path, chosen: dict[str, dict], workers: int = 1) -> None:
     """Bring the executed chapters (``target/book``) and the pages (``target/html``) up to date.
 
-    If a chapter fails, those that run beside it are finished and no other is begun.
+    If a chapter fails, those that run beside it are finished and no other is begun. Where no book
+    was published before, the pages so far can be read while others are computed.
     """
-    pages, every = target / "book", chapters(source)
+    pages, every, html = target / "book", chapters(source), target / "html"
     collect(source, pages)
 
     def one(chapter: Path) -> None:
@@ -168,8 +186,13 @@ def build(source: Path, target: Path, chosen: dict[str, dict], workers: int = 1)
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for job in as_completed([pool.submit(one, chapter) for chapter in every]):
+            shown = math.inf if html.exists() else -math.inf
+            jobs = [pool.submit(one, chapter) for chapter in every]
+            for job in as_completed(jobs):
                 job.result()
+                if time.monotonic() - shown > PREVIEW and not all(job.done() for job in jobs):
+                    preview(pages, every, html)
+                    shown = time.monotonic()
         except BaseException as stop:
             pool.shutdown(wait=False, cancel_futures=True)
             if not isinstance(stop, Exception):  # a request to end
@@ -177,7 +200,7 @@ def build(source: Path, target: Path, chosen: dict[str, dict], workers: int = 1)
                     kernel.kill()
             raise
     print("publishing", flush=True)
-    publish(pages, target / "html")
+    publish(pages, html)
 
 
 def side_by_side(workers: int | None) -> int:

@@ -1,5 +1,6 @@
 import ast
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -174,8 +175,9 @@ def test_the_page_of_the_papers_names_modules_that_exist():
 
 
 @pytest.fixture
-def book(tmp_path):
-    """A book of two quick chapters; the first leaves a mark at each execution."""
+def book(tmp_path, monkeypatch):
+    """A book of two quick chapters, read when it is whole; the first leaves a mark each time."""
+    monkeypatch.setattr(build, "PREVIEW", math.inf)
     source = tmp_path / "source"
     source.mkdir()
     mark = f"open({str(tmp_path / 'ran')!r}, 'a').write(f'{{STEPS}} ')"
@@ -207,6 +209,25 @@ def test_fewer_workers_than_one_are_refused(book, capsys, workers):
 def ran(book):
     file = book.parent / "ran"
     return file.read_text().split() if file.exists() else []
+
+
+def test_the_first_page_can_be_read_while_the_last_chapter_is_computed(book, monkeypatch):
+    """The last chapter waits until it has seen both, and fails if they do not come."""
+    monkeypatch.setattr(build, "PREVIEW", 0)
+    html, told = book.parent / "out" / "html", "<p>This chapter is being computed"
+    waits = f"""
+import pathlib, time
+pages = [pathlib.Path({str(html)!r}) / f"{{name}}.html" for name in ("01_one", "02_two")]
+end = time.monotonic() + 100
+while not all(page.exists() for page in pages):
+    assert time.monotonic() < end
+    time.sleep(0.2)
+assert {told!r} in pages[1].read_text()
+assert {told!r} not in pages[0].read_text()
+"""
+    write_chapter(book / "02_two.ipynb", CHECK, waits)
+    assert run(book, "--workers", "2") == 0
+    assert told not in (html / "02_two.html").read_text()
 
 
 @pytest.mark.usefixtures("unpublished")
