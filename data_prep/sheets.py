@@ -62,7 +62,7 @@ def _columns(file: Path, label: str, patient: str | None) -> tuple[pd.DataFrame,
     known = {tables.key(name) for name in ("file", label, "split", patient or "patient")}
     unused = [n for n, name in enumerate(table) if tables.key(name) not in known]
     if patient is None and (owner == "").all():
-        grouping.ask(table, unused, file)
+        grouping.ask(table, unused, f"{file}: column")
     found = {"file": chosen["file"], "label": chosen[label], "split": chosen["split"]}
     notes = [f"column {table.columns[n]!r} of the CSV left out" for n in unused]
     return pd.DataFrame(found | {"patient": owner}, table.index, dtype=str), notes

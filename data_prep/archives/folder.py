@@ -107,7 +107,7 @@ def _listed(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str
     if args.csv:
         plan, notes = sheets.listed(args.csv, args.source, args.label, args.patient)
         if args.patient not in (None, grouping.NOBODY):
-            warnings = grouping.check(plan, f"--patient {args.patient}", args.csv)
+            warnings = grouping.check(plan, f"--patient {args.patient}", args.csv, args.unit)
     elif args.patient:
         raise UserError(f"--patient {args.patient}: names a column of --csv, which is needed too")
     else:
@@ -116,8 +116,9 @@ def _listed(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str
         nobody = plan["patient"] == ""
         found = grouping.find(plan.loc[nobody, "file"], args.patient_pattern, args.source)
         plan.loc[nobody, "patient"] = found
-        warnings = grouping.check(plan[nobody], "--patient-pattern", args.source)
-        grouping.check_counter(plan[nobody], "--patient-pattern", args.source)
+        told = "--patient-pattern"
+        warnings = grouping.check(plan[nobody], told, args.source, args.unit)
+        grouping.check_counter(plan[nobody], told, args.source)
     if not args.csv:
         plan, links = layouts.once(plan, args.source)
         notes += links
