@@ -102,14 +102,16 @@ def check(plan: pd.DataFrame, told: str, where: Path, unit: str | None = None) -
         unit: what is called patient, if anything else is.
 
     Returns:
-        A warning if every image has a patient of its own.
+        A warning if every image has a patient, and not only near copies, of its own.
 
     Raises:
         UserError: it is one patient in all, one per class or one per split.
     """
     known, (one, several) = plan[plan["patient"] != ""], UNITS[unit or "patient"]
     if known["patient"].is_unique:
-        return [EVERY.format(one, told, several)] if len(known) > 1 else []
+        # of near copies one each may have been kept
+        alone = len(known) > 1 and unit != "near-copies"
+        return [EVERY.format(one, told, several)] if alone else []
     patients = known["patient"].unique()
     rows = known.loc[known["label"] != "", ["patient", "label"]]
     pairs = rows.drop_duplicates()

@@ -151,6 +151,24 @@ def test_an_array_that_groups_nothing_is_not_asked_for(tmp_path, arrays, capsys,
     run(capsys, "npz", tmp_path / "a.npz", tmp_path / "set", "--size=12", *options)
 
 
+@pytest.mark.parametrize(
+    ("unit", "told"),
+    [
+        ("patient", "every image has a patient of its own: if --patient patient counts files"),
+        ("slide", "if --patient patient counts files, slides may cross splits"),
+        ("near-copies", ""),  # as it should be where one of each is kept
+    ],
+)
+def test_images_that_all_have_a_group_of_their_own_are_told(tmp_path, arrays, capsys, unit, told):
+    arrays |= {"keep": np.arange(60) % 3 == 0}
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", *OPTIONS[:2], *OPTIONS[3:])
+    report = run(capsys, *command, f"--unit={unit}")
+    warnings = imageset.open(tmp_path / "set").card["warnings"]
+    assert told in report
+    assert bool(warnings) == bool(told)
+
+
 def test_a_unit_that_nothing_names_is_asked_about(tmp_path, arrays, capsys):
     del arrays["patient"]
     np.savez(tmp_path / "a.npz", **arrays)
