@@ -28,6 +28,14 @@ IMAGE_TAGS = (  # all that is read of a slice
     "PixelSpacing",
     *grey.TAGS,
 )
+SAME_TAGS = (  # what stored values mean; if one slice says otherwise, it or its file is another
+    "PixelRepresentation",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "ModalityLUTSequence",
+)
 SAME_FRAME = 1e-4  # directions and spacings of the slices of a series may differ by this
 ON_LINE_MM = 0.1  # slices may be this far from equal steps along a line
 
@@ -42,24 +50,31 @@ def read_series(files: Sequence[Path], told: str) -> Volume:
         told: how messages call the series.
 
     Raises:
-        Fault: a file is truncated, damaged or of another kind; slices differ in shape, spacing or
-            direction, share a position, or one is missing.
+        Fault: a file is truncated, damaged or of another kind; slices differ in shape, spacing,
+            direction or in what their values mean, share a position, or one is missing.
     """
     slices = [_read_slice(Path(file)) for file in files]
     if len(slices) < 2:
         raise Fault(f"{told}: one slice; a volume of at least two is needed", "one slice only")
-    frame, shape = slices[0][1], slices[0][2].shape
-    for _, other, pixels in slices[1:]:
-        if pixels.shape != shape or np.abs(other - frame).max() > SAME_FRAME:
+    _, frame, first, meaning = slices[0]
+    for _, other, pixels, means in slices[1:]:
+        if pixels.shape != first.shape or np.abs(other - frame).max() > SAME_FRAME:
             raise Fault(
                 f"{told}: slices differ in shape, spacing or direction; one series is needed",
                 "slices of different geometry",
             )
+        if means != meaning:
+            raise Fault(
+                f"{told}: slices differ in sign, padding or rescaling of their pixels; one meaning"
+                " of grey values is needed",
+                "slices of different grey values",
+            )
     right, down, (between_rows, between_columns) = np.split(frame, [3, 6])
     slices.sort(key=lambda one: one[0] @ np.cross(right, down))
-    positions = np.array([position for position, _, _ in slices])
+    positions = np.array([position for position, *_ in slices])
+    voxels = np.stack([pixels for _, _, pixels, _ in slices])
     steps = np.stack([_line(positions, told), down * between_rows, right * between_columns])
-    return turned(Volume(np.stack([pixels for _, _, pixels in slices]), positions[0], steps), told)
+    return turned(Volume(voxels, positions[0], steps), told)
 
 
 def read_header(file: Path) -> pydicom.Dataset:
@@ -82,13 +97,18 @@ def read_tags(file: Path, tags: Sequence[str], **options) -> pydicom.Dataset:
     """These tags of a DICOM file and no other.
 
     Raises:
-        ValueError: it is deflated as a whole: pydicom would unpack all of it, terabytes perhaps.
+        ValueError: it is deflated as a whole: pydicom would unpack all of it, terabytes perhaps;
+            or the type of a tag is damaged.
         Exception: whatever else pydicom throws at a damaged file.
     """
     meta = pydicom.filereader.read_file_meta_info(file)
     if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         raise ValueError("deflated")
-    return pydicom.dcmread(file, force=False, specific_tags=tags, **options)
+    found = pydicom.dcmread(file, force=False, specific_tags=tags, **options)
+    implicit, _ = found.original_encoding
+    if not implicit and any(found.get_item(tag).VR is None for tag in found.keys()):  # noqa: SIM118
+        raise ValueError("a tag without a type, whose value pydicom would begin elsewhere")
+    return found
 
 
 def _line(positions: np.ndarray, told: str) -> np.ndarray:
@@ -110,8 +130,10 @@ def _line(positions: np.ndarray, told: str) -> np.ndarray:
     return along
 
 
-def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Position, frame (directions of a row and of a column, spacing; together 8) and pixels."""
+def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
+    """Position, frame (directions of a row and of a column, spacing; together 8), pixels and the
+    `SAME_TAGS`.
+    """
     try:
         with silent():
             found = read_tags(file, IMAGE_TAGS)
@@ -130,7 +152,7 @@ def _read_slice(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     finite = all(np.isfinite(part).all() for part in (position, frame, pixels))
     if position.shape != (3,) or frame.shape != (8,) or not finite:
         raise _unreadable(file, ValueError())
-    return position, frame, pixels
+    return position, frame, pixels, [found.get(name) for name in SAME_TAGS]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pandas as pd
 
 from data_prep.plan import split_name
 from hallulib import UserError
+from hallulib.data.checks import UNITS
 
 NOBODY = "none"  # the column that is asked for where images are independent
 # in the order in which they are proposed: whose it is, when it was seen, what was seen
@@ -32,7 +33,7 @@ WORD = re.compile(
     rf"(?:id|no|nr|num)?({'|'.join(GROUPS)})(?:s|en)?(?:id|ids|uid|no|nr|num|number|name|code|key)?"
 )
 COUNTER = re.compile(r"(\D*)(\d+)(\D*)")
-EVERY = "every image has a patient of its own: if {} counts files, patients may cross splits"
+EVERY = "every image has a {} of its own: if {} counts files, {} may cross splits"
 
 
 def speaks_of(name: str) -> str:
@@ -48,13 +49,13 @@ def speaks_of(name: str) -> str:
     return found[0] if found and not ATTRIBUTES & set(words) else ""
 
 
-def ask(table: pd.DataFrame, unused: Sequence[int], file: Path) -> None:
+def ask(table: pd.DataFrame, unused: Sequence[int], where: str) -> None:
     """Refuses to drop a column that groups images and speaks of patients.
 
     Args:
         table: of all images.
         unused: places of the columns that would be left out.
-        file: the table's, for the message.
+        where: their file and what they are in it, for the message.
 
     Raises:
         UserError: asks which column is the patient.
@@ -63,7 +64,7 @@ def ask(table: pd.DataFrame, unused: Sequence[int], file: Path) -> None:
     if groups:
         name = table.columns[min(groups, key=lambda n: GROUPS.index(speaks_of(table.columns[n])))]
         raise UserError(
-            f"{file}: column {name!r} is not used, and images that share it may fall into several"
+            f"{where} {name!r} is not used, and images that share it may fall into several"
             f" splits; --patient {name!r} keeps them together, --patient {NOBODY} says that the"
             " images are independent"
         )
@@ -91,23 +92,26 @@ def find(names: Sequence[str], pattern: re.Pattern[str], root: Path) -> list[str
     return found
 
 
-def check(plan: pd.DataFrame, told: str, where: Path) -> list[str]:
+def check(plan: pd.DataFrame, told: str, where: Path, unit: str | None = None) -> list[str]:
     """Whether what was found can be patients.
 
     Args:
         plan: ``patient`` and ``label`` of each image, "" where there is none.
         told: the option that found the patients.
         where: the folder or table, for messages.
+        unit: what is called patient, if anything else is.
 
     Returns:
-        A warning if every image has a patient of its own.
+        A warning if every image has a patient, and not only near copies, of its own.
 
     Raises:
         UserError: it is one patient in all, one per class or one per split.
     """
-    known = plan[plan["patient"] != ""]
+    known, (one, several) = plan[plan["patient"] != ""], UNITS[unit or "patient"]
     if known["patient"].is_unique:
-        return [EVERY.format(told)] if len(known) > 1 else []
+        # of near copies one each may have been kept
+        alone = len(known) > 1 and unit != "near-copies"
+        return [EVERY.format(one, told, several)] if alone else []
     patients = known["patient"].unique()
     rows = known.loc[known["label"] != "", ["patient", "label"]]
     pairs = rows.drop_duplicates()
@@ -122,7 +126,7 @@ def check(plan: pd.DataFrame, told: str, where: Path) -> list[str]:
     else:
         return []
     raise UserError(
-        f"{where}: {told} finds one patient {fault}; what differs between patients is needed"
+        f"{where}: {told} finds one {one} {fault}; what differs between {several} is needed"
     )
 
 

@@ -92,7 +92,12 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
         help="share of the images in each split (default %(default)s); splits that the data come"
         " with are kept, and val is taken from train where it is missing",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
+    add_seed(parser)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """The option that numbers the divisions of patients."""
+    parser.add_argument("--seed", type=seed, default=0, help="of the split (default 0)")
 
 
 def output(text: str) -> Path:
@@ -118,6 +123,17 @@ def pixels(text: str) -> int:
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of pixels above 0")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A number from which splits are drawn.
+
+    Raises:
+        argparse.ArgumentTypeError: not a whole number from 0 to 2**32 - 1.
+    """
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**32 - 1")
     return int(text)
 
 

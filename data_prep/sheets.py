@@ -13,7 +13,7 @@ UNLISTED = "image not in the CSV left out"
 
 
 def listed(
-    file: Path, root: Path, label: str, patient: str | None
+    file: Path, root: Path, label: str, patient: str | None, split: str | None
 ) -> tuple[pd.DataFrame, list[str]]:
     r"""The images of a table.
 
@@ -23,6 +23,7 @@ def listed(
         label: name of the column of labels.
         patient: name of the column of patients, `grouping.NOBODY` where images are independent;
             None: ``patient`` if there is one, else `grouping.ask` asks.
+        split: name of the column of splits; None: ``split`` if there is one.
 
     Returns:
         Columns file, label, patient and split, index = line of the file; and notes.
@@ -31,7 +32,7 @@ def listed(
         UserError: a column or file is missing, a path leads out of the folder, or a file is listed
             twice, however its path is spelt and whatever links lead to it.
     """
-    table, notes = _columns(file, label, patient)
+    table, notes = _columns(file, label, patient, split)
     table = layouts.plan_of(table, file)
     table["file"] = [_path(name, root, f"{file}: line {n}") for n, name in table["file"].items()]
     lines: dict[tuple[int, int], int] = {}
@@ -48,7 +49,9 @@ def listed(
     return table, notes
 
 
-def _columns(file: Path, label: str, patient: str | None) -> tuple[pd.DataFrame, list[str]]:
+def _columns(
+    file: Path, label: str, patient: str | None, split: str | None
+) -> tuple[pd.DataFrame, list[str]]:
     """Columns file, label, patient and split, index = line; what is left out of the table."""
     table = tables.read_sheet(file, "file")
     table = table[(table != "").any(axis=1)]
@@ -56,14 +59,15 @@ def _columns(file: Path, label: str, patient: str | None) -> tuple[pd.DataFrame,
         raise UserError(
             f"{file}: no column {label!r} among {list(table)}; --label names the label column"
         )
-    whose = [patient] if patient not in (None, grouping.NOBODY) else []
-    chosen = tables.choose(table, file, ["file", label, *whose], ["patient", "split"])
+    asked = [split] if split else []
+    asked += [patient] if patient not in (None, grouping.NOBODY) else []
+    chosen = tables.choose(table, file, ["file", label, *asked], ["patient", "split"])
     owner = "" if patient == grouping.NOBODY else chosen[patient or "patient"]
-    known = {tables.key(name) for name in ("file", label, "split", patient or "patient")}
+    known = {tables.key(name) for name in ("file", label, split or "split", patient or "patient")}
     unused = [n for n, name in enumerate(table) if tables.key(name) not in known]
     if patient is None and (owner == "").all():
-        grouping.ask(table, unused, file)
-    found = {"file": chosen["file"], "label": chosen[label], "split": chosen["split"]}
+        grouping.ask(table, unused, f"{file}: column")
+    found = {"file": chosen["file"], "label": chosen[label], "split": chosen[split or "split"]}
     notes = [f"column {table.columns[n]!r} of the CSV left out" for n in unused]
     return pd.DataFrame(found | {"patient": owner}, table.index, dtype=str), notes
 

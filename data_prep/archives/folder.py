@@ -27,8 +27,8 @@ Without --csv, the folders in IN are the classes; a folder "unlabelled" holds im
 If IN holds train, val or test (or Training, valid ...), these are the splits and the classes are
 inside them.
 With --csv, the table has the columns file (below IN) and label, and if it can patient and split,
-in small letters or capitals; an empty label means unlabelled. Spreadsheets write such tables, with
-commas, semicolons or tabs, in UTF-8 or UTF-16.
+in small letters or capitals, or under names that options tell; an empty label means unlabelled.
+Spreadsheets write such tables, with commas, semicolons or tabs, in UTF-8 or UTF-16.
 With --unlabelled, all images in IN, at any depth, are without label: sets to learn tissue from.
 
 --patient names the column that tells patients apart, or "none" if images are independent.
@@ -61,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told = "regular expression that finds the patient in a path"
     patients.add_argument("--patient-pattern", type=_pattern, metavar="REGEX", help=told)
     add_unit(parser)
+    told = "column of the CSV with published splits: train, val, test ... (default split)"
+    parser.add_argument("--split", metavar="COLUMN", help=told)
     add_label(parser, "name of the label, and of its column")
     parser.add_argument(
         "--fit", choices=["pad", "crop"], default="pad", help="how to make squares (default pad)"
@@ -105,19 +107,21 @@ def _listed(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str
     """The plan: columns file (below the folder), patient, label, split; notes and warnings."""
     warnings = []
     if args.csv:
-        plan, notes = sheets.listed(args.csv, args.source, args.label, args.patient)
+        plan, notes = sheets.listed(args.csv, args.source, args.label, args.patient, args.split)
         if args.patient not in (None, grouping.NOBODY):
-            warnings = grouping.check(plan, f"--patient {args.patient}", args.csv)
-    elif args.patient:
-        raise UserError(f"--patient {args.patient}: names a column of --csv, which is needed too")
+            warnings = grouping.check(plan, f"--patient {args.patient}", args.csv, args.unit)
+    elif args.patient or args.split:
+        told = f"--patient {args.patient}" if args.patient else f"--split {args.split}"
+        raise UserError(f"{told}: names a column of --csv, which is needed too")
     else:
         plan, notes = (layouts.tree if args.unlabelled else layouts.classes)(args.source)
     if args.patient_pattern:
         nobody = plan["patient"] == ""
         found = grouping.find(plan.loc[nobody, "file"], args.patient_pattern, args.source)
         plan.loc[nobody, "patient"] = found
-        warnings = grouping.check(plan[nobody], "--patient-pattern", args.source)
-        grouping.check_counter(plan[nobody], "--patient-pattern", args.source)
+        told = "--patient-pattern"
+        warnings = grouping.check(plan[nobody], told, args.source, args.unit)
+        grouping.check_counter(plan[nobody], told, args.source)
     if not args.csv:
         plan, links = layouts.once(plan, args.source)
         notes += links

@@ -20,7 +20,7 @@ medmnist package knows. The smallest published size that reaches --size is used.
   python -m data_prep medmnist breastmnist sets/breast --size 64
   python -m data_prep medmnist pathmnist sets/path --file pathmnist_64.npz
 """
-SIZES = (28, 64, 128, 224)
+FLAGS = {28: "", 64: "_64", 128: "_128", 224: "_224"}  # published side in pixels -> its suffix
 UNKNOWN = "patients are not published; the authors' splits are kept"
 WARNINGS = {
     "pathmnist": f"{UNKNOWN}: val shares patients with train, only test is from other patients"
@@ -44,13 +44,13 @@ def run(args: argparse.Namespace) -> Report:
             `data_prep.writer.prepare`.
     """
     info = _info(args.collection)
-    size = min((s for s in SIZES if s >= args.size), default=0)
+    size = min((s for s in FLAGS if s >= args.size), default=0)
     if not size:
-        raise UserError(f"--size is {args.size}; 1 to {SIZES[-1]} pixels are needed")
-    flag = "" if size == 28 else f"_{size}"
+        raise UserError(f"--size is {args.size}; 1 to {max(FLAGS)} pixels are needed")
+    flag = FLAGS[size]
     md5 = info[f"MD5{flag}"]
     file = args.file or _download(f"{args.collection}{flag}.npz", info[f"url{flag}"], md5)
-    _check_sum(file, md5, size)
+    _check_sum(file, info, size)
     plan = _plan(file, info)
     plan["label"], values, _ = read_labels(plan["label"], list(info["label"].values()), str(file))
     plan, notes = settle(plan, {"train": 1.0}, 0, str(file))
@@ -96,7 +96,7 @@ def _download(name: str, url: str, md5: str) -> Path:
     return Path(DEFAULT_ROOT) / name
 
 
-def _check_sum(file: Path, md5: str, size: int) -> None:
+def _check_sum(file: Path, info: dict, size: int) -> None:
     try:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "md5").hexdigest()
@@ -104,10 +104,17 @@ def _check_sum(file: Path, md5: str, size: int) -> None:
         raise UserError(
             f"{file}: cannot be read ({error.strerror}); give another --file"
         ) from error
-    if found != md5:
+    known = {info.get(f"MD5{flag}"): side for side, flag in FLAGS.items()}
+    if known.get(found, size) != size:
         raise UserError(
-            f"{file}: MD5 is {found} but {md5} is that of the published file of {size} pixels, so"
-            " this is another file, made anew or damaged; the published one is needed"
+            f"{file}: is the published file of {known[found]} pixels; --size {known[found]}, or"
+            f" the published file of {size} pixels, is needed"
+        )
+    if found not in known:
+        raise UserError(
+            f"{file}: MD5 is {found} but {info[f'MD5{FLAGS[size]}']} is that of the published file"
+            f" of {size} pixels, so this is another file, made anew or damaged; the published one"
+            " is needed"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_prep import arrays, tiles
+from data_prep import arrays, grouping, tiles
 from data_prep.plan import (
     add_label,
     add_origin,
@@ -28,7 +28,7 @@ LARGEST = 2**28  # bytes of an array with one value per image
 TRUTH = {"True": True, "False": False, "1": True, "0": False}
 HELP = """
 Arrays are named by the options; all have one entry per image, except --names. The column item of
-the table is the position in the arrays.
+the table is the position in the arrays. --patient none says that images are independent.
 
   python -m data_prep npz brain_mri_64.npz sets/brain --label label --names class_names \\
       --keep keep --test is_test_clean --patient group_near --unit near-copies \\
@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--names", help="name of each label, if labels are 0, 1, ...")
     names.add_argument("--unlabelled", action="store_true", help="no image has a label")
-    parser.add_argument("--patient", help="patient, or group, of each image")
+    told = f"patient, or group, of each image, or {grouping.NOBODY}"
+    parser.add_argument("--patient", help=told)
     add_unit(parser)
     told = "true for the images to use, or NAME<=LIMIT: those of which NAME is at most LIMIT"
     parser.add_argument("--keep", help=told)
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> Report:
     """
     where = str(args.source)
     plan, values, notes = _plan(args)
+    whose = grouping.check(plan, f"--patient {args.patient}", args.source, args.unit)
     unit = unit_of(plan["patient"], args.unit, where)
     plan, odd = settle(plan, args.fractions, args.seed, where, unit)
     labels = {args.label: {"values": values, "meaning": {v: v for v in values}}} if values else {}
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> Report:
         f" keep {args.keep}, test {args.test}, split {args.split}",
         f"splits by seed {args.seed}, {args.fractions}",
     ]
+    card["warnings"] = [*args.warning, *whose]
     plan = plan.assign(part=args.images, file=where, array=args.images)
     return write(args, plan, args.label, card, [*notes, *odd])
 
@@ -125,17 +128,21 @@ def _plan(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str]]
     """Patient, label and split of the images to use, values of the label, and notes."""
     names, notes = _names(args) if args.names else [], []
     plan = pd.DataFrame({"label": _labels(args, names), "patient": "", "split": ""}, dtype=str)
-    if args.patient:
-        plan["patient"] = _column(args.source, args.patient, len(plan))
+    n = len(plan)
+    if args.patient not in (None, grouping.NOBODY):
+        plan["patient"] = _column(args.source, args.patient, n)
     if args.split:
-        plan["split"] = _column(args.source, args.split, len(plan))
+        plan["split"] = _column(args.source, args.split, n)
     if args.test:
-        test = _mask(args.source, args.test, len(plan))
+        test = _mask(args.source, args.test, n)
         plan["split"] = np.where(test, "test", "train")
     if args.keep:
-        keep = _kept(args.source, args.keep, len(plan))
+        keep = _kept(args.source, args.keep, n)
         notes = [f"image left out by {args.keep}"] * int((~keep).sum())
         plan = plan[keep].copy()
+    if args.patient is None:
+        groups = _groups(args, n).loc[plan.index]
+        grouping.ask(groups, range(groups.shape[1]), f"{args.source}: array")
     where, known = str(args.source), args.classes or names
     plan["label"], values, odd = read_labels(plan["label"], known, where, args.missing)
     if not (args.unlabelled or plan["label"].any()):
@@ -152,8 +159,24 @@ def _labels(args: argparse.Namespace, names: list[str]) -> Sequence[str]:
     return _named(labels, names, args) if names else labels
 
 
-def _array(file: Path, name: str) -> np.ndarray:
+def _groups(args: argparse.Namespace, n: int) -> pd.DataFrame:
+    """The arrays of one entry for each of n images that speak of patients and have no use."""
+    used = {args.images, args.label, args.names, args.test, args.split, _limit(args.keep or "")[0]}
+    with zipfile.ZipFile(args.source) as held:
+        names = {m.removesuffix(".npy") for m in held.namelist() if m.endswith(".npy")} - used
+    names = sorted(filter(grouping.speaks_of, names))
+    found = {name: _array(args.source, name, [(n,), (n, 1)]) for name in names}
+    texts = {name: a.ravel().astype(str) for name, a in found.items() if a is not None}
+    return pd.DataFrame(texts, range(n), dtype=str)
+
+
+def _array(file: Path, name: str, shapes: Sequence[tuple[int, ...]] = ()) -> np.ndarray | None:
     """A small array of an .npz; how much it declares is looked at before any of it is read.
+
+    Args:
+        file: the .npz.
+        name: of the array.
+        shapes: those of which it may be; None is returned for another.
 
     Raises:
         UserError: it cannot be read, or has more than `LARGEST` bytes.
@@ -165,6 +188,8 @@ def _array(file: Path, name: str) -> np.ndarray:
                 raise UserError(f"{file}: no array {name!r}; it holds {', '.join(names)}")
             with held.open(f"{name}.npy") as member:
                 shape, _, dtype = arrays.header(member)
+                if shapes and shape not in shapes:
+                    return None
                 if math.prod(shape) * dtype.itemsize > LARGEST:
                     raise ValueError(f"array {name} declares {dtype} {shape}")
             with held.open(f"{name}.npy") as member:
@@ -211,13 +236,19 @@ def _mask(file: Path, name: str, n: int) -> np.ndarray:
 
 def _kept(file: Path, told: str, n: int) -> np.ndarray:
     """The images to use, by an array of true and false or by a limit."""
-    name, _, limit = (part.strip() for part in told.partition("<="))
+    name, limit = _limit(told)
     if not limit:
         return _mask(file, told, n)
     try:
         return _column(file, name, n).astype(float) <= float(limit)
     except ValueError as error:
         raise UserError(f"{file}: --keep {told!r} does not compare numbers ({error})") from error
+
+
+def _limit(told: str) -> tuple[str, str]:
+    """The array that --keep names, and its limit or ""."""
+    name, _, limit = told.partition("<=")
+    return name.strip(), limit.strip()
 
 
 def _named(labels: np.ndarray, names: list[str], args: argparse.Namespace) -> list[str]:

@@ -126,7 +126,7 @@ def stored_as(x, top, slope, offset):
 
 
 WAYS = ["native", "run lengths", "big endian", "JPEG 2000, signed", "JPEG 2000, unsigned"]
-DEPTHS = [(8, False), (12, False), (16, False), (12, True), (16, True)]
+DEPTHS = [(8, False), (12, False), (16, False), (8, True), (12, True), (16, True)]
 SLOPES = [1, -1, 1e-3, -1e-3]
 NEGATIVES = [{}, {"PhotometricInterpretation": "MONOCHROME1"}, {"PresentationLUTShape": "INVERSE"}]
 
@@ -446,8 +446,9 @@ STRUCTURE += ["BitsAllocated", "BitsStored", "HighBit", "PixelData"]
 
 
 @pytest.mark.parametrize("name", STRUCTURE)
-def test_no_flipped_bit_of_what_gives_pixels_their_shape_changes_a_pixel(tmp_path, name):
-    found = encoded(film(shape=(60, 40)).astype(int) >> 4, 12, NumberOfFrames=1)
+@pytest.mark.parametrize("bits", [12, 16])
+def test_no_flipped_bit_of_what_gives_pixels_their_shape_changes_a_pixel(tmp_path, name, bits):
+    found = encoded(film(shape=(60, 40)).astype(int) >> (16 - bits), bits, NumberOfFrames=1)
     file = save(tmp_path / "a.dcm", found)
     truth, whole = mammogram.displayed(file)[0], file.read_bytes()
     tag = pydicom.datadict.tag_for_keyword(name)
@@ -462,6 +463,46 @@ def test_no_flipped_bit_of_what_gives_pixels_their_shape_changes_a_pixel(tmp_pat
         except Fault:
             continue
         assert np.array_equal(shown, truth), bit - 8 * start
+
+
+def saying(**tags):
+    """Changes slices so that they say this."""
+    told = pydicom.Dataset()
+    for name, value in tags.items():
+        setattr(told, name, value)
+    return lambda k, found: found.update(told)
+
+
+def test_no_flipped_bit_before_the_pixels_of_a_slice_changes_the_series(tmp_path):
+    """What one slice says is compared with the others; its pixels have no checksum."""
+    array = np.random.default_rng(0).integers(0, 2**16, (3, 6, 5)).astype(np.uint16)
+    tags = {"RescaleSlope": "2", "RescaleIntercept": "-10", "PixelPaddingValue": 7}
+    files = write_dicom(tmp_path, array, change=saying(PixelPaddingRangeLimit=9, **tags))
+    whole, content = read_series(files, "series"), files[1].read_bytes()
+    start = content.index(b"\x20\x00\x32\x00DS")  # the position; before it are names alone
+    accepted = 0
+    for bit in range(8 * start, 8 * (len(content) - array[1].nbytes)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        files[1].write_bytes(damaged)
+        try:
+            found = read_series(files, "series")
+        except Fault:
+            continue
+        accepted += 1
+        assert np.array_equal(found.pixels, whole.pixels), bit - 8 * start
+        assert np.allclose(found.origin, whole.origin, atol=0.1)
+        assert np.allclose(found.steps, whole.steps, atol=0.1)
+    assert accepted  # as digits far behind the point are
+
+
+@pytest.mark.parametrize("tags", [{"RescaleSlope": 2}, {"PixelPaddingValue": 9}])
+def test_slices_may_not_differ_in_what_their_values_mean(tmp_path, tags):
+    files = write_dicom(tmp_path / "all", np.ones((3, 6, 5), np.uint16), change=saying(**tags))
+    plain = write_dicom(tmp_path / "none", np.ones((3, 6, 5), np.uint16))
+    read_series(files, "series")
+    with pytest.raises(Fault, match="slices differ in sign, padding or rescaling"):
+        read_series([files[0], plain[1], files[2]], "series")
 
 
 def test_run_lengths_that_do_not_add_up_are_refused(tmp_path):

@@ -147,6 +147,19 @@ def test_a_csv_gives_labels_patients_and_splits(classes):
     assert opened.card["report"]["image not in the CSV left out"] == 13
 
 
+def test_published_splits_may_stand_in_a_column_of_any_name(classes, capsys):
+    names = ("training", "valid", "Test")
+    rows = [f"sick/{i}.png,{'ab'[i % 2]},{names[i // 3]},train" for i in range(9)]
+    option = table(classes, "file,label,Subset,split", *rows)
+    assert prepare(classes, option, "--split=subset") == 0
+    opened = imageset.open(classes.parent / "set")
+    assert list(opened.table["split"]) == ["train"] * 3 + ["val"] * 3 + ["test"] * 3
+    assert opened.card["report"]["column 'split' of the CSV left out"] == 1
+    shutil.rmtree(classes.parent / "set")
+    assert "no column 'fold' among" in refused(capsys, classes, option, "--split=fold")
+    assert "--split x: names a column of --csv" in refused(capsys, classes, "--split=x")
+
+
 @pytest.mark.parametrize("names", ["File,Grade,Patient,Split", "file, grade , patient, SPLIT"])
 def test_names_of_columns_count_in_any_case_and_with_spaces_around(classes, names):
     rows = [f"sick/{i}.png,{'ab'[i % 2]},p{i // 2},{'test' if i < 4 else ''}" for i in range(10)]
@@ -426,6 +439,9 @@ def test_images_in_unexpected_places_are_not_guessed(classes, capsys):
     assert "sick: a class beside train, val or test" in refused(capsys, classes)
 
 
+NO_SEEDS = ["-1", "2.5", "1e3", "nan", "None", "True", "", str(2**32)]
+
+
 @pytest.mark.parametrize(
     ("option", "told"),
     [
@@ -435,6 +451,7 @@ def test_images_in_unexpected_places_are_not_guessed(classes, capsys):
         ("--classes=a,b,b", "'a,b,b' is not like a,b,c, each value once"),
         ("--classes=a,,b", "'a,,b' is not like a,b,c"),
         ("--size=0", "'0' is not a whole number of pixels above 0"),
+        *((f"--seed={n}", f"'{n}' is not a whole number from 0 to 2**32 - 1") for n in NO_SEEDS),
     ],
 )
 def test_options_that_no_set_could_have_are_refused_before_reading(classes, capsys, option, told):

@@ -55,6 +55,7 @@ def test_arrays_become_an_image_set_with_patients_kept_together(tmp_path, arrays
 
 def test_images_can_be_kept_by_a_limit(tmp_path, arrays, capsys):
     arrays["white"] = np.linspace(0, 1, 60).astype(np.float32)
+    del arrays["patient"]
     np.savez(tmp_path / "a.npz", **arrays)
     command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--size=12", "--keep")
     told = run(capsys, *command, "white <= .5")
@@ -101,7 +102,7 @@ def test_what_is_true_may_be_a_one(tmp_path, arrays, capsys, dtype):
             "20 groups of near copies",
             "near-copies",
         ),
-        ([], "60 images of unknown patients", "unknown"),
+        (["--patient=none"], "60 images of unknown patients", "unknown"),
     ],
 )
 def test_report_and_card_say_what_the_images_are_grouped_by(
@@ -115,7 +116,61 @@ def test_report_and_card_say_what_the_images_are_grouped_by(
     assert told.endswith(opened.units)
 
 
+@pytest.mark.parametrize("name", ["patient", "patient_id", "PatientID", "lesion_id", "case"])
+@pytest.mark.parametrize("shape", [(60,), (60, 1)])
+def test_an_array_that_groups_images_is_asked_for(tmp_path, arrays, capsys, name, shape):
+    arrays[name] = arrays.pop("patient").reshape(shape)
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--size=12")
+    told = run(capsys, *command, status=2)
+    assert f"a.npz: array {name!r} is not used, and images that share it may fall into" in told
+    assert f"--patient {name!r} keeps them together, --patient none says" in told
+    run(capsys, *command, f"--patient={name}")
+    table = imageset.open(tmp_path / "set").table
+    owner = table["item"].astype(int) // 3
+    assert (table["split"].groupby(owner).nunique() == 1).all()
+    assert table["patient"].nunique() == 20
+    run(capsys, *command, "--patient=none", "--overwrite")
+    assert imageset.open(tmp_path / "set").table["patient"].nunique() == 60
+
+
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [
+        ({"case": np.arange(20)}, []),  # of another length
+        ({"case": np.zeros((60, 2))}, []),
+        ({"case": np.arange(60)}, []),  # groups nothing
+        ({"case": np.arange(60) // 2}, ["--keep=even"]),  # nor what is kept
+        ({"case": np.arange(60) % 2}, ["--label=case"]),
+        ({"patient_age": np.arange(60) // 2}, []),
+    ],
+)
+def test_an_array_that_groups_nothing_is_not_asked_for(tmp_path, arrays, capsys, more, options):
+    del arrays["patient"]
+    np.savez(tmp_path / "a.npz", **arrays | more, even=np.arange(60) % 2 == 0)
+    run(capsys, "npz", tmp_path / "a.npz", tmp_path / "set", "--size=12", *options)
+
+
+@pytest.mark.parametrize(
+    ("unit", "told"),
+    [
+        ("patient", "every image has a patient of its own: if --patient patient counts files"),
+        ("slide", "if --patient patient counts files, slides may cross splits"),
+        ("near-copies", ""),  # as it should be where one of each is kept
+    ],
+)
+def test_images_that_all_have_a_group_of_their_own_are_told(tmp_path, arrays, capsys, unit, told):
+    arrays |= {"keep": np.arange(60) % 3 == 0}
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ("npz", tmp_path / "a.npz", tmp_path / "set", *OPTIONS[:2], *OPTIONS[3:])
+    report = run(capsys, *command, f"--unit={unit}")
+    warnings = imageset.open(tmp_path / "set").card["warnings"]
+    assert told in report
+    assert bool(warnings) == bool(told)
+
+
 def test_a_unit_that_nothing_names_is_asked_about(tmp_path, arrays, capsys):
+    del arrays["patient"]
     np.savez(tmp_path / "a.npz", **arrays)
     command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--unit=slide")
     assert "nothing tells the slide of an image" in run(capsys, *command, status=2)
@@ -145,6 +200,7 @@ def test_arrays_without_labels_are_a_pool(tmp_path, arrays, capsys):
 )
 @pytest.mark.parametrize("named", [True, False])
 def test_images_of_missing_labels_are_unlabelled(tmp_path, arrays, capsys, codes, options, named):
+    del arrays["patient"]
     np.savez(tmp_path / "a.npz", **arrays | {"label": codes})
     names = ["--names=names"] if named else []
     run(capsys, "npz", tmp_path / "a.npz", tmp_path / "set", "--size=12", *names, *options)
@@ -158,6 +214,7 @@ def test_images_of_missing_labels_are_unlabelled(tmp_path, arrays, capsys, codes
 
 def test_only_images_that_are_used_are_counted(tmp_path, arrays, capsys):
     codes = np.where(np.arange(60) < 8, np.nan, np.arange(60) % 2)  # the last of them is left out
+    del arrays["patient"]
     np.savez(tmp_path / "a.npz", **arrays | {"label": codes})
     command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--size=12", "--keep=keep")
     told = run(capsys, *command)
@@ -166,6 +223,7 @@ def test_only_images_that_are_used_are_counted(tmp_path, arrays, capsys):
 
 
 def test_labels_that_are_all_missing_are_asked_about(tmp_path, arrays, capsys):
+    del arrays["patient"]
     np.savez(tmp_path / "a.npz", **arrays | {"label": np.full(60, np.nan)})
     command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--size=12")
     assert "no image has a label in label; or is it --unl" in run(capsys, *command, status=2)
@@ -173,6 +231,7 @@ def test_labels_that_are_all_missing_are_asked_about(tmp_path, arrays, capsys):
 
 def test_blank_tiles_are_left_out_if_asked(tmp_path, arrays, capsys):
     arrays["images"][::4] = 250
+    del arrays["patient"]
     np.savez(tmp_path / "a.npz", **arrays)
     command = ("npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--size=6")
     assert "15  blank tile, white: left out" in run(capsys, *command, "--blank=drop")
@@ -189,6 +248,7 @@ def test_a_label_with_the_name_of_another_column_is_refused(tmp_path, arrays, ca
 
 def test_colour_arrays_keep_their_channels(tmp_path, arrays, capsys):
     arrays["images"] = images(60, 12, 3)
+    del arrays["patient"]
     np.savez_compressed(tmp_path / "a.npz", **arrays)
     run(capsys, "npz", tmp_path / "a.npz", tmp_path / "set", "--size=6", "--names=names")
     expected = checks.area_average(np.moveaxis(arrays["images"], 3, 1), 6)
@@ -218,7 +278,9 @@ def test_a_stream_reads_what_numpy_reads_in_any_order(tmp_path):
         (dict(label=np.array([{}] * 60, object)), "not a readable .npz"),
         (dict(patient=np.zeros(59)), "array patient has shape (59,)"),
         (dict(patient=np.full(60, np.nan)), "array patient has NaN"),
-        (dict(patient=np.zeros(60, int)), "patient 0 is in train and test"),
+        (dict(patient=np.zeros(60, int)), "--patient patient finds one patient in all 59 images"),
+        (dict(patient=np.arange(60) % 5), "patient 0 is in train and test"),
+        (dict(patient=np.arange(60) // 3 % 2), "finds one patient per class, such as '0' for"),
         (dict(test=np.arange(60)), "array test is not true or false"),
         (dict(label=np.full(60, np.inf)), "array label has NaN or infinity"),
         (dict(label=np.arange(60) % 3 - 1), "label has '-1'; known are 0 to 1"),
@@ -312,7 +374,7 @@ def test_pathmnist_is_nine_tissues_and_the_report_says_that_val_shares_patients(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["toymnist", "--size=64"], "is that of the published file of 64 pixels"),
+        (["toymnist", "--size=64"], "is the published file of 28 pixels; --size 28, or the publ"),
         (["toymnist", "--size=300"], "--size is 300; 1 to 224 pixels"),
         (["breastmnits"], "no MedMNIST collection 'breastmnits'; did you mean breastmnist?"),
         (["chestmnist"], "chestmnist: several labels per image"),
@@ -329,8 +391,10 @@ def test_an_unsuitable_collection_is_told(toy, capsys, arguments, told):
 def test_a_wrong_checksum_names_file_and_sum(toy, capsys):
     toy.write_bytes(toy.read_bytes() + b" ")
     out = toy.parent / "set"
-    told = run(capsys, "medmnist", "toymnist", out, "--file", toy, "--size=28", status=2)
-    assert "toymnist.npz: MD5 is" in told
+    for size in (28, 64):
+        told = run(capsys, "medmnist", "toymnist", out, "--file", toy, f"--size={size}", status=2)
+        assert "toymnist.npz: MD5 is" in told
+        assert f"is that of the published file of {size} pixels, so this is another file" in told
     assert not out.exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy_greys import ANSWERS, GREY, moved
 
-from hallulib import ScoreClassifier, UserError
+from hallulib import OneShotClassifier, ScoreClassifier, SyntheticAugmenter, UserError
 
 FORMS = {
     **{f"array of {kind}": GREY.astype(kind) for kind in ("uint8", "int16", "int64", "uint64")},
@@ -72,6 +72,13 @@ def test_a_scale_from_0_to_1_is_refused_by_a_fit_and_told_of_a_query(kind):
         fitted.predict(form)
     with pytest.raises(UserError, match="images of the fit are below 0"):
         ScoreClassifier(steps=0, effort=2, width=8).fit(GREY, ANSWERS, unlabelled=form)
+
+
+@pytest.mark.parametrize("estimator", [ScoreClassifier, OneShotClassifier, SyntheticAugmenter])
+@pytest.mark.parametrize("form", [GREY / np.float32(255), *WRONG.values()])
+def test_no_estimator_guesses_a_scale(estimator, form):
+    with pytest.raises(UserError, match="^images (hold nothing but 0|reach from .* to)"):
+        estimator().fit(form, ANSWERS)
 
 
 def test_bright_images_are_no_scale_from_0_to_1(recwarn):

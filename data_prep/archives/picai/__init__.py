@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", choices=["lesion"], help=f"{told} (default: the whole gland)")
     told = f"default {WINDOW_MM:g}, which holds half of the lesions whole; 24 mm: four of five"
     add("--window-mm", type=float, help=f"side of a --window in mm ({told})")
-    add("--seed", type=int, default=0, help="of the split (default 0)")
+    plan.add_seed(parser)
     plan.add_fault(parser, "study")
 
 
