@@ -1,5 +1,6 @@
 import ast
 import itertools
+import json
 import math
 import re
 import shutil
@@ -85,6 +86,16 @@ def test_a_chapter_follows_the_pattern_of_the_book(name):
     assert "\n".join(texts).count("{solution}") >= 3
     assert "{bibliography}" in texts[-1]
     assert ":filter: docname in docnames" in texts[-1]
+
+
+@pytest.mark.parametrize("name", ["03_pretraining", "04_sampling"])
+def test_a_chapter_asks_for_weights_that_ship(name):
+    asked = parameters.own_values(BOOK / f"{name}.ipynb")
+    folder = ROOT / "hallulib" / "weights" / f"score-{asked['DATASET']}"
+    trained = json.loads((folder / store.CARD).read_text())["settings"]
+    assert {key: asked[key.upper()] for key in ("size", "steps", "width", "seed")} == {
+        key: trained.get(key, 0) for key in ("size", "steps", "width", "seed")
+    }
 
 
 @each_chapter
