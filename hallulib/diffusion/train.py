@@ -20,6 +20,7 @@ from hallulib.storage import checkpoint, parallel, store
 Loss = Callable[..., PerImage]  # `denoising_loss`, compiled or not
 P_UNCOND = 0.1  # chance that a label is dropped, which trains the null class as well
 MAX_NORM = 1.0  # of the gradient, which is scaled down to it
+NEW_CLASSES = 25  # rate of class vectors that a trained model has yet to learn, see `pretrain`
 
 
 @dataclass
@@ -182,6 +183,7 @@ def pretrained(
     batch_size: int = 32,
     width: int = 32,
     seed: int = 0,
+    begin: str = "nothing",
     device: str | None = None,
     from_scratch: bool = False,
 ) -> tuple[ScoreModel, Path]:
@@ -190,20 +192,27 @@ def pretrained(
     It learns from the images without labels and from the split ``train`` (a `UserError` if both
     are empty); where there are both, half of every batch comes from each. Validation and test
     images are never seen. Without ``scheme``, the label column, it is unconditional; it is trained
-    on a GPU if there is one. The averaged model is given, in evaluation mode, with the folder of
-    its run.
+    on a GPU if there is one. It can ``begin`` from a model that learnt other images, and forgets
+    their classes: from one that ships, by its name, or from the folder of a run (a `UserError` if
+    size, channels or width are others). The averaged model is given, in evaluation mode, with the
+    folder of its run.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     labels = images.classes(scheme) if scheme else ()
     settings: dict[str, Any] = dict(steps=steps, batch_size=batch_size, seed=seed)
+    model = unet.build(
+        size=images.size, channels=images.channels, labels=labels, width=width, seed=seed
+    )
+    rates: dict[str, Any] = dict(lr=4e-4)
+    if begin != "nothing":
+        origin = store.trained(begin)
+        model, begin = _taught(model, origin), store.contents(origin)
+        rates["class_rate"] = NEW_CLASSES
 
     def start(folder: Path) -> Iterator[State]:
         x, y, weights = (part.to(device) for part in images.for_training(scheme))
-        model = unet.build(
-            size=images.size, channels=images.channels, labels=labels, width=width, seed=seed
-        )
         return pretrain(
-            model.to(device), x, y, weights=weights, lr=4e-4, folder=folder, **settings
+            model.to(device), x, y, weights=weights, folder=folder, **rates, **settings
         )
 
     folder = store.kept(
@@ -217,6 +226,21 @@ def pretrained(
         size=images.size,
         scheme=scheme,
         width=width,
+        begin=begin,
         **settings,
     )
     return unet.load(folder).to(device), folder
+
+
+def _taught(model: ScoreModel, folder: Path) -> ScoreModel:
+    """The model as one of the same shape has learnt it, but for the classes."""
+    learnt = unet.relabelled(unet.load(folder), model.labels, forget=True)
+    told = []
+    for network in (learnt.network, model.network):
+        width = network.unet.config["block_out_channels"][0]
+        told.append(f"{network.shape[0]} channel(s), {network.shape[1]} pixels and width {width}")
+    if told[0] != told[1]:
+        raise UserError(
+            f"{folder} is a score model of {told[0]}; one of {told[1]} is needed, or begin=nothing"
+        )
+    return learnt

@@ -10,7 +10,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,7 @@ SPLITS_OF = {"train": 1, "val": 2, "test": 3}  # each split has episodes of its 
 TABLE, PART, GENERATOR = "auroc.csv", ".part.csv", "generator.safetensors"
 PERMUTED = "permuted patients"  # the control whose test patients swap their labels
 PERMUTATIONS = 20  # of them
-OF_RUN = ("data", "size", "protocol")  # settings of a run that are none of its trial
+OF_RUN = ("data", "size", "protocol", "origin")  # settings of a run that are none of its trial
 PROTOCOL = 2  # of test episodes: raised where they are dealt or measured in another way
 Classifiers = dict[int, PrototypeClassifier]  # by the number of extra supports
 Measurement = tuple[dict[str, Method], Source, Tasks]  # the columns that share a source
@@ -63,6 +63,8 @@ class Trial:
         counts: numbers of extra supports, each with a classifier trained so; 0 is the baseline.
         generator: where extra supports come from: ``"score_model"``, or one of the controls.
         pretraining, pretraining_width: steps and network width of the score model's pretraining.
+        begin: the score model that the pretraining starts from, see
+            `hallulib.diffusion.train.pretrained`; ``"nothing"`` is random weights.
         forget: forget the class vectors of the pretraining, as if it had seen no labels.
         pool: images per class, made once and drawn from where the recipe allows; 0 makes the
             supports of every episode anew.
@@ -87,6 +89,7 @@ class Trial:
     generator: Annotated[str, one_of(GENERATORS)] = "score_model"
     pretraining: Count = 4000
     pretraining_width: Width = 24
+    begin: str = "nothing"
     forget: bool = False
     pool: Count = 0
     kind: Annotated[str, one_of(bdc.KINDS)] = "bdc"
@@ -128,8 +131,10 @@ class Trial:
         return Episodes(images, scheme, split=split, seed=seed, **deal)
 
     def settings(self) -> dict:
-        """All of it as what JSON can hold."""
-        listed = {"counts": list(self.counts), "decays": list(self.decays)}
+        """All of it as what JSON can hold, and what it begins from, as it is now."""
+        listed: dict[str, Any] = {"counts": list(self.counts), "decays": list(self.decays)}
+        if self.begin != "nothing":
+            listed["origin"] = store.contents(store.trained(self.begin))
         return asdict(self) | listed | {"protocol": PROTOCOL}
 
     @classmethod
@@ -252,9 +257,8 @@ def start(
     steps, width = trial.pretraining, trial.pretraining_width
     if pretrained:
         scheme = images.schemes[0]
-        model, _ = train.pretrained(
-            images, scheme=scheme, steps=steps, width=width, seed=trial.seed, device=device
-        )
+        own: dict[str, Any] = dict(begin=trial.begin, seed=trial.seed, device=device)
+        model, _ = train.pretrained(images, scheme=scheme, steps=steps, width=width, **own)
     else:
         model = unet.build(size=images.size, channels=images.channels, width=width).to(device)
     schemes = dict.fromkeys([trial.train_scheme, trial.test_scheme])

@@ -267,6 +267,17 @@ def contents(folder: Path) -> str:
     return key(card(folder, intact=False)["sha256"])
 
 
+def trained(name: str) -> Path:
+    """The folder of a finished run that is named by where it lies, or by its name among those that
+    ship; a `UserError` if it is none.
+    """
+    for folder in (SHIPPED / name, Path(name).expanduser()):
+        if (folder / CARD).exists():
+            return folder
+    known = ", ".join(sorted(card.parent.name for card in SHIPPED.glob(f"*/{CARD}")))
+    raise UserError(f"{name!r} is no finished training; the folder of one or {known} is needed")
+
+
 def ship(folder: Path, name: str) -> Path:
     """Copy a finished run of this machine to the weights that travel with the library."""
     return Path(shutil.copytree(folder, SHIPPED / name, dirs_exist_ok=True))

@@ -128,7 +128,7 @@ def pictures_of(tmp_path, patients, images, colour=False):
     for name, patient, n in itertools.product(("sick", "well"), range(patients), range(images)):
         file = tmp_path / "own" / name / f"{name}{patient}_{n}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        shape = (16, 16, 3) if colour else (16, 16)
+        shape = (32, 32, 3) if colour else (32, 32)
         Image.fromarray(np.full(shape, 9 * patient + n, np.uint8)).save(file)
 
 

@@ -1,13 +1,19 @@
 """Training: it learns, it resumes to the same bytes, and it refuses what it cannot use."""
 
+import shutil
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from toy_task import IMAGES
 
 from hallulib import UserError
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.score import ScoreModel, denoised_of_eps
 from hallulib.diffusion.sde import VPSDE
 from hallulib.diffusion.train import pretrain
+from hallulib.storage import store
 from hallulib.storage.checkpoint import CHECKPOINT, LOG
 
 
@@ -160,6 +166,79 @@ def test_a_diverging_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_p
     with pytest.raises(UserError, match="not finite from step 1 on"):
         list(loop)
     assert not (tmp_path / CHECKPOINT).exists()
+
+
+# ---- a model that goes on from another
+
+ASKED = dict(scheme="grade", steps=1, batch_size=4, width=8, device="cpu")
+
+
+@pytest.fixture
+def before(tmp_path, monkeypatch):
+    """A finished run on these images: the model and its folder."""
+    monkeypatch.setenv("HALLULIB_RUNS", str(tmp_path / "runs"))
+    return train.pretrained(IMAGES, **ASKED)
+
+
+def test_a_training_can_begin_from_a_run_but_for_what_its_classes_were(before, monkeypatch):
+    known, folder = before
+    seen = {}
+
+    def keep(start, *args, **settings):
+        seen.update(settings | {"start": {k: v.clone() for k, v in start.state_dict().items()}})
+        return pretrain(start, *args, **settings)
+
+    monkeypatch.setattr(train, "pretrain", keep)
+    model, own = train.pretrained(IMAGES, begin=str(folder), **ASKED)
+    assert own != folder
+    classes = "network.classes.weight"
+    assert not seen["start"].pop(classes).any()
+    assert known.get_parameter(classes).any()
+    assert all(torch.equal(known.state_dict()[k], v) for k, v in seen["start"].items())
+    assert seen["class_rate"] > 1
+    assert model.get_parameter(classes)[:2].any()
+
+
+def test_what_began_from_a_run_is_found_until_the_run_is_another(before, tmp_path):
+    _, folder = before
+    _, first = train.pretrained(IMAGES, begin=str(folder), **ASKED)
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
+    assert train.pretrained(IMAGES, begin=str(elsewhere), **ASKED)[1] == first
+    _, other = train.pretrained(IMAGES, **ASKED | {"seed": 1})
+    assert train.pretrained(IMAGES, begin=str(other), **ASKED)[1] not in (first, folder, other)
+
+
+def test_a_model_that_ships_is_named_by_one_word(before, monkeypatch):
+    _, folder = before
+    _, first = train.pretrained(IMAGES, begin=str(folder), **ASKED)
+    monkeypatch.setattr(store, "SHIPPED", folder.parent)
+    assert train.pretrained(IMAGES, begin=folder.name, **ASKED)[1] == first
+
+
+@pytest.mark.parametrize(
+    ("repeats", "width", "found"),
+    [
+        ((1, 1, 2, 2), 8, "1 channel(s), 16 pixels and width 8"),
+        ((1, 3, 1, 1), 8, "3 channel(s), 8 pixels and width 8"),
+        ((1, 1, 1, 1), 16, "1 channel(s), 8 pixels and width 16"),
+    ],
+    ids=["size", "channels", "width"],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(before, repeats, width, found):
+    _, folder = before
+    images = replace(IMAGES, images=np.tile(IMAGES.images, repeats))
+    runs = sorted(store.runs_folder().iterdir())
+    with pytest.raises(UserError) as told:
+        train.pretrained(images, begin=str(folder), **ASKED | {"width": width})
+    of = "1 channel(s), 8 pixels and width 8"
+    sentence = f"{folder} is a score model of {of}; one of {found} is needed, or begin=nothing"
+    assert str(told.value) == sentence
+    assert sorted(store.runs_folder().iterdir()) == runs
+
+
+def test_a_model_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(UserError, match="'score-lesion' is no finished training; .*score-lesions"):
+        train.pretrained(IMAGES, begin="score-lesion", **ASKED)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """The whole experiment: settings, runs that find themselves again, and honest tables."""
 
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -227,6 +228,20 @@ def test_the_seed_of_a_trial_reaches_its_pretraining_and_its_classifiers():
     (one, first), (two, second) = weights
     assert not same(one, two)
     assert not same(first, second)
+
+
+def test_a_trial_knows_the_score_model_that_it_begins_from(tmp_path):
+    here = tmp_path / "model"
+    models = [train.pretrained(IMAGES, steps=1, width=16, seed=seed)[1] for seed in (0, 1)]
+    told, trial = [], replace(TRIAL, begin=str(here), n_episodes=2)
+    for folder in models:
+        shutil.copytree(folder, here, dirs_exist_ok=True)
+        told.append(experiment.run(IMAGES, trial).folder)
+        card = store.card(told[-1])["settings"]
+        assert card["origin"] == store.contents(folder)
+        assert Trial.of(card) == trial
+        assert experiment.load(told[-1], ("bright", "new"), "cpu")[0] == trial
+    assert told[0] != told[1]
 
 
 def test_runs_whose_test_episodes_were_dealt_in_another_way_are_not_found(result, monkeypatch):
