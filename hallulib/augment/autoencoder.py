@@ -1,10 +1,10 @@
 r"""Images to small latents and back: a variational autoencoder whose latents have unit variance.
 
-.. math:: z_c = (\mu_c(x) - m_c) / s_c, \qquad x \approx \mathrm{dec}(s\,z + m)
+.. math:: z = \kappa\,(\mu(x) - m), \qquad x \approx \mathrm{dec}(z / \kappa + m)
 
-with the mean :math:`m_c` and the standard deviation :math:`s_c` of each channel of the latents of
-the training images, so that a diffusion made for images of unit variance suits the latents too.
-Both are kept in the stock configuration (``latents_mean``, ``latents_std``) beside the weights.
+with the mean :math:`m` and the scale :math:`\kappa = 1/\mathrm{std}` of the latents of the
+training images, so that a diffusion made for images of unit variance suits the latents too. Both
+are kept in the stock configuration (``shift_factor``, ``scaling_factor``) beside the weights.
 
 It learns to keep pixels and edges (`sharpness`), without perceptual loss or adversary.
 
@@ -29,7 +29,7 @@ from hallulib.diffusion import unet
 from hallulib.shapes import Images, Latents, PerImage, seeded
 from hallulib.storage import checkpoint, disk, parallel
 
-WEIGHTS = dict(sharpness=0.5, kl=1e-4)  # of the terms of the loss besides the pixels
+WEIGHTS = dict(sharpness=0.5, kl=1e-2)  # of the terms of the loss besides the pixels
 TERMS = ("pixels", *WEIGHTS)
 LATENT_CHANNELS = 4
 
@@ -56,37 +56,31 @@ class Autoencoder(nn.Module):
     def encode(self, images: Images, batch_size: int = 64) -> Latents:
         """Latents of images in [-1, 1]: the means of their posteriors, standardised."""
         means = [self.kl.encode(x).latent_dist.mean for x in images.split(batch_size)]
-        mean, std = self._standard()
-        return (torch.cat(means) - mean) / std
+        shift, scale = self._standard()
+        return scale * (torch.cat(means) - shift)
 
     @torch.no_grad()
     def decode(self, latents: Latents, batch_size: int = 64) -> Images:
         """Images of latents, in [-1, 1]."""
-        mean, std = self._standard()
-        parts = [self.kl.decode(std * z + mean).sample for z in latents.split(batch_size)]
+        shift, scale = self._standard()
+        parts = [self.kl.decode(z / scale + shift).sample for z in latents.split(batch_size)]
         return torch.cat(parts).clamp(-1, 1)
 
     def standardise(self, images: Images) -> "Autoencoder":
-        """Let every channel of the latents of these images have mean 0 and variance 1.
+        """Set shift and scale so that latents of these images have mean 0 and variance 1.
 
-        Of more than a thousand images every second, third ... is asked. A channel that does not
-        differ, or is no number, is a `UserError`.
+        Of more than a thousand images every second, third ... is asked. Latents that do not
+        differ, or are no numbers, are a `UserError`.
         """
-        self._set([0.0] * LATENT_CHANNELS, [1.0] * LATENT_CHANNELS)
+        self.kl.register_to_config(scaling_factor=1.0, shift_factor=0.0)
         z = self.encode(images[:: max(1, len(images) // 1000)]).double()
-        mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
-        if not std.min() > 0:
+        if not z.std() > 0:
             raise UserError(f"{len(images)} images have latents that do not differ; train first")
-        return self._set(mean.tolist(), std.tolist())
-
-    def _set(self, mean: list[float], std: list[float]) -> "Autoencoder":
-        self.kl.register_to_config(latents_mean=mean, latents_std=std)
+        self.kl.register_to_config(scaling_factor=1 / float(z.std()), shift_factor=float(z.mean()))
         return self
 
-    def _standard(self) -> list[Tensor]:
-        """Mean and standard deviation of each channel, as they stand in the configuration."""
-        told = (self.kl.config[name] for name in ("latents_mean", "latents_std"))
-        return [torch.tensor(v, device=self.kl.device).view(1, -1, 1, 1) for v in told]
+    def _standard(self) -> tuple[float, float]:
+        return self.kl.config["shift_factor"] or 0.0, self.kl.config["scaling_factor"]
 
 
 def build(
@@ -115,9 +109,10 @@ def build(
             norm_num_groups=8,
             sample_size=size,
             scaling_factor=1.0,
+            shift_factor=0.0,
             mid_block_add_attention=False,
         )
-    return Autoencoder(kl)._set([0.0] * LATENT_CHANNELS, [1.0] * LATENT_CHANNELS)
+    return Autoencoder(kl)
 
 
 def save(model: Autoencoder, folder: Path) -> None:
@@ -129,9 +124,8 @@ def save(model: Autoencoder, folder: Path) -> None:
 def load(folder: Path) -> Autoencoder:
     """Read what `save` wrote, in evaluation mode, or raise a `UserError`."""
     with unet.understood(folder, "an autoencoder", f"{unet.CONFIG} and {unet.WEIGHTS}"):
-        model = Autoencoder(unet.load_network(AutoencoderKL, Path(folder)))
-        model._standard()  # which autoencoders that were saved with one scale for all lack
-    return model.eval().requires_grad_(False)
+        kl = unet.load_network(AutoencoderKL, Path(folder))
+    return Autoencoder(kl).eval().requires_grad_(False)
 
 
 def sharpness(x: Images, y: Images, octaves: int = 3) -> PerImage:

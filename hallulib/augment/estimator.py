@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from hallulib import UserError
 from hallulib.augment import autoencoder, steering
-from hallulib.augment.autoencoder import LATENT_CHANNELS, Autoencoder
+from hallulib.augment.autoencoder import LATENT_CHANNELS, WEIGHTS, Autoencoder
 from hallulib.augment.selection import FeatureSpace, copy_threshold, take
 from hallulib.data.changes import augmented
 from hallulib.data.imageset import ImageSet, choose
@@ -49,7 +49,7 @@ from hallulib.storage import disk, settings, store
 from hallulib.storage.estimator import ImageEstimator, Others, must_suit
 
 ENCODING: dict[str, Any] = dict(batch_size=16, lr=1e-3)
-PRETRAINING: dict[str, Any] = dict(batch_size=32, lr=4e-4)
+PRETRAINING: dict[str, Any] = dict(batch_size=16, lr=1e-3, warmup=100)
 VERSIONS = 8  # of each labelled image, that the noise-aware classifier learns from besides
 ARMS = ("real", "classical", "unselected", "selected")
 SCORES, VERDICTS, SYNTHETIC = "scores.csv", "verdicts.csv", "synthetic.safetensors"
@@ -126,7 +126,7 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
     told: dict[str, Any] = dict(seed=trial.seed, from_scratch=from_scratch)
     asked: dict[str, Any] = dict(data=images.identity, size=images.size, factor=trial.factor)
     asked |= dict(width=trial.encoder_width, latent_channels=LATENT_CHANNELS) | told | ENCODING
-    asked |= dict(scaled="by channel")  # runs of before had one scale for all
+    asked |= dict(weights=WEIGHTS)
     first = store.kept(
         f"autoencoder-{images.name}",
         lambda folder: _encoding(unlabelled(), trial, folder),
