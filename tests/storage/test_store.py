@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hallulib import UserError, augment, data
-from hallulib.augment import autoencoder, steering
+from hallulib.augment import autoencoder
 from hallulib.diffusion import train
 from hallulib.likelihood.estimator import Contest
 from hallulib.oneshot import experiment as oneshot
@@ -246,25 +246,15 @@ def test_chapters_find_the_weights_that_ship(runs, shipped, monkeypatch):
     assert not runs.exists()
 
 
-def test_the_networks_of_the_drawn_tissue_are_found_and_know_it(runs, shipped, monkeypatch):
-    """As chapter 08 asks for them; their classes are those of patients that they never saw."""
-    images = data.open("histology", 32)
-    trial = augment.Trial("tissue", share=0.1, encoding=2500, factor=2, pretraining=1000)
-    for room in (autoencoder, steering):
-        monkeypatch.setattr(room, "train", None)  # so that nothing is trained instead
+def test_the_networks_of_the_drawn_tissue_that_ship_are_found(runs, shipped, monkeypatch):
+    """As chapter 08 asks for them."""
+    monkeypatch.setattr(autoencoder, "train", None)  # so that nothing is trained instead
     monkeypatch.setattr(train, "pretrain", None)
-    found = augment.pretrained(images, trial)
-    judge, folder = augment.classifier(images, trial, found)
-    blind, other = augment.classifier(images, trial, found, noised=False)
-    names = "autoencoder", "latent-score", "noise-aware", "clean"
-    folders = [shipped / f"{name}-histology" for name in names]
-    assert [*found.folders, folder, other] == folders
+    trial = augment.Trial("tissue", share=0.1, encoding=2500, factor=2, pretraining=1000)
+    found = augment.pretrained(data.open("histology", 32), trial)
+    names = "autoencoder", "latent-score"
+    assert found.folders == tuple(shipped / f"{name}-histology" for name in names)
     assert not runs.exists()
-    test = images.select("test")
-    z, y = found.autoencoder.encode(test.tensor(range(300))), test.labels("tissue")[:300]
-    knows, guesses = (steering.accuracy_at(c, z, y, [0.3])[0] for c in (judge, blind))
-    assert knows >= 0.6
-    assert knows > guesses
 
 
 def test_they_are_found_by_the_cards_of_version_0_1_too(runs, shipped):
