@@ -39,7 +39,7 @@ grid: $(READY)  ## run a chapter with each cell of a grid (GRID=book/grids/NAME.
 doctor: $(READY)  ## what is installed, what is wrong with it, what chapters took here
 	@exec $(BIN)/python -m hallulib doctor
 
-weights: $(READY)  ## train the weights that ship with the library anew (two hours or more)
+weights: $(READY)  ## train the weights that ship with the library anew (three hours or more)
 	@exec $(BIN)/python -c "from hallulib import data, oneshot; \
 		from hallulib.diffusion import train; from hallulib.storage import store; \
 		images = data.open('lesions', 32); \
@@ -47,6 +47,15 @@ weights: $(READY)  ## train the weights that ship with the library anew (two hou
 		print(store.ship(run, 'score-lesions')); \
 		run = oneshot.run(images, oneshot.Trial('isup', 'isup'), from_scratch=True).folder; \
 		print(store.ship(run, 'one-shot-lesions'))"
+	@exec $(BIN)/python -c "from hallulib import augment, data; from hallulib.storage import store; \
+		images, new = data.open('histology', 32), dict(from_scratch=True); \
+		trial = augment.Trial('tissue', share=0.1, encoding=2500, factor=2, pretraining=1000); \
+		prior = augment.pretrained(images, trial, **new); \
+		noisy, clean = (augment.classifier(images, trial, prior, noised=told, **new)[1] \
+			for told in (True, False)); \
+		names = 'autoencoder', 'latent-score', 'noise-aware', 'clean'; \
+		[print(store.ship(run, name + '-histology')) \
+			for run, name in zip((*prior.folders, noisy, clean), names, strict=True)]"
 
 lint: $(READY)  ## style of code and notebooks, types of the library, outputs in notebooks
 	@$(BIN)/ruff check .

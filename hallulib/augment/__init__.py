@@ -4,6 +4,6 @@ from hallulib import lazily
 
 __getattr__ = lazily(
     __name__,
-    estimator="Trial Pretrained pretrained synthesise per_class changed SyntheticAugmenter ARMS"
-    " run read_fold",
+    estimator="Trial Pretrained pretrained classifier synthesise per_class changed ARMS"
+    " SyntheticAugmenter run read_fold",
 )

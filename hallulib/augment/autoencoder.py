@@ -29,7 +29,7 @@ from hallulib.diffusion import unet
 from hallulib.shapes import Images, Latents, PerImage, seeded
 from hallulib.storage import checkpoint, disk, parallel
 
-WEIGHTS = dict(sharpness=0.5, kl=1e-4)  # of the terms of the loss besides the pixels
+WEIGHTS = dict(sharpness=0.5, kl=1e-2)  # of the terms of the loss besides the pixels
 TERMS = ("pixels", *WEIGHTS)
 LATENT_CHANNELS = 4
 

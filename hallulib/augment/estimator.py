@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from hallulib import UserError
 from hallulib.augment import autoencoder, steering
-from hallulib.augment.autoencoder import LATENT_CHANNELS, Autoencoder
+from hallulib.augment.autoencoder import LATENT_CHANNELS, WEIGHTS, Autoencoder
 from hallulib.augment.selection import FeatureSpace, copy_threshold, take
 from hallulib.data.changes import augmented
 from hallulib.data.imageset import ImageSet, choose
@@ -49,9 +49,11 @@ from hallulib.storage import disk, settings, store
 from hallulib.storage.estimator import ImageEstimator, Others, must_suit
 
 ENCODING: dict[str, Any] = dict(batch_size=16, lr=1e-3)
-PRETRAINING: dict[str, Any] = dict(batch_size=64, lr=4e-4)
+PRETRAINING: dict[str, Any] = dict(batch_size=16, lr=1e-3, warmup=100)
+VERSIONS = 8  # of each labelled image, that the noise-aware classifier learns from besides
 ARMS = ("real", "classical", "unselected", "selected")
 SCORES, VERDICTS, SYNTHETIC = "scores.csv", "verdicts.csv", "synthetic.safetensors"
+CLASSIFIER = "classifier.safetensors"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class Pretrained:
 def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pretrained:
     """The autoencoder and the score model of its latents, found by their settings or trained now.
 
-    Both learn from the images without labels alone (from ``train`` where there are none).
+    Both learn from the images without labels alone (from ``train`` where there are none), and are
+    kept in half precision: what is shipped must be small.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -123,10 +126,11 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
     told: dict[str, Any] = dict(seed=trial.seed, from_scratch=from_scratch)
     asked: dict[str, Any] = dict(data=images.identity, size=images.size, factor=trial.factor)
     asked |= dict(width=trial.encoder_width, latent_channels=LATENT_CHANNELS) | told | ENCODING
+    asked |= dict(weights=WEIGHTS)
     first = store.kept(
         f"autoencoder-{images.name}",
         lambda folder: _encoding(unlabelled(), trial, folder),
-        lambda state, folder: autoencoder.save(_standardised(state, unlabelled()), folder),
+        lambda state, folder: autoencoder.save(_standardised(state, unlabelled()).half(), folder),
         told=f"encoding {images.name}",
         steps=trial.encoding,
         **asked,
@@ -136,7 +140,7 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
     second = store.kept(
         f"latent-score-{images.name}",
         lambda folder: _pretraining(encoder, unlabelled(), trial, folder),
-        lambda state, folder: unet.save(state.ema, folder),
+        lambda state, folder: unet.save(state.ema.half(), folder),
         told="training on latents",
         steps=trial.pretraining,
         **asked,
@@ -167,22 +171,70 @@ def _pretraining(
     return train.pretrain(model.to(x.device), encoder.encode(x), **how, **PRETRAINING)
 
 
+def steers(
+    prior: Pretrained, trial: Trial, x: Images, y: Labels, seed: int, noised: bool = True
+) -> steering.NoisyClassifier:
+    """A noise-aware classifier of labelled images, x in [-1, 1] of the classes y, 0 to k - 1.
+
+    It learns from each image and from `VERSIONS` of it, `changed`; ``noised`` is as for
+    :func:`hallulib.augment.steering.train`. It is on the device of the pretrained models.
+    """
+    device = next(prior.model.parameters()).device
+    rng = torch.Generator().manual_seed(seed)
+    several = torch.cat([x, *(changed(x, rng) for _ in range(VERSIONS))])
+    latents, labels = prior.autoencoder.encode(several.to(device)), y.repeat(VERSIONS + 1)
+    guide = steering.NoisyClassifier(prior.model, int(y.max()) + 1, seed=seed)
+    how: dict[str, Any] = dict(steps=trial.steering, noised=noised, seed=seed)
+    loop = steering.train(guide, latents, labels.to(device), **how)
+    for _ in tqdm(loop, total=trial.steering, desc="noise-aware classifier"):
+        pass
+    return guide
+
+
+def classifier(
+    images: ImageSet,
+    trial: Trial,
+    prior: Pretrained,
+    *,
+    noised: bool = True,
+    from_scratch: bool = False,
+) -> tuple[steering.NoisyClassifier, Path]:
+    """The classifier that `steers` by the labels of the first fold, and the folder of its run,
+    found by its settings or trained now; it is kept in half precision.
+    """
+
+    def learn(folder: Path, **_) -> None:
+        guide = steers(prior, trial, *_labelled(images, trial, 0), trial.seed, noised)
+        halves = {k: v.half().contiguous() for k, v in guide.state_dict().items()}
+        with disk.whole_files(folder) as new:
+            save_file(halves, new / CLASSIFIER)
+
+    asked = {k: getattr(trial, k) for k in ("scheme", "share", "steering", "seed")}
+    folder = store.load_or_train(
+        f"{'noise-aware' if noised else 'clean'}-{images.name}",
+        learn,
+        from_scratch=from_scratch,
+        latents=store.contents(prior.folders[1]),
+        data=images.identity,
+        versions=VERSIONS,
+        **asked,
+    )
+    weights = load_file(folder / CLASSIFIER)
+    guide = steering.NoisyClassifier(prior.model, len(weights["head.1.bias"]))
+    guide.load_state_dict(weights)
+    return guide.eval().requires_grad_(False), folder
+
+
 def synthesise(
     prior: Pretrained, trial: Trial, x: Images, y: Labels, n: int, seed: int
 ) -> tuple[AnyImages, Int[Tensor, " _made"]]:
     """Synthetic images in [-1, 1], n of every class, and the class each was made for.
 
-    The pretrained models work on their own device; ``x`` are the labelled images and ``y`` their
-    classes, 0 to k - 1.
+    The arguments are those of a classifier that `steers`.
     """
-    device = next(prior.model.parameters()).device
-    latents, labels = prior.autoencoder.encode(x.to(device)), y.to(device)
-    classes = int(y.max()) + 1
-    guide = steering.NoisyClassifier(prior.model, classes, seed=seed)
-    loop = steering.train(guide, latents, labels, steps=trial.steering, seed=seed)
-    for _ in tqdm(loop, total=trial.steering, desc="noise-aware classifier"):
-        pass
-    wanted = torch.arange(classes, device=device).repeat_interleave(n)
+    guide = steers(prior, trial, x, y, seed)
+    classes = torch.arange(int(y.max()) + 1, device=next(guide.parameters()).device)
+    wanted = classes.repeat_interleave(n)
     how = dict(sampler=trial.sampler, steps=trial.sampler_steps, clip=False, seed=seed)
     made = steering.steered(prior.model, guide, wanted, gradient_scale=trial.gradient_scale, **how)
     return prior.autoencoder.decode(made).cpu(), wanted.cpu()
@@ -382,9 +434,8 @@ def _measure(
     known, test, held_out = (
         images.select(split, labelled=trial.scheme) for split in ("train", "test", "val")
     )
-    names, y, y_test = _classes(known, test, trial.scheme)
-    rows = choose(y, 0, trial.seed + fold, trial.share)
-    x, y = known.tensor(rows), y[rows]
+    names, _known, y_test = _classes(known, test, trial.scheme)
+    x, y = _labelled(images, trial, fold)
     distance = copy_threshold(x, held_out.tensor())
     networks, made, verdicts = _arms(prior, trial, x, y, distance, trial.seed + fold)
 
@@ -399,6 +450,14 @@ def _measure(
         save_file({"real": real, "labels": y, "synthetic": synthetic}, new / SYNTHETIC)
         verdicts.to_csv(new / VERDICTS, index=False)
         scores.to_csv(new / SCORES, index=False)
+
+
+def _labelled(images: ImageSet, trial: Trial, fold: int) -> tuple[Images, Labels]:
+    """The training images that keep their label in a fold, and their classes."""
+    known = images.select("train", labelled=trial.scheme)
+    _, y, _ = _classes(known, known, trial.scheme)
+    rows = choose(y, 0, trial.seed + fold, trial.share)
+    return known.tensor(rows), y[rows]
 
 
 def _classes(known: ImageSet, test: ImageSet, scheme: str) -> tuple[list[str], Tensor, Tensor]:

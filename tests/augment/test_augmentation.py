@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from hallulib import UserError
-from hallulib.augment.estimator import ARMS, Trial, read_fold, run
+from hallulib.augment import steering
+from hallulib.augment.estimator import (
+    ARMS,
+    Trial,
+    classifier,
+    pretrained,
+    read_fold,
+    run,
+    steers,
+)
 from hallulib.augment.selection import ADMITTED
 from hallulib.data import imageset
 from hallulib.data.imageset import choose
@@ -67,6 +76,28 @@ def test_labelled_images_are_those_of_the_fold(found, phantom):
     rows = choose(known.labels("grade2"), 0, TINY.seed, TINY.share)
     real = read_fold(found[1][0])[0]
     torch.testing.assert_close(real, known.tensor(rows), atol=1e-5, rtol=0)
+
+
+def test_the_classifier_that_steers_learns_the_labels_of_the_first_fold(found, phantom):
+    known = phantom.select("train", labelled="grade2")
+    y = known.labels("grade2")
+    rows = choose(y, 0, TINY.seed, TINY.share)
+    prior = pretrained(phantom, TINY)
+    expected = steers(prior, TINY, known.tensor(rows), y[rows], TINY.seed).state_dict()
+    for name, value in classifier(phantom, TINY, prior)[0].state_dict().items():
+        torch.testing.assert_close(value, expected[name].half().float())
+
+
+def test_it_is_found_again_and_is_not_the_one_that_never_saw_noise(found, phantom, monkeypatch):
+    prior = pretrained(phantom, TINY)
+    guide, folder = classifier(phantom, TINY, prior)
+    blind, other = classifier(phantom, TINY, prior, noised=False)
+    monkeypatch.setattr(steering, "train", None)  # so that nothing is trained instead
+    again, there = classifier(phantom, TINY, prior)
+    assert there == folder != other
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, guide.state_dict()[name])
+    assert not torch.equal(blind.head[1].weight, guide.head[1].weight)
 
 
 def test_what_was_found_is_not_measured_again_and_a_lost_fold_comes_out_the_same(found, phantom):

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hallulib import UserError, data
+from hallulib import UserError, augment, data
+from hallulib.augment import autoencoder
 from hallulib.diffusion import train
 from hallulib.likelihood.estimator import Contest
 from hallulib.oneshot import experiment as oneshot
@@ -242,6 +243,17 @@ def test_chapters_find_the_weights_that_ship(runs, shipped, monkeypatch):
     assert train.pretrained(images, **told)[1] == shipped / "score-lesions"
     found = oneshot.run(images, oneshot.Trial("isup", "isup"))
     assert found.folder == shipped / "one-shot-lesions"
+    assert not runs.exists()
+
+
+def test_the_networks_of_the_drawn_tissue_that_ship_are_found(runs, shipped, monkeypatch):
+    """As chapter 08 asks for them."""
+    monkeypatch.setattr(autoencoder, "train", None)  # so that nothing is trained instead
+    monkeypatch.setattr(train, "pretrain", None)
+    trial = augment.Trial("tissue", share=0.1, encoding=2500, factor=2, pretraining=1000)
+    found = augment.pretrained(data.open("histology", 32), trial)
+    names = "autoencoder", "latent-score"
+    assert found.folders == tuple(shipped / f"{name}-histology" for name in names)
     assert not runs.exists()
 
 
