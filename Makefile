@@ -49,7 +49,7 @@ weights: $(READY)  ## train the weights that ship with the library anew (three h
 		print(store.ship(run, 'one-shot-lesions'))"
 	@exec $(BIN)/python -c "from hallulib import augment, data; from hallulib.storage import store; \
 		images, new = data.open('histology', 32), dict(from_scratch=True); \
-		trial = augment.Trial('tissue', share=0.1, encoding=2500, factor=2, pretraining=1000); \
+		trial = augment.Trial('tissue', share=0.1, encoding=2500, factor=2, pretraining=10000); \
 		prior = augment.pretrained(images, trial, **new); \
 		noisy, clean = (augment.classifier(images, trial, prior, noised=told, **new)[1] \
 			for told in (True, False)); \

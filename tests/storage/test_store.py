@@ -250,7 +250,7 @@ def test_the_networks_of_the_drawn_tissue_that_ship_are_found(runs, shipped, mon
     """As chapter 08 asks for them."""
     monkeypatch.setattr(autoencoder, "train", None)  # so that nothing is trained instead
     monkeypatch.setattr(train, "pretrain", None)
-    trial = augment.Trial("tissue", share=0.1, encoding=2500, factor=2, pretraining=1000)
+    trial = augment.Trial("tissue", share=0.1, encoding=2500, factor=2, pretraining=10000)
     found = augment.pretrained(data.open("histology", 32), trial)
     names = "autoencoder", "latent-score"
     assert found.folders == tuple(shipped / f"{name}-histology" for name in names)
