@@ -114,7 +114,7 @@ def test_rates_that_fall_at_the_same_step_or_never_resume_alike(tmp_path):
     train(tmp_path, stop=6, fit=FITS["cross_entropy"], decays=decays)
     resumed = train(tmp_path, fit=FITS["cross_entropy"], decays=decays)
     assert same(resumed.state_dict(), whole.state_dict())
-    assert resumed.learners[0].optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+    assert resumed.learners[0].optimizer.param_groups[0]["lr"] == pytest.approx(Fit().lr / 10)
 
 
 def test_a_finished_training_only_hands_over_its_state(tmp_path):
