@@ -1,4 +1,4 @@
-"""Changes of images that keep their class: mirrored, translated, noised, mixed.
+"""Changes of images that keep their class: mirrored, translated, of other contrast.
 
 Each takes images in [-1, 1] on any device and draws from a generator on the CPU.
 """
@@ -34,22 +34,6 @@ def translated(x: Images, support: Shots, rng: torch.Generator) -> Images:
     )
 
 
-def jittered(x: Images, support: Shots, rng: torch.Generator) -> Images:
-    """With white noise of standard deviation 0.1, in a range of 2."""
-    return (x + 0.1 * torch.randn(x.shape, generator=rng).to(x)).clamp(-1, 1)
-
-
-def mixed(x: Images, support: Shots, rng: torch.Generator) -> Images:
-    """Mixed with another support of the episode, of which it keeps the larger part (mixup).
-
-    Source: Zhang et al., *mixup*, 2018. https://arxiv.org/abs/1710.09412
-    """
-    others = support.flatten(0, 1)
-    partner = others[torch.randint(len(others), (len(x),), generator=rng).to(x.device)]
-    kept = _uniform(len(x), 0.5, 1.0, rng, x)
-    return kept * x + (1 - kept) * partner
-
-
 def lightly_changed(x: Images, rng: torch.Generator) -> Images:
     """Mirrored half of the time, then translated."""
     mirror = _uniform(len(x), 0.0, 1.0, rng, x) < 0.5
@@ -66,7 +50,5 @@ def augmented(x: Images, support: Shots, rng: torch.Generator) -> Images:
 CHANGES: dict[str, Callable[[Images, Shots, torch.Generator], Images]] = {
     "flips": mirrored,
     "shifts": translated,
-    "jitter": jittered,
-    "mixup": mixed,
     "augmentation": augmented,
 }

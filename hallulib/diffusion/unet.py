@@ -4,8 +4,8 @@ A class enters as a vector added to the time embedding. The vector of the null c
 the network without class *is* a plain ``UNet2DModel`` and a saved model is an ordinary
 ``DDPMPipeline`` with the class vectors in a small file beside it.
 
-A pretrained model is given other labels by `relabelled`. Then all its weights learn, the class
-vectors alone (`adaptable`), or nothing at all (`moved_to_means`).
+A pretrained model is given other labels by `relabelled`, to learn them or to be moved to their
+means (`moved_to_means`).
 """
 
 import contextlib
@@ -32,7 +32,6 @@ from hallulib.storage import disk
 
 SIDECAR, CLASSES = "score_model.json", "classes.safetensors"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-ADAPTS = ("all", "classes")
 Network = TypeVar("Network", bound=ModelMixin)
 
 
@@ -142,13 +141,6 @@ def moved_to_means(model: ScoreModel, x: Images, y: Labels) -> ScoreModel:
     means = torch.stack([x[y == c].mean(0) for c in range(len(model.labels))])
     shifts = torch.cat([means - means.mean(0), torch.zeros_like(means[:1])])
     return ScoreModel(model.sde, model.network, model.labels, shifts)
-
-
-def adaptable(model: ScoreModel, adapt: str) -> list[nn.Parameter]:
-    """The weights that few labels may change, one of `ADAPTS`; all others are frozen in place."""
-    model.requires_grad_(adapt == "all")
-    model.network.classes.requires_grad_()
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def save(model: ScoreModel, folder: Path) -> None:

@@ -59,7 +59,6 @@ class ScoreClassifier(calibration.ImageClassifier):
 
     Args:
         pretrained: score model to start from, of any labels, or its folder; ``None``: a new one.
-        adapt: which weights of a pretrained model learn: ``"all"``, ``"classes"``.
         shift: start each class as the density of all images, moved to the mean of its own, see
             :func:`hallulib.diffusion.unet.moved_to_means`; with ``steps=0`` that is all it learns.
         copies: moved and mirrored copies of each labelled image to train on as well; with few
@@ -106,7 +105,6 @@ class ScoreClassifier(calibration.ImageClassifier):
     pretrained: Annotated[
         ScoreModel | Path | str | None, settings.needed("a score model or its folder is needed")
     ] = field(default=None, kw_only=False)
-    adapt: Annotated[str, settings.one_of(unet.ADAPTS)] = "all"
     shift: bool = False
     copies: settings.Count = 0
     steps: settings.Count = 2000
@@ -242,8 +240,7 @@ class ScoreClassifier(calibration.ImageClassifier):
         folder, identity = None, ""
         if self.folder is not None:
             folder = Path(self.folder) / part
-            parts = checkpoint.identity(images, labels, others, *model.state_dict().values())
-            identity = f"{parts} {self.adapt}"
+            identity = checkpoint.identity(images, labels, others, *model.state_dict().values())
         if len(others):
             images = torch.cat([images, others])
             labels = torch.cat([labels, labels.new_full((len(others),), -1)])
@@ -275,9 +272,8 @@ class ScoreClassifier(calibration.ImageClassifier):
         else:
             start = self.pretrained
             start = start if isinstance(start, ScoreModel) else unet.load(Path(start))
-            model = unet.relabelled(start, names)
+            model = unet.relabelled(start, names).requires_grad_()
             must_suit(images, model.network.shape, "the score model was trained on")
-            unet.adaptable(model, self.adapt)
         return unet.moved_to_means(model, images, labels) if self.shift else model
 
     def _priors(self, labels: Tensor) -> Tensor:

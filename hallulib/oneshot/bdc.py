@@ -14,7 +14,7 @@ Axes before those named here are episodes, computed side by side. Classes are th
 examples, and a query belongs to the nearest of these prototypes,
 
 .. math:: p_k = \frac{\sum_i w_{ki}\, v_{ki}}{\sum_i w_{ki}}, \qquad
-          P(k \mid q) \propto \exp\bigl(\beta\; \mathrm{sim}(q, p_k)\bigr)
+          P(k \mid q) \propto \exp\bigl(\beta \cos(q, p_k)\bigr)
 
 Source: Székely, Rizzo & Bakirov, *Measuring and testing dependence by correlation of distances*,
 2007, doi 10.1214/009053607000000505; Xie et al., *Joint Distribution Matters: Deep Brownian
@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hallulib import UserError
 from hallulib.evidence.resnet import resnet18
 from hallulib.shapes import Images, seeded
 from hallulib.storage import disk
@@ -180,60 +181,40 @@ def prototypes(vectors: Support, weights: Weights | None = None) -> Prototypes:
     return ((weights / total)[..., None] * counted).sum(-2)
 
 
-def cosine(queries: Queries, prototypes: Prototypes) -> Similarities:
-    """Cosine of the angle between query and prototype, in [-1, 1]; 0 where one of them is zero."""
-    # vectors shorter than the eps are noise, which must not be blown up to length one
-    directions = functional.normalize(prototypes, dim=-1, eps=1e-6)
-    return inner(functional.normalize(queries, dim=-1, eps=1e-6), directions).clamp(-1, 1)
+def similarity(queries: Queries, prototypes: Prototypes) -> Similarities:
+    """Cosine of the angle between query and prototype, in [-1, 1], in float32 at least; 0 where
+    one of them is zero.
 
-
-def inner(queries: Queries, prototypes: Prototypes) -> Similarities:
-    """Inner product; of BDC vectors, their squared distance covariance times ``c ** 2``."""
-    return queries @ prototypes.mT
-
-
-def euclidean(queries: Queries, prototypes: Prototypes) -> Similarities:
-    """Minus the squared Euclidean distance, in (-inf, 0]."""
-    # differences do not change when all is shifted, but their rounding errors do
-    centre = prototypes.mean(-2, keepdim=True)
-    q, p = queries - centre, prototypes - centre
-    squares = q.square().sum(-1)[..., None] + p.square().sum(-1)[..., None, :]
-    return (2 * q @ p.mT - squares).clamp(max=0)
-
-
-METRICS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (cosine, inner, euclidean)}
-
-
-def similarity(queries: Queries, prototypes: Prototypes, metric: str = "cosine") -> Similarities:
-    """How near each query is to each prototype, in float32 at least; higher is nearer.
-
-    Source: Pachetti & Colantonio 2024 (cosine). Xie et al. 2022 take the inner product for one
-    shot and the squared Euclidean distance for more; both grow with the number of channels, until
-    the softmax of them saturates.
+    Source: Pachetti & Colantonio 2024. Xie et al. 2022 take the inner product for one shot and the
+    squared Euclidean distance for more, in which the softmax saturates as channels are added.
 
     Example:
         >>> similarity(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         tensor([[1., 0.]])
     """
     with torch.autocast(queries.device.type, enabled=False):
-        return METRICS[metric](at_least_float32(queries), at_least_float32(prototypes))
+        # vectors shorter than the eps are noise, which must not be blown up to length one
+        q, p = (
+            functional.normalize(at_least_float32(v), dim=-1, eps=1e-6)
+            for v in (queries, prototypes)
+        )
+        return (q @ p.mT).clamp(-1, 1)
 
 
 class PrototypeClassifier(nn.Module):
     """Classifies queries by their nearest prototype; its embedding is all that it learns.
 
     The ``backbone`` makes feature maps of images, the ``embedding``, e.g. `BDC`, vectors of these.
-    The metric, of `METRICS`, is multiplied by ``exp(log_scale)``, learned from 10 for the cosine,
-    which alone could not come near a probability of 1, and from 1 otherwise.
+    The similarity, which alone could not come near a probability of 1, is multiplied by
+    ``exp(log_scale)``, learned from 10.
     """
 
     settings: dict | None = None  # what `build` was told
 
-    def __init__(self, backbone: nn.Module, embedding: nn.Module, metric: str = "cosine"):
+    def __init__(self, backbone: nn.Module, embedding: nn.Module):
         super().__init__()
         self.backbone, self.embedding = backbone, embedding
-        self.metric = metric
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10) if metric == "cosine" else 0.0))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10)))
 
     def embed(self, images: Images) -> Float[Tensor, "batch d"]:
         """One vector per image; support and queries of an episode belong in one batch."""
@@ -244,7 +225,7 @@ class PrototypeClassifier(nn.Module):
     ) -> Similarities:
         """Similarity to the `prototypes`, times the learned scale; softmax makes them chances."""
         means = prototypes(support_vectors, weights)
-        return self.log_scale.exp() * similarity(query_vectors, means, self.metric)
+        return self.log_scale.exp() * similarity(query_vectors, means)
 
 
 KINDS: dict[str, Callable[[int, int | None], nn.Module]] = {
@@ -260,20 +241,17 @@ def build(
     channels: int = 1,
     width: int = 32,
     reduce_to: int | None = 64,
-    metric: str = "cosine",
     seed: int = 0,
 ) -> PrototypeClassifier:
     """A fresh classifier on a `hallulib.evidence.resnet.resnet18`, whose feature map of
     ``8 * width`` channels becomes what ``kind``, a name in `KINDS`, says. Before a matrix is
-    taken, channels are reduced, to 64 for 2080 entries. The ``metric`` is one of `METRICS`.
-    Backbones of one seed are equal for every kind.
+    taken, channels are reduced, to 64 for 2080 entries. Backbones of one seed are equal for every
+    kind.
     """
     with seeded(seed):
         backbone, embedding = resnet18(channels, width), KINDS[kind](8 * width, reduce_to)
-        classifier = PrototypeClassifier(backbone, embedding, metric)
-    classifier.settings = dict(
-        kind=kind, channels=channels, width=width, reduce_to=reduce_to, metric=metric
-    )
+        classifier = PrototypeClassifier(backbone, embedding)
+    classifier.settings = dict(kind=kind, channels=channels, width=width, reduce_to=reduce_to)
     return classifier
 
 
@@ -287,6 +265,9 @@ def save(classifier: PrototypeClassifier, folder: Path) -> None:
 
 def load(folder: Path) -> PrototypeClassifier:
     """Read what `save` wrote, in evaluation mode."""
-    classifier = build(**json.loads((folder / "classifier.json").read_text())).eval()
+    settings = json.loads((folder / "classifier.json").read_text())
+    if settings.pop("metric", "cosine") != "cosine":  # there were others once
+        raise UserError(f"{folder} compares otherwise than by the cosine; fit and save it again")
+    classifier = build(**settings).eval()
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
     return classifier

@@ -68,7 +68,7 @@ class Trial:
         forget: forget the class vectors of the pretraining, as if it had seen no labels.
         pool: images per class, made once and drawn from where the recipe allows; 0 makes the
             supports of every episode anew.
-        kind, metric, width, reduce_to: of the classifiers, see `hallulib.oneshot.bdc.build`.
+        kind, width, reduce_to: of the classifiers, see `hallulib.oneshot.bdc.build`.
         supervised: steps on the labels of ``train_scheme`` with which their backbone starts, as
             Xie et al. 2022 pretrain theirs; 0 starts from random weights.
         steps, n_validation, n_episodes: training, validation and test episodes.
@@ -93,7 +93,6 @@ class Trial:
     forget: bool = False
     pool: Count = 0
     kind: Annotated[str, one_of(bdc.KINDS)] = "bdc"
-    metric: Annotated[str, one_of(bdc.METRICS)] = "cosine"
     width: Positive = 12
     reduce_to: Positive = 64
     supervised: Count = 500
@@ -270,7 +269,7 @@ def start(
 
 def _fresh(trial: Trial, channels: int, device: str) -> Classifiers:
     """A classifier for each number of extra supports, all of the same initial weights."""
-    own = {k: getattr(trial, k) for k in ("kind", "width", "reduce_to", "metric", "seed")}
+    own = {k: getattr(trial, k) for k in ("kind", "width", "reduce_to", "seed")}
     return {n: bdc.build(channels=channels, **own).to(device) for n in trial.counts}
 
 

@@ -28,7 +28,6 @@ from hallulib.data.imageset import ImageSet
 from hallulib.diffusion.sample import SAMPLERS, draw
 from hallulib.diffusion.score import ScoreModel, stratified_times
 from hallulib.diffusion.train import descend
-from hallulib.diffusion.unet import ADAPTS, adaptable
 from hallulib.oneshot.episodes import Episode, images_at, unasked
 from hallulib.shapes import Labels, Shots
 from hallulib.storage.checkpoint import Stateful
@@ -102,7 +101,6 @@ class Changed(Source):
 
     def __init__(self, change: str):
         self.change = CHANGES[change]
-        self.per_class = change != "mixup"
 
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
         """The j-th copy is one of the j-th support, counted round and round."""
@@ -125,7 +123,6 @@ class Recipe:
     An unknown name or an impossible number raises a `UserError`.
 
     Attributes:
-        adapt: weights that learn: ``"all"``, or the ``"classes"`` vectors alone.
         adapt_steps: Adam's steps per episode, at test too; 0 keeps the generator as it is.
         lr: of Adam; the paper's "20^-4" is read as 2e-4.
         copies: noised copies of each support image in such a step.
@@ -135,7 +132,6 @@ class Recipe:
         sampler, sampler_steps: a name in `hallulib.diffusion.sample.SAMPLERS`, and its steps.
     """
 
-    adapt: Annotated[str, one_of(ADAPTS)] = "all"
     adapt_steps: Count = 1
     lr: Amount = 2e-4
     copies: Positive = 2
@@ -156,7 +152,7 @@ class Hallucinator(Source):
         # a quarter faster, on a CPU too
         self.model = model.eval().to(memory_format=torch.channels_last)
         self.recipe = recipe
-        self.optimizer = torch.optim.Adam(adaptable(model, recipe.adapt), lr=recipe.lr)
+        self.optimizer = torch.optim.Adam(model.requires_grad_().parameters(), lr=recipe.lr)
         # where a test episode is learnt, it has to be made by itself
         self.per_class = recipe.adapt_steps == 0
 

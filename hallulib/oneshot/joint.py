@@ -52,7 +52,7 @@ from hallulib.storage.settings import Above0, Amount, check, one_of
 
 EPISODES_AT_ONCE = 20  # whose classes are made and embedded together
 PULL = 3e-3  # gamma of `pesg`: the pull to the last reference, LibAUC's epoch_decay
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # what it remembers of one parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what it remembers of one parameter
 
 Tasks = Episodes | Sequence[Episode]
 MoreShots = Float[Tensor, "episodes n_way _shots channels height width"]
@@ -68,7 +68,6 @@ class Fit:
         loss: ``"aucm"``, the AUC margin loss with LibAUC's PESG, or ``"cross_entropy"`` with Adam.
         lr: the paper's, for a pretrained backbone; from random weights it moves little.
         weight_decay: the paper's.
-        mode: of PESG, ``"adam"`` or ``"sgd"``; the latter stands still at the paper's lr.
         inner: a, b and alpha of that loss are solved ``"exact"`` for each episode, or left to
             PESG, ``"running"``, which at small learning rates takes thousands of episodes.
         margin: of that loss, on probabilities.
@@ -78,7 +77,6 @@ class Fit:
     loss: Annotated[str, one_of(("aucm", "cross_entropy"))] = "aucm"
     lr: Amount = 1e-4
     weight_decay: Amount = 1e-2
-    mode: Annotated[str, one_of(("adam", "sgd"))] = "adam"
     inner: Annotated[str, one_of(("exact", "running"))] = "exact"
     margin: Above0 = 1.0
     weight: Amount = 1.0
@@ -137,7 +135,6 @@ def pesg(
     *,
     lr: float | int = 1e-4,
     weight_decay: float | int = 1e-2,
-    mode: str = "adam",
 ) -> Any:
     r"""LibAUC's PESG over a model and the loss: descends on weights, a and b, ascends on alpha.
 
@@ -147,10 +144,9 @@ def pesg(
         \qquad v = (w, a, b), \\
         \alpha &\leftarrow [\alpha + 2\,\mathrm{lr}\,(m + b - a - \alpha)]_+,
 
-    and v moves along g, averaged over steps (``"sgd"``) or scaled as by Adam (``"adam"``, with
-    both decays inside the gradient). ``update_regularizer(10)`` of the result divides lr by 10 and
-    moves :math:`v_\mathrm{ref}` to the mean of v over the steps since the last time, at least one.
-    A rate of 1e-4 suits ``"adam"``; ``"sgd"`` stands still there and needs 0.01 to 0.1.
+    and v moves along g, scaled as by Adam. ``update_regularizer(10)`` of the result divides lr by
+    10 and moves :math:`v_\mathrm{ref}` to the mean of v over the steps since the last time, at
+    least one. LibAUC's other mode, averaged SGD, stands still at the paper's rate of 1e-4.
 
     Repaired here: PESG draws :math:`v_\mathrm{ref}` from the global generator, where its
     documentation says :math:`v_0`, so that a pretrained network would be pulled to zero; and it
@@ -166,7 +162,7 @@ def pesg(
         own.data = own.data.to(device)
     options = dict(lr=lr, weight_decay=weight_decay, epoch_decay=PULL, device=device)
     with seeded():  # its random reference is replaced below
-        optimizer = PESG(weights, loss_fn=loss, mode=mode, verbose=False, **options)
+        optimizer = PESG(weights, loss_fn=loss, mode="adam", verbose=False, **options)
     for reference, value in zip(optimizer.model_ref, optimizer.params, strict=True):
         reference.copy_(value.detach())
     return optimizer
@@ -221,7 +217,7 @@ class Learner(checkpoint.Stateful):
         rates: dict[str, Any] = {"lr": fit.lr, "weight_decay": fit.weight_decay}
         self.margin_loss = AUCMarginLoss(n_way, fit.margin)
         if fit.loss == "aucm":
-            self.optimizer = pesg(classifier, self.margin_loss, mode=fit.mode, **rates)
+            self.optimizer = pesg(classifier, self.margin_loss, **rates)
         else:
             self.optimizer = torch.optim.Adam(classifier.parameters(), **rates)
 

@@ -33,11 +33,11 @@ from hallulib.storage.checkpoint import CHECKPOINT, State
 Settings = Mapping[str, Any]
 SHIPPED = Path(__file__).parents[1] / "weights"
 CARD = "run.json"
-FORMAT = 1  # of keys: raised where a default changes, so that one key has one meaning
+FORMAT = 2  # of keys: raised where a default changes, so that one key has one meaning
 # settings that runs had before format 1, at their defaults then; cards of today say what differs
 FORMER: Settings = (
     {"recipe.condition": "class", "recipe.adapt": "all", "recipe.rank": 4}
-    | {"fit.mode": "adam", "fit.inner": "exact", "fit.candidates": 1}
+    | {"metric": "cosine", "fit.mode": "adam", "fit.inner": "exact", "fit.candidates": 1}
     | {"lr": 4e-4, "adapt": "all", "class_rate": 25, "confidence": 0.99}
     | {"power": 0.5, "weigh": 2, "weigh_up_to": 20}
     | {"steer": "classifier", "guidance_scale": 2.0, "critic_weight": 0.0}

@@ -114,8 +114,7 @@ def test_unlabelled_images_change_the_model_and_a_pretrained_one_stays_as_it_is(
     weights = lambda model: torch.cat([p.detach().flatten() for p in model.parameters()])
     assert not torch.equal(weights(plain), weights(helped))
     before = weights(plain).clone()
-    for adapt in ("all", "classes"):
-        ScoreClassifier(plain, adapt=adapt, steps=2, **TINY).fit(x, y)
+    ScoreClassifier(plain, steps=2, **TINY).fit(x, y)
     assert torch.equal(weights(plain), before)
 
 
@@ -207,7 +206,6 @@ def test_training_goes_on_from_its_folder(tmp_path):
     ("change", "sentence"),
     [
         (dict(method="guess"), "method is 'guess'; known: decide, bound, exact"),
-        (dict(adapt="some"), "adapt is 'some'; known: all, classes"),
         (dict(priors="mine"), "priors is 'mine'"),
         (dict(priors=(0.5, 0.6)), "2 numbers above 0 that sum to 1"),
         (dict(priors=(np.nan, 0.5)), "2 numbers above 0 that sum to 1"),
@@ -361,7 +359,7 @@ def test_it_is_saved_without_pickle_and_comes_back(fitted, tmp_path):
 
 def test_changed_class_vectors_and_labels_of_any_kind_come_back(fitted, tmp_path):
     x, y = bars(16)
-    told = dict(adapt="classes", steps=3, lr=1e-2, **TINY)
+    told = dict(steps=3, lr=1e-2, **TINY)
     one = ScoreClassifier(fitted.model_, **told).fit(x, y == "upper")
     one.save(tmp_path / "one")
     state = torch.get_rng_state()

@@ -1,5 +1,6 @@
 """Prototypes are means; similarities and probabilities obey their invariances."""
 
+import json
 import math
 
 import pytest
@@ -8,19 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hallulib import UserError
 from hallulib.oneshot.bdc import (
     BDC,
     KINDS,
-    METRICS,
     Covariance,
     Mean,
     PrototypeClassifier,
     build,
+    load,
     prototypes,
+    save,
     similarity,
 )
 
-all_metrics = pytest.mark.parametrize("metric", list(METRICS))
 all_kinds = pytest.mark.parametrize("kind", list(KINDS))
 sizes = st.tuples(
     st.lists(st.integers(1, 3), max_size=2).map(tuple),  # episodes
@@ -39,8 +41,8 @@ def task(episodes=(2,), n_query=5, n_way=3, n=2, d=7, seed=0, dtype=torch.float6
     return draw(n_query, d), draw(n_way, n, d), draw(n_way, n).square() + 0.1
 
 
-def classifier(metric="cosine", log_scale=None):
-    model = PrototypeClassifier(nn.Identity(), nn.Flatten(), metric).double()
+def classifier(log_scale=None):
+    model = PrototypeClassifier(nn.Identity(), nn.Flatten()).double()
     if log_scale is not None:
         nn.init.constant_(model.log_scale, log_scale)
     return model
@@ -90,18 +92,11 @@ def test_a_prototype_lies_within_its_examples_and_moves_with_them(size):
 
 @given(sizes)
 @settings(max_examples=30, deadline=None)
-def test_similarities_are_those_of_torch(size):
+def test_similarities_are_the_cosines_of_torch(size):
     queries, support, _ = task(*size)
     means = prototypes(support)
-    pairs = queries[..., :, None, :], means[..., None, :, :]
-    expected = {
-        "cosine": torch.cosine_similarity(*pairs, dim=-1),
-        "inner": (pairs[0] * pairs[1]).sum(-1),
-        "euclidean": -(torch.cdist(queries, means) ** 2),
-    }
-    assert set(expected) == set(METRICS)
-    for metric, value in expected.items():
-        torch.testing.assert_close(similarity(queries, means, metric), value)
+    expected = torch.cosine_similarity(queries[..., :, None, :], means[..., None, :, :], dim=-1)
+    torch.testing.assert_close(similarity(queries, means), expected)
 
 
 def test_the_cosine_stays_in_its_range_and_ignores_lengths():
@@ -126,37 +121,24 @@ def test_a_zero_vector_has_cosine_zero_and_finite_gradients():
     assert similarity(torch.full((1, 4), 1e-12), torch.ones(1, 4)) < 1e-3  # noise stays noise
 
 
-def test_the_euclidean_similarity_keeps_its_digits_far_from_the_origin():
-    queries, support, _ = task(n=1, dtype=torch.float32)
-    means = prototypes(support)
-    near, far = ((queries + c, means + c) for c in (0.0, 1000.0))
-    exact = similarity(*(v.double() for v in far), "euclidean")
-    torch.testing.assert_close(similarity(*far, "euclidean").double(), exact, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(similarity(*near, "euclidean").double(), exact, rtol=1e-2, atol=0.1)
-    assert (similarity(means, means, "euclidean") <= 0).all()
-
-
-@all_metrics
-def test_similarities_are_computed_in_float32_under_autocast(metric):
+def test_similarities_are_computed_in_float32_under_autocast():
     queries, support, _ = task(d=100, dtype=torch.float32)
     means = prototypes(support)
-    expected = similarity(queries, means, metric)
+    expected = similarity(queries, means)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(similarity(queries, means, metric), expected)
+        assert torch.equal(similarity(queries, means), expected)
 
 
-@all_metrics
-def test_similarities_have_exact_gradients(metric):
+def test_similarities_have_exact_gradients():
     queries, support, weights = task(n_query=2, d=4)
     values = tuple(v.requires_grad_() for v in (queries, support, weights))
-    function = lambda q, s, w: similarity(q, prototypes(s, w), metric)
+    function = lambda q, s, w: similarity(q, prototypes(s, w))
     assert torch.autograd.gradcheck(function, values)
 
 
-@all_metrics
-def test_episodes_in_one_batch_do_not_see_each_other(metric):
+def test_episodes_in_one_batch_do_not_see_each_other():
     queries, support, weights = task((2, 3))
-    model = classifier(metric)
+    model = classifier()
     together = model.logits(queries, support, weights).softmax(-1)
     assert together.shape == (2, 3, 5, 3)
     for i in range(2):
@@ -167,10 +149,9 @@ def test_episodes_in_one_batch_do_not_see_each_other(metric):
     assert one.shape == (1, 1, 5, 3)
 
 
-@all_metrics
-def test_permuting_classes_or_queries_permutes_logits(metric):
+def test_permuting_classes_or_queries_permutes_logits():
     queries, support, weights = task(n_way=4)
-    model, order = classifier(metric), [2, 0, 3, 1]
+    model, order = classifier(), [2, 0, 3, 1]
     logits = model.logits(queries, support, weights)
     permuted = model.logits(queries, support[:, order], weights[:, order])
     torch.testing.assert_close(permuted, logits[..., order])
@@ -178,45 +159,29 @@ def test_permuting_classes_or_queries_permutes_logits(metric):
     torch.testing.assert_close(permuted, logits[:, order])
 
 
-@all_metrics
-def test_the_order_of_examples_has_no_effect(metric):
+def test_the_order_of_examples_has_no_effect():
     queries, support, weights = task(n=3)
-    model, order = classifier(metric), [2, 0, 1]
+    model, order = classifier(), [2, 0, 1]
     logits = model.logits(queries, support, weights)
     shuffled = model.logits(queries, support[..., order, :], weights[..., order])
     torch.testing.assert_close(shuffled, logits)
 
 
-@all_metrics
-def test_probabilities_are_the_softmax_of_scaled_similarities(metric):
+def test_probabilities_are_the_softmax_of_scaled_similarities():
     queries, support, _ = task()
-    model = classifier(metric, math.log(3.0))
-    value = similarity(queries, prototypes(support), metric)
+    model = classifier(math.log(3.0))
+    value = similarity(queries, prototypes(support))
     torch.testing.assert_close(model.logits(queries, support), 3 * value)
     probabilities = model.logits(queries, support).softmax(-1)
     torch.testing.assert_close(probabilities, (3 * value).softmax(-1))
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 5).double())
+    assert classifier().log_scale.exp().item() == pytest.approx(10)
 
 
-def test_the_scale_starts_at_ten_for_the_cosine_and_at_one_otherwise():
-    scales = {metric: classifier(metric).log_scale.exp().item() for metric in METRICS}
-    assert scales == pytest.approx({"cosine": 10, "inner": 1, "euclidean": 1}, rel=1e-6)
-
-
-def test_at_equal_norms_euclidean_and_inner_logits_are_one_classifier():
-    """-|q - p|^2 = 2 q.p - |q|^2 - |p|^2, and what all classes share drops out of the softmax."""
-    queries, support, _ = task(n=1)
-    support = nn.functional.normalize(support, dim=-1)
-    euclidean = classifier("euclidean").logits(queries, support).softmax(-1)
-    inner = classifier("inner", math.log(2.0)).logits(queries, support).softmax(-1)
-    torch.testing.assert_close(euclidean, inner)
-
-
-@all_metrics
 @all_kinds
-def test_a_task_is_learned_with_finite_gradients(kind, metric):
+def test_a_task_is_learned_with_finite_gradients(kind):
     """Any answers can be learned by heart, also with a black image among the queries."""
-    model = build(kind, width=8, reduce_to=6, metric=metric)
+    model = build(kind, width=8, reduce_to=6)
     images = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     images[3], answers = -1, torch.tensor([0, 1, 1, 0, 1, 0])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -231,6 +196,18 @@ def test_a_task_is_learned_with_finite_gradients(kind, metric):
         optimizer.step()
     assert model.log_scale.grad.abs() > 0
     assert losses[-1] < losses[0]
+
+
+def test_a_classifier_of_when_there_were_other_metrics_is_read_if_its_own_was_the_cosine(tmp_path):
+    model, file = build(width=8), tmp_path / "classifier.json"
+    save(model, tmp_path)
+    assert "metric" not in json.loads(file.read_text())
+    for metric in ("cosine", "euclidean"):
+        file.write_text(json.dumps(model.settings | {"metric": metric}))
+        if metric == "cosine":
+            assert load(tmp_path).settings == model.settings
+    with pytest.raises(UserError, match="otherwise than by the cosine; fit and save it again"):
+        load(tmp_path)
 
 
 @all_kinds

@@ -89,15 +89,12 @@ def test_a_memory_with_too_few_training_images_names_the_class():
 def test_classes_of_several_episodes_can_be_made_in_one_call():
     """What ``per_class`` promises: row c depends on row c of the support alone."""
     for name, source in SOURCES.items():
-        if not source.per_class or name == "memory":  # the memory draws, one row after another
+        if name in ("oracle", "memory"):  # the memory draws, one row after another
             continue
         other = SUPPORT.clone()
         other[1] = 0.25
-        if name == "oracle":
-            continue
         one, two = (source.make(EPISODE, x, 2, 5) for x in (SUPPORT, other))
         assert torch.equal(one[0], two[0]), name
-    assert not Changed("mixup").per_class
 
 
 def test_flipping_twice_gives_the_support_back():
@@ -128,26 +125,6 @@ def test_a_shift_moves_the_inside_and_keeps_its_values():
         assert len(matches) == 1
         seen |= set(matches)
     assert len(seen) == 9  # a tenth of eight pixels, rounded up to one, each way
-
-
-def test_mixup_keeps_the_larger_part_of_its_own_image():
-    """With supports of 0 but for one of 1, the value of a mixture is the part it was given."""
-    for hot in range(4):
-        support = torch.zeros(2, 2, 1, 8, 8)
-        support.view(4, -1)[hot] = 1.0
-        for seed in range(25):
-            made = Changed("mixup").make(EPISODE, support, 2, seed).view(4, -1)
-            assert (made.amax(1) == made.amin(1)).all()
-            parts = made[:, 0]
-            assert parts[hot] >= 0.5
-            assert (parts[torch.arange(4) != hot] <= 0.5).all()
-
-
-def test_jitter_has_the_standard_deviation_it_says():
-    grey = torch.zeros(2, 1, 1, 64, 64)
-    made = Changed("jitter").make(EPISODE, grey, 1, 0)
-    assert made.std().item() == pytest.approx(0.1, rel=0.05)
-    assert made.mean().item() == pytest.approx(0.0, abs=0.005)
 
 
 def test_augmentation_changes_the_contrast_of_a_constant_image_within_its_limits():
