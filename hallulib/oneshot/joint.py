@@ -430,8 +430,7 @@ def episode(state: State, images: ImageSet, task: Episode, seed: int) -> None:
     extra = state.source.make(task, support, most, seed) if most else support[:, :0]
     rng = torch.Generator().manual_seed(seed)
     support, query, extra = (
-        lightly_changed(x.flatten(0, -4), rng).view_as(x) if len(x.flatten(0, -4)) else x
-        for x in (support, query, extra)
+        lightly_changed(x.flatten(0, -4), rng).view_as(x) for x in (support, query, extra)
     )
     for learner in state.learners:
         losses.append(learner.learn(support, extra[:, : learner.n], query, answers))
