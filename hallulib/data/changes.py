@@ -29,9 +29,8 @@ def translated(x: Images, support: Shots, rng: torch.Generator) -> Images:
     padded = torch.nn.functional.pad(x, (most,) * 4, mode="replicate")
     corners = torch.randint(2 * most + 1, (len(x), 2), generator=rng).tolist()
     side = x.shape[-1]
-    return torch.stack(
-        [p[:, i : i + side, j : j + side] for p, (i, j) in zip(padded, corners, strict=True)]
-    )
+    moved = [p[:, i : i + side, j : j + side] for p, (i, j) in zip(padded, corners, strict=True)]
+    return torch.stack(moved) if moved else x
 
 
 def lightly_changed(x: Images, rng: torch.Generator) -> Images:
