@@ -3,8 +3,8 @@ r"""What a result is worth: AUROC, intervals, paired differences, and tables of 
 An AUROC of one episode says next to nothing: for two classes of ``m`` queries and scores without
 information its standard deviation is :math:`\sqrt{(2m+1)/(12m^2)}`, 0.19 at m = 5. More episodes
 mend that, but from the same patients and one training they repeat the luck of both. So methods
-are compared on the *same* episodes, and what is resampled are groups of test patients and
-trainings (`over_patients`); slices of one patient count as one observation (`bootstrap`).
+are compared on the *same* episodes, and what is resampled are groups of test patients, trainings
+and draws of labels (`over_patients`); slices of one patient are one observation (`bootstrap`).
 `of_episodes`, `of_contest` and `of_folds` set the methods of an experiment side by side. Scores
 and labels may be NumPy arrays, tensors or lists.
 """
@@ -12,7 +12,6 @@ and labels may be NumPy arrays, tensors or lists.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, SupportsFloat
 
@@ -289,24 +288,51 @@ def share_of_oracle(auroc: Sequence[pd.DataFrame], n: int, groups: int) -> Inter
     return gain._replace(value=share, low=limit(-1), high=limit(1))
 
 
-def of_contest(scores: pd.DataFrame, seed: int = 0, own: str = "likelihood") -> pd.DataFrame:
-    """Accuracy and AUROC of every method with 95 % intervals, and against one of them.
+def of_contest(scores: pd.DataFrame, own: str = "likelihood") -> pd.DataFrame:
+    r"""Accuracy and AUROC of every method with 95 % intervals, and against one of them.
 
-    ``scores`` are those of :func:`hallulib.likelihood.estimator.run`; the bootstrap draws whole
-    patients. One row per method and measure; gains are positive where ``own`` is better.
+    A measure :math:`\theta_d` is the mean over draws of labels, and so are gains, which are
+    positive where ``own`` is better. Its interval is over D draws and P whole patients: the
+    jackknife values
+
+    .. math:: \theta_d - (P - 1)(\theta_{d, -p} - \textstyle\frac1P\sum_q \theta_{d, -q}),
+
+    of each draw without each patient, are the table of which `over_patients` takes the margins. It
+    is conservative where draws differ most on single images. (By simulation a percentile bootstrap
+    of both covers 88 % where ten draws differ much as a whole; this 93 %.)
+
+    Args:
+        scores: those of :func:`hallulib.likelihood.estimator.run` for each draw of labels, one
+            below the other, told apart by a column ``draw``; test images are the same in all.
+        own: the method that gains are of.
+
+    Returns:
+        One row per method and measure: value, low, high, ``n`` (patients), ``trainings`` (draws);
+        gain, gain_low, gain_high (of ``own`` over itself 0).
+
+    Raises:
+        UserError: test images differ between draws, or without one patient a single class is left.
+
+    Source: Efron and Stein 1981, doi 10.1214/aos/1176345462; two crossed factors: see
+    `over_patients`.
     """
-    y, of_own, rows = scores["label"].to_numpy(), columns(scores, own), []
-    by_patient = partial(bootstrap, groups=scores["patient"], n_resamples=1000, seed=seed)
-    accuracy = lambda y, p: (p.argmax(1) == y).mean()
+    draws = [draw.reset_index(drop=True) for _, draw in scores.groupby("draw")]
+    asked = draws[0][["patient", "label"]]
+    if not all(asked.equals(draw[["patient", "label"]]) for draw in draws):
+        raise UserError("the draws of labels have different test images; they need the same ones")
+    y, (who, patients) = np.stack([asked["label"]] * len(draws)), pd.factorize(asked["patient"])
+    accuracy = lambda y, p: (p.argmax(-1) == y).mean(-1)
+    n, found = len(patients), {}
     for method in METHODS:
-        p = columns(scores, method)
+        p = np.stack([columns(draw, method) for draw in draws])
         for name, measure in (("accuracy", accuracy), ("AUROC", auroc)):
-            row = {"method": method, "measure": name, **by_patient(measure, y, p)._asdict()}
-            if method != own:
-                # a statistic of both, so that resamples are paired
-                gap = lambda y, a, b, measure=measure: measure(y, a) - measure(y, b)
-                row |= _gain(*by_patient(gap, y, of_own, p)[:3])
-            rows.append(row)
+            without = np.stack([measure(y[:, who != i], p[:, who != i]) for i in range(n)], 1)
+            off = (n - 1) * (without - without.mean(1, keepdims=True))
+            found[method, name] = np.asarray(measure(y, p))[:, None] - off
+    rows = []
+    for (method, name), values in found.items():
+        row = {"method": method, "measure": name, **over_patients(values, n)._asdict()}
+        rows.append(row | _gain(*over_patients(found[own, name] - values, n)[:3]))
     return pd.DataFrame(rows)
 
 

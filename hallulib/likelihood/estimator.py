@@ -309,7 +309,9 @@ class Contest:
             teach it to remember the few there are.
         shift, copies, effort: see `ScoreClassifier`; with ``shift`` no step is taken.
         resnet_steps, resnet_width: of the ResNet-18 and of its first block.
-        seed: of the choice of labels and of all training.
+        draw: of labels: it chooses them and is the seed of all training on them. The score model
+            without labels is the same for all draws; `hallulib.evidence.metrics.of_contest` tells
+            what several draws are worth.
     """
 
     scheme: str
@@ -323,7 +325,7 @@ class Contest:
     effort: settings.Several = 32
     resnet_steps: settings.Positive = 400
     resnet_width: settings.Positive = 24
-    seed: settings.Seed = 0
+    draw: settings.Seed = 0
 
     def __post_init__(self):
         settings.check(self)
@@ -358,17 +360,17 @@ def _measure(images: ImageSet, contest: Contest, folder: Path) -> None:
             f"{images.name}: the split train has {len(present)} classes of {contest.scheme} and "
             f"test {len(y_test.unique())}; the same two or more are needed"
         )
-    labelled = choose(y, contest.per_class, contest.seed)
+    labelled = choose(y, contest.per_class, contest.draw)
     others = known.tensor(np.setdiff1d(np.arange(len(known)), labelled))
     x, y = known.tensor(labelled), torch.searchsorted(present, y[labelled])
-    asked = choose(y_test, -(-contest.n_test // len(present)), seed=0)  # the same for all seeds
+    asked = choose(y_test, -(-contest.n_test // len(present)), seed=0)  # the same for all draws
     new = test.tensor(asked)
 
     classifier = _learner(images, contest, torch.bincount(y), folder)
     classifier.fit(x.numpy(), y.numpy(), others.numpy() if len(others) else None)
     log_ratio, evaluations = classifier.measure(new.numpy())
     gaussian = density.MovedGaussian(known.tensor())
-    s = gaussian.noise_level(x, y, seed=contest.seed)
+    s = gaussian.noise_level(x, y, seed=contest.draw)
     scores = {"likelihood": calibration.log_odds(log_ratio).numpy()}
     scores["gaussian"] = calibration.log_odds(gaussian.log_ratio(x, y, new, s)).numpy()
     scores |= _discriminative(contest, x, y, new)
@@ -391,8 +393,7 @@ def _learner(images: ImageSet, contest: Contest, counts: Labels, folder: Path) -
     else:  # few images are soon remembered
         learning = dict(steps=min(contest.steps, 40 + 3 * n), class_rate=min(25, max(1, n / 3)))
         learning["weigh"] = 2 if 2 <= least <= 20 else 0
-    steps, width, seed = contest.pretraining, contest.width, contest.seed
-    start, _ = train.pretrained(images, steps=steps, width=width, seed=seed)
+    start, _ = train.pretrained(images, steps=contest.pretraining, width=contest.width)
     return ScoreClassifier(
         start,
         channels=images.channels,
@@ -400,7 +401,7 @@ def _learner(images: ImageSet, contest: Contest, counts: Labels, folder: Path) -
         effort=contest.effort,
         centre=True,
         folder=folder,
-        random_state=seed,
+        random_state=contest.draw,
         verbose=True,
         **learning,
     )
@@ -411,7 +412,7 @@ def _discriminative(
 ) -> dict[str, np.ndarray]:
     """Class probabilities of new images by what is trained on the labelled images alone."""
     steps, width = contest.resnet_steps, contest.resnet_width
-    network = train_resnet(x, y, steps=steps, width=width, seed=contest.seed)
+    network = train_resnet(x, y, steps=steps, width=width, seed=contest.draw)
     (pooled, _), (pooled_new, by_network) = read(network, x), read(network, new)
     regression = LogisticRegression(max_iter=2000, class_weight="balanced")
     linear = make_pipeline(StandardScaler(), regression)

@@ -1,4 +1,4 @@
-"""Intervals over patients and trainings cover the truth as often as they say, by simulation.
+"""Intervals over patients, trainings and draws cover the truth as often as they say, simulated.
 
 A world is an image set whose images are vectors: what all images of a patient share (70 % of the
 variance), what an image has of its own, and in some worlds something of its class. A training is a
@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from hallulib.data.imageset import ImageSet
+from hallulib.evidence import metrics
 from hallulib.evidence.metrics import auroc, mean_interval, over_patients, share_of_oracle
 from hallulib.oneshot.episodes import Episodes
 
@@ -106,3 +107,37 @@ def test_the_share_of_the_oracle_s_gain_is_covered(deal):
         found.append(share_of_oracle(table, 2, GROUPS))
     assert 0.92 <= rate(found, 1) <= 0.98, rate(found, 1)
     assert np.median([i.high - i.low for i in found]) < 2  # it says something all the same
+
+
+def contest(rng, draws, luck):
+    """Scores of two classifiers of one law. Each draw of labels gives each of them directions of
+    two classes that are off by luck; the test images, one or two of a patient, are the same.
+    """
+    of_patient = rng.normal(size=(60, 3))
+    who = np.sort(np.r_[np.arange(60), rng.choice(60, 20, replace=False)])
+    images = 0.6 * of_patient[who] + 0.8 * rng.normal(size=(len(who), 3))
+    images[:, 0] += who % 2
+    tables = []
+    for draw in range(draws):
+        table = pd.DataFrame({"patient": who.astype(str), "label": who % 2, "draw": draw})
+        for method in ("likelihood", "linear"):
+            towards = [1, 0, 0] + luck * rng.normal(size=3)
+            table[f"{method} a"] = towards[0] / 2 - images @ towards
+            table[f"{method} b"] = -table[f"{method} a"]
+        tables.append(table)
+    return pd.concat(tables)
+
+
+@pytest.mark.parametrize("luck", [0.1, 1.0])
+def test_a_contest_covers_the_luck_of_the_draw_of_labels(monkeypatch, luck):
+    """Of two methods that are the same the true difference is 0. With little luck they differ on
+    single images alone, where the interval is wider than it has to be.
+    """
+    monkeypatch.setattr(metrics, "METHODS", ("likelihood", "linear"))
+    rng = np.random.default_rng(4)
+    found = pd.concat([metrics.of_contest(contest(rng, 10, luck)) for _ in range(REPEATS)])
+    for _, rows in found.groupby("measure"):
+        own, other = (part for _, part in rows.groupby("method"))
+        truth = rows["value"].mean()
+        assert 0.92 <= (own["low"].le(truth) & own["high"].ge(truth)).mean() <= 0.98
+        assert (other["gain_low"].le(0) & other["gain_high"].ge(0)).mean() >= 0.92

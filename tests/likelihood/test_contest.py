@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hallulib import UserError
 from hallulib.data import imageset
 from hallulib.data.imageset import choose
-from hallulib.evidence.metrics import METHODS, columns, of_contest
+from hallulib.diffusion import train
+from hallulib.evidence.metrics import METHODS, auroc, columns, mean_interval, of_contest
 from hallulib.likelihood.estimator import Contest, run
 from hallulib.storage.settings import vary
 
@@ -78,7 +79,7 @@ def test_labels_that_were_not_chosen_are_not_seen(phantom, scores):
     """Without them the set has exactly the chosen labels, and every answer stays."""
     train = phantom.table["split"].eq("train").to_numpy()
     y = phantom.labels("isup").numpy()
-    kept = np.flatnonzero(train)[choose(torch.from_numpy(y[train]), 2, TINY.seed)]
+    kept = np.flatnonzero(train)[choose(torch.from_numpy(y[train]), 2, TINY.draw)]
     blind = phantom.table.copy()
     blind.loc[np.setdiff1d(np.flatnonzero(train), kept), ["gs", "isup", "grade2"]] = ""
     told = run(replace(phantom, table=blind), replace(TINY, per_class=0))
@@ -96,23 +97,54 @@ def test_a_share_of_every_class_is_kept(seed, share):
     assert set(choose(y, 0, seed, share / 2)) <= set(rows)
 
 
-def test_the_table_pairs_methods_and_resamples_patients(scores):
-    found = of_contest(scores).set_index(["method", "measure"])
+@pytest.fixture(scope="module")
+def draws(phantom, scores):
+    """Two draws of labels; what is trained without labels is trained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        trained = train.pretrained(phantom, steps=TINY.pretraining, width=TINY.width)
+        patch.setattr(train, "pretrained", lambda *_, steps, width: trained)
+        other = run(phantom, replace(TINY, draw=1))
+    assert not np.allclose(columns(other, "gaussian"), columns(scores, "gaussian"))
+    return pd.concat([scores.assign(draw=0), other.assign(draw=1)])
+
+
+def test_the_table_pairs_methods_and_is_over_draws_and_patients(draws):
+    found = of_contest(draws).set_index(["method", "measure"])
     assert len(found) == 2 * len(METHODS)
     assert (found["low"] <= found["value"]).all()
     assert (found["value"] <= found["high"]).all()
-    assert (found["n"] == scores["patient"].nunique()).all()
-    y = scores["label"].to_numpy()
-    right = {m: (columns(scores, m).argmax(1) == y).mean() for m in METHODS}
+    assert (found["n"] == draws["patient"].nunique()).all()
+    assert (found["trainings"] == 2).all()
+    right, area = {}, {}
+    for m in METHODS:
+        each = [(d["label"].to_numpy(), columns(d, m)) for _, d in draws.groupby("draw")]
+        right[m] = np.mean([p.argmax(1) == y for y, p in each])
+        area[m] = np.mean([auroc(y, p) for y, p in each])
+        assert found["value"][m, "accuracy"] == pytest.approx(right[m])
+        assert found["value"][m, "AUROC"] == pytest.approx(area[m])
     for own in METHODS[:2]:
-        gains = of_contest(scores, own=own).set_index(["method", "measure"])["gain"]
-        for m in set(METHODS) - {own}:
+        gains = of_contest(draws, own).set_index(["method", "measure"])["gain"]
+        for m in METHODS:
             assert gains[m, "accuracy"] == pytest.approx(right[own] - right[m])
-    same = scores.copy()
-    for c in [c for c in scores if c.startswith("resnet18 ")]:
-        same[c] = scores["likelihood" + c.removeprefix("resnet18")]
+            assert gains[m, "AUROC"] == pytest.approx(area[own] - area[m])
+    same = draws.copy()
+    for c in [c for c in draws if c.startswith("resnet18 ")]:
+        same[c] = draws["likelihood" + c.removeprefix("resnet18")]
     row = of_contest(same).set_index(["method", "measure"]).loc[("resnet18", "AUROC")]
     assert row["gain"] == row["gain_low"] == row["gain_high"] == 0
+
+
+def test_accuracy_of_one_image_a_patient_and_one_draw_has_the_interval_of_a_mean(scores):
+    alone = scores.assign(draw=0, patient=np.arange(len(scores)).astype(str))
+    row = of_contest(alone).set_index(["method", "measure"]).loc[("resnet18", "accuracy")]
+    expected = mean_interval(columns(alone, "resnet18").argmax(1) == alone["label"])
+    assert tuple(row[["value", "low", "high"]]) == pytest.approx(expected[:3])
+
+
+def test_draws_with_other_test_images_are_refused(draws):
+    other = draws.assign(label=draws["label"].where(draws["draw"] == 0, 0))
+    with pytest.raises(UserError, match="draws of labels have different test images"):
+        of_contest(other)
 
 
 def test_settings_come_as_text_and_impossible_ones_are_refused():

@@ -61,7 +61,7 @@ SETTINGS = {
     oneshot.Trial("a", "b"): {"forget": "bool", "seed": SEED},
     Recipe(): {},
     Fit(): {},
-    Contest("a"): {"shift": "bool", "seed": SEED},
+    Contest("a"): {"shift": "bool", "draw": SEED},
     augment.Trial("a"): {"seed": SEED},
 }
 
