@@ -99,7 +99,7 @@ def test_varying_nothing_changes_nothing():
         ("decays=0.5", lambda t: t.decays, (0.5,)),
         ("decays=[]", lambda t: t.decays, ()),
         ("lr=1e-2", lambda t: (t.fit.lr, t.recipe.lr), (1e-2, 2e-4)),
-        ("recipe.lr=1e-2", lambda t: (t.fit.lr, t.recipe.lr), (1e-3, 1e-2)),
+        ("recipe.lr=1e-2", lambda t: (t.fit.lr, t.recipe.lr), (1e-4, 1e-2)),
         ("pool=50 adapt_steps=0", lambda t: (t.pool, t.recipe.adapt_steps), (50, 0)),
     ],
 )
