@@ -194,7 +194,7 @@ def over_patients(values: ArrayLike, groups: int) -> Interval:
 
     Example:
         >>> print(over_patients([[0.5, 0.6, 0.7, 0.6], [0.5, 0.7, 0.8, 0.6]], groups=2))
-        0.625 [0.184, 1.066], n = 2 in 2 trainings
+        0.625 [0.307, 0.943], n = 2 in 2 trainings
     """
     table = _by_group(values, groups)
     (trainings, groups), mean = table.shape, table.mean()

@@ -34,7 +34,7 @@ def test_training_lowers_every_term_it_is_asked_to():
     x = images()
     found = run(80, lr=3e-3)
     first, last = found.losses[:5].mean(0), found.losses[-5:].mean(0)
-    assert last[0] < 0.6 * first[0]
+    assert last[0] < 0.7 * first[0]
     assert last[1] < first[1]
     model = found.model.eval().standardise(x)
     again = model.decode(model.encode(x))
