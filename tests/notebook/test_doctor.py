@@ -17,7 +17,7 @@ BOOK = ROOT / "book"
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):
     """A lock of three packages, shipped weights and a folder of runs that may be spoilt."""
-    shutil.copytree(store.SHIPPED / "score-phantom", tmp_path / "weights" / "score-phantom")
+    shutil.copytree(store.SHIPPED / "score-lesions", tmp_path / "weights" / "score-lesions")
     torch = version("torch").split("+")[0]
     pins = (f"torch=={torch}", "pywin32==1 ; sys_platform == 'win32'")
     (tmp_path / "lock").write_text("".join(f"{pin} \\\n    --hash=sha256:0\n" for pin in pins))
@@ -45,7 +45,7 @@ def test_a_sound_installation_has_no_fault(capsys):
 def test_every_fault_is_told_in_one_sentence_and_the_status_is_1(places, capsys):
     text = (places / "lock").read_text().replace("torch==", "torch==0.")
     (places / "lock").write_text(text + "no-such-package==3 \\\n")
-    (places / "weights" / "score-phantom" / "classes.safetensors").write_bytes(b"damaged")
+    (places / "weights" / "score-lesions" / "classes.safetensors").write_bytes(b"damaged")
     (places / "weights" / "empty").mkdir()
     (places / "runs").write_text("a file where a folder should be")
     assert cli.main(["doctor"]) == 1
