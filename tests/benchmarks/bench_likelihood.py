@@ -140,7 +140,7 @@ def growth(folder):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", default="phantom")
-    parser.add_argument("--model", default=str(SHIPPED / "score-phantom"))
+    parser.add_argument("--model", default=str(SHIPPED / "score-lesions"))
     parser.add_argument("--images", type=int, default=6)
     parser.add_argument("--decisions", type=int, default=100)
     parser.add_argument("--grow", type=int, nargs=2, help=argparse.SUPPRESS)
