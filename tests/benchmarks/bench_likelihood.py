@@ -139,7 +139,7 @@ def growth(folder):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", default="phantom")
+    parser.add_argument("--data", default="lesions")
     parser.add_argument("--model", default=str(SHIPPED / "score-lesions"))
     parser.add_argument("--images", type=int, default=6)
     parser.add_argument("--decisions", type=int, default=100)
