@@ -66,6 +66,7 @@ def train_resnet(
     *,
     steps: int,
     width: int = 32,
+    pooling: nn.Module | None = None,
     change: Callable[[Images, torch.Generator], Images] | None = lightly_changed,
     seed: int = 0,
     batch_size: int = 32,
@@ -73,17 +74,21 @@ def train_resnet(
 ) -> nn.Sequential:
     """A ResNet-18 with pooling and classifier, trained with Adam; the rate falls to 0 by a cosine.
 
-    Classes, 0 to k - 1, are drawn equally often, as for the score model. Each drawn batch goes
-    through ``change``, if there is one; ``told`` is the name of the progress bar.
+    The ``pooling``, learnt along, makes a vector of each feature map; without one it is the mean
+    over positions. Classes, 0 to k - 1, are drawn equally often, as for the score model. Each
+    drawn batch goes through ``change``, if there is one; ``told`` is the name of the progress bar.
     """
     rng = torch.Generator().manual_seed(seed)
-    with seeded(seed):
-        backbone, classes = resnet18(x.shape[1], width), nn.Linear(8 * width, int(y.max()) + 1)
-    pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    pooling = pooling or nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with seeded(seed), torch.no_grad():
+        backbone = resnet18(x.shape[1], width).eval()
+        features = pooling.eval()(backbone(x[:1])).shape[1]
+        classes = nn.Linear(features, int(y.max()) + 1)
     network = nn.Sequential(backbone, pooling, classes).to(memory_format=torch.channels_last)
     weights = 1 / torch.bincount(y)[y].double()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    network.train()
     for _ in tqdm(range(steps), desc=told):
         rows = torch.multinomial(weights, batch_size, replacement=True, generator=rng)
         seen = x[rows] if change is None else change(x[rows], rng)

@@ -42,7 +42,7 @@ TABLE, PART, GENERATOR = "auroc.csv", ".part.csv", "generator.safetensors"
 PERMUTED = "permuted patients"  # the control whose test patients swap their labels
 PERMUTATIONS = 20  # of them
 OF_RUN = ("data", "size", "protocol", "origin")  # settings of a run that are none of its trial
-PROTOCOL = 2  # of test episodes: raised where they are dealt or measured in another way
+PROTOCOL = 3  # raised where a trial starts, is trained or is measured in another way
 Classifiers = dict[int, PrototypeClassifier]  # by the number of extra supports
 Measurement = tuple[dict[str, Method], Source, Tasks]  # the columns that share a source
 
@@ -69,8 +69,8 @@ class Trial:
         pool: images per class, made once and drawn from where the recipe allows; 0 makes the
             supports of every episode anew.
         kind, width, reduce_to: of the classifiers, see `hallulib.oneshot.bdc.build`.
-        supervised: steps on the labels of ``train_scheme`` with which their backbone starts, as
-            Xie et al. 2022 pretrain theirs; 0 starts from random weights.
+        supervised: steps on the labels of ``train_scheme``, a linear layer on the embedding, with
+            which they start, as Xie et al. 2022 pretrain theirs; 0 starts from random weights.
         steps, n_validation, n_episodes: training, validation and test episodes.
         decays: parts of the steps after which the learning rate is divided by 10.
         per_epoch: training episodes between two validations.
@@ -215,9 +215,10 @@ def _do(images: ImageSet, trial: Trial, folder: Path) -> None:
     """Train, keep the weights, and measure what is kept, in half precision."""
     source, classifiers = start(images, trial)
     if trial.supervised:
-        backbone = _supervised(images, trial, trial.train_scheme)[0].state_dict()
+        backbone, embedding, _ = _supervised(images, trial, trial.train_scheme).children()
         for classifier in classifiers.values():
-            classifier.backbone.load_state_dict(backbone)
+            classifier.backbone.load_state_dict(backbone.state_dict())
+            classifier.embedding.load_state_dict(embedding.state_dict())
     own = ("steps", "fit", "n_validation", "per_epoch", "decays", "seed")
     loop = joint.meta_train(
         source,
@@ -304,7 +305,7 @@ def without_support(
 
     Where training images have labels of the test's classes, a template of each class may be all
     that a generator brings: ``"class mean"`` compares queries with the mean training vector of
-    each class, ``"supervised"`` is a ResNet-18 that learns from these labels, as the backbone of
+    each class, ``"supervised"`` is a ResNet-18 that learns from these labels, as the start of
     the ``classifier`` did. One row per episode; no column where a class has no such label.
     """
     tasks = [*trial.episodes(images, "test").take(trial.n_episodes)]
@@ -328,12 +329,12 @@ def without_support(
 
 
 def _supervised(images: ImageSet, trial: Trial, scheme: str) -> nn.Sequential:
-    """A ResNet-18 that learnt the labels of the training images."""
+    """A ResNet-18 with the trial's embedding that learnt the labels of the training images."""
     known, steps = images.select("train", labelled=scheme), trial.supervised or trial.steps
-    x, y = known.tensor(), known.labels(scheme)
-    return train_resnet(
-        x, y, steps=max(1, steps), width=trial.width, seed=trial.seed, told="supervised"
-    )
+    x, y, width = known.tensor(), known.labels(scheme), trial.width
+    pooling = _fresh(trial, images.channels, "cpu")[0].embedding
+    how: dict[str, Any] = dict(steps=max(1, steps), seed=trial.seed, told="supervised")
+    return train_resnet(x, y, width=width, pooling=pooling, **how)
 
 
 def _embedded(classifier: PrototypeClassifier, x: Images) -> Tensor:

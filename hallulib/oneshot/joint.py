@@ -425,9 +425,10 @@ def episode(state: State, images: ImageSet, task: Episode, seed: int) -> None:
     most = max(learner.n for learner in state.learners)
     extra = state.source.make(task, support, most, seed) if most else support[:, :0]
     rng = torch.Generator().manual_seed(seed)
-    support, query, extra = (
-        lightly_changed(x.flatten(0, -4), rng).view_as(x) for x in (support, query, extra)
-    )
+    support = lightly_changed(support.flatten(0, 1), rng).view_as(support)
+    query, extra = lightly_changed(query, rng), extra.clone()
+    for i in range(most):  # one after the other: the first n are the same whatever comes after
+        extra[:, i] = lightly_changed(extra[:, i], rng)
     for learner in state.learners:
         losses.append(learner.learn(support, extra[:, : learner.n], query, answers))
     state.losses[state.step] = torch.stack([loss.to(state.losses.device) for loss in losses])
