@@ -257,8 +257,8 @@ def judged(
 
 def _network(trial: Trial, x: Images, y: Labels, seed: int, arm: str) -> nn.Module:
     change = None if arm == "real" else changed
-    how = dict(steps=trial.resnet_steps, width=trial.resnet_width, seed=seed)
-    return train_resnet(x, y, change=change, told=arm, **how)
+    steps, width = trial.resnet_steps, trial.resnet_width
+    return train_resnet(x, y, steps=steps, width=width, change=change, seed=seed, told=arm)
 
 
 def _check_two_of_each(y: Labels, classes: str) -> None:

@@ -6,6 +6,7 @@ import torchvision
 from torch import nn
 
 from hallulib.evidence.resnet import read, resnet18, train_resnet
+from hallulib.oneshot.bdc import BDC
 
 
 @pytest.mark.parametrize(("side", "map_side"), [(32, 4), (64, 8), (40, 5), (33, 5)])
@@ -53,6 +54,19 @@ def test_a_resnet_learns_what_tells_two_classes_apart_and_starts_the_same():
     assert (answers[0].argmax(1) == y).float().mean() > 0.95
     assert torch.equal(answers[0], answers[1])
     assert not torch.equal(answers[0], answers[2])
+
+
+def test_a_pooling_of_its_own_is_learnt_along_and_read():
+    y = torch.arange(12) % 3
+    x = torch.rand((12, 1, 16, 16)) + y[:, None, None, None] * 0.3 - 0.8
+    pooling = BDC(32, reduce_to=5)
+    before = pooling.reduce[0].weight.clone()
+    network = train_resnet(x, y, steps=2, width=4, pooling=pooling, change=None)
+    assert network[1] is pooling
+    assert not torch.equal(pooling.reduce[0].weight, before)
+    pooled, _ = read(network, x)
+    torch.testing.assert_close(torch.from_numpy(pooled), pooling(network[0](x)).detach())
+    assert network[2].weight.shape == (3, 15)
 
 
 def test_what_is_read_are_pooled_maps_and_the_probabilities_of_the_last_layer():

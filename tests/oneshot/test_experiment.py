@@ -42,6 +42,23 @@ def result():
     return experiment.run(IMAGES, TRIAL)
 
 
+def test_all_classifiers_start_from_labels_learnt_through_their_embedding(monkeypatch):
+    started, trial = [], replace(TRIAL, kind="bdc", reduce_to=5, seed=7)
+    taught = experiment._supervised(IMAGES, trial, "grade")
+
+    def spy(source, classifiers, *args, **how):
+        started.extend(classifiers.values())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(joint, "meta_train", spy)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(IMAGES, trial)
+    assert len(started) == 2
+    for classifier in started:
+        assert same(classifier.backbone.state_dict(), taught[0].state_dict())
+        assert same(classifier.embedding.state_dict(), taught[1].state_dict())
+
+
 @given(
     st.lists(st.integers(1, 6), min_size=0, max_size=12),
     st.lists(st.integers(1, 6), min_size=3, max_size=12),

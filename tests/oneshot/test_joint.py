@@ -168,6 +168,11 @@ def test_the_baseline_does_not_depend_on_the_source_or_on_other_classifiers():
     assert all(same(baselines[0], other) for other in baselines[1:])
 
 
+def test_a_classifier_is_the_same_whatever_larger_counts_are_beside_it():
+    alone, beside = (train(steps=3, counts=counts).learners for counts in ((0, 2), (0, 2, 5)))
+    assert same(alone[1].state_dict(), beside[1].state_dict())
+
+
 def test_the_best_weights_are_those_of_the_best_epoch():
     weights, found = [], []
     state = None
