@@ -12,6 +12,7 @@ ARCHIVES = {
     "folder": "images in one folder per class, images and a CSV, or tiles without labels",
     "npz": "arrays of one NumPy .npz file",
     "medmnist": "a MedMNIST collection, downloaded or from its .npz file",
+    "medimeta": "one set of MedIMeta, its tasks as labels",
     "picai": "PI-CAI prostate MRI: T2-weighted slices graded by expert masks",
     "cbis_ddsm": "CBIS-DDSM film mammograms: benign or malignant by biopsy",
     "inbreast": "INbreast digital mammograms: benign or malignant by BI-RADS",

@@ -297,7 +297,7 @@ def entries(found, start: int, stop: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _opened(file: File, array: str) -> Stream | Sliced:  # a file that changed is opened anew
-    kind = Sliced if file.path.endswith((".npy", ".h5")) else Stream
+    kind = Sliced if file.path.endswith((".npy", ".h5", ".hdf5")) else Stream
     return kind(file.path, array)
 
 
