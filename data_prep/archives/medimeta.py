@@ -150,14 +150,27 @@ def run(args: argparse.Namespace) -> Report:
     return prepare(args.out, list(items), read, card, notes=notes, **options)
 
 
+class _Loader(yaml.BaseLoader):
+    """Builds texts, lists and mappings, whatever tags ask for; a name that is set twice, of which
+    the last value would win without a word, is refused.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"{name} is set twice in the mapping of line {line}")
+        return super().construct_mapping(node, deep)
+
+
 def _info(file: Path) -> _Info:
     """What a set says of itself; each plain value is read as a text, so that No stays No."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; the folder of one MedIMeta set is needed")
     try:
         text = file.read_text("utf-8")
-        # this loader builds texts, lists and mappings, whatever tags ask for
-        return _Info.model_validate(yaml.BaseLoader(text).get_single_data())
+        return _Info.model_validate(_Loader(text).get_single_data())
     except ValidationError as faults:
         fault = faults.errors()[0]
         place = ".".join(map(str, fault["loc"])) or "all of it"

@@ -269,6 +269,10 @@ BAD = {
         lambda r: (r / "info.yaml").write_text("- a\n- b"),
         "info.yaml: all of it is missing or wrong",
     ),
+    "a name that is set twice": (
+        lambda r: (r / "info.yaml").write_text((r / "info.yaml").read_text() + "\nid: other\n"),
+        "id is set twice in the mapping of line 1",
+    ),
     "info that is no YAML": (
         lambda r: (r / "info.yaml").write_text("id: [toy"),
         "info.yaml: not readable YAML",
