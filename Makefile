@@ -33,8 +33,7 @@ chapters: $(READY)  ## only the chapters at test size
 	@exec $(BIN)/python -m pytest -m chapter
 
 grid: $(READY)  ## run a chapter with each cell of a grid (GRID=book/grids/NAME.yaml)
-	@exec $(BIN)/python -m hallulib grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS)) \
-		$(if $(ADDRESS),--address "$(ADDRESS)")
+	@exec $(BIN)/python -m hallulib grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS))
 
 doctor: $(READY)  ## what is installed, what is wrong with it, what chapters took here
 	@exec $(BIN)/python -m hallulib doctor

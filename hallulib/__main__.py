@@ -31,8 +31,7 @@ def parser() -> argparse.ArgumentParser:
     grid.set_defaults(work=_grid)
     grid.add_argument("file", type=Path, help="YAML: chapter, common, grid, cells")
     grid.add_argument("--out", type=Path, metavar="FILE.json", help="default: in runs/grids")
-    grid.add_argument("--address", help="of a dask scheduler to join, tcp://HOST:PORT")
-    grid.add_argument("--workers", type=int, default=2, help="processes here; default: 2")
+    grid.add_argument("--workers", type=int, default=2, help="cells side by side; default: 2")
     doctor = names.add_parser("doctor", help="check the installation, tell what chapters took")
     doctor.set_defaults(work=_doctor)
     return top

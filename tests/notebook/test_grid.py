@@ -1,16 +1,10 @@
 import os
-import re
 import signal
-import socket
-import subprocess
 import sys
-from contextlib import ExitStack
 
 import nbformat
 import pytest
 import toy_runs
-from distributed import Client
-from jupyter_client.connect import LocalPortCache
 from killing import alive, in_session, start, wait_until
 
 from conftest import ROOT
@@ -32,11 +26,6 @@ row = {"value": STEPS * RATE, "low": 0.0, "high": None, "n": 3}
 glue("measured", json.dumps({"product": row}), display=False)
 glue("series", json.dumps({"mine": [1.5, STEPS]}), display=False)
 glue("claim", STEPS, display=False)"""
-
-
-def cube(side):
-    """A grid of side^3 cells."""
-    return "grid: {" + ", ".join(f"{n}: {list(range(side))}" for n in "ABC") + "}"
 
 
 class Tiny:
@@ -72,26 +61,6 @@ class Tiny:
 @pytest.fixture
 def tiny(tmp_path):
     return Tiny(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """The scheduler of a cluster that was there before, started by the commands of the book."""
-    page = (ROOT / "book" / "engines.md").read_text()
-    commands = re.findall(r"^dask (.*127\.0\.0\.1.*)$", page, re.M)
-    assert [command.split()[0] for command in commands] == ["scheduler", "worker"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    with ExitStack() as stack:
-        for command in commands:
-            words = [sys.executable, "-m", "dask", *command.replace("8786", port).split()]
-            told = dict(cwd=tmp_path_factory.mktemp("dask"), stderr=subprocess.DEVNULL)
-            process = stack.enter_context(subprocess.Popen(words, **told))
-            stack.callback(process.terminate)
-        found = f"tcp://127.0.0.1:{port}"
-        with Client(found, timeout=120, set_as_default=False) as client:
-            client.wait_for_workers(2, timeout=120)
-        yield found
 
 
 # --- the cells of a grid ----------------------------------------------------------------------
@@ -135,8 +104,7 @@ def test_the_grids_of_the_book_fit_its_chapters(file):
         ("cells: {STEPS: 1}", "cells = {'STEPS': 1}: Input should be a valid list"),
         ("cells: [STEPS]", "cells.0 = 'STEPS': Input should be a valid dictionary"),
         ("common: {STEPS: 1}\ngrid: {STEPS: [2]}", "STEPS is set in common and in grid"),
-        ("common: {STEPS: 1}", "grid and cells make 0 cells; 1 to 10,000 are needed"),
-        (cube(500), "125,000,000 cells; 1 to 10,000 are needed"),
+        ("common: {STEPS: 1}", "grid and cells make no cell; at least 1 is needed"),
         ("gird: {STEPS: [1]}", "gird = {'STEPS': [1]}: Extra inputs are not permitted"),
         ("chapter: 77_none\ncells: [{}]", "there is no chapter 77_none"),
         ("chapter: [1]\ncells: [{}]", "chapter = [1]: Input should be a valid string"),
@@ -155,15 +123,6 @@ def test_a_wrong_grid_is_refused_in_one_sentence_before_anything_runs(
     assert "\n" not in printed
     assert not tiny.cells.exists()
     assert not tiny.folder.exists()
-
-
-def test_the_cells_of_a_grid_are_counted_before_they_are_made(monkeypatch):
-    monkeypatch.setattr(grid, "MOST_CELLS", 9)
-    axes = {"A": [1, 2], "B": [1, 2, 3]}
-    assert len(grid.Grid(chapter="c", grid=axes, cells=[{}] * 3).choices()) == 9
-    monkeypatch.setattr(grid.itertools, "product", None)
-    with pytest.raises(UserError, match="10 cells; 1 to 9 are needed"):
-        grid.Grid(chapter="c", grid=axes, cells=[{}] * 4).choices()
 
 
 def test_a_default_that_only_running_tells_is_refused(tiny):
@@ -197,30 +156,23 @@ def test_two_workers_of_this_machine_fill_the_table(tiny, capsys):
     assert not tiny.folder.exists()
 
 
-def test_workers_that_dask_started_fill_the_table_of_a_grid(tiny, address):
-    tiny.ask("grid: {STEPS: [2, 10]}")
-    assert tiny.run("--address", address) == 0
-    assert grid.collect(tiny.cells)["product.value"].tolist() == [0.2, 1.0]
-
-
-def test_a_finished_cell_never_runs_twice(tiny, address):
+def test_a_finished_cell_never_runs_twice(tiny):
     tiny.ask("cells: [{STEPS: 1}, {STEPS: 2}]")
-    assert tiny.run("--address", address) == 0
+    assert tiny.run() == 0
     assert tiny.ran() == ["1", "2"]
     tiny.ask("cells: [{STEPS: 3}, {STEPS: 2, RATE: 0.1}]\ngrid: {SCHEME: [isup], STEPS: [1]}")
-    assert tiny.run("--address", address) == 0
+    assert tiny.run() == 0
     assert tiny.ran() == ["1", "2", "3"]
     tiny.ask("cells: [{STEPS: 3}]")
-    assert tiny.run("--address", "tcp://127.0.0.1:9") == 0  # with nothing to do, none is asked
+    assert tiny.run() == 0
+    assert tiny.ran() == ["1", "2", "3"]
     assert [c["parameters"]["STEPS"] for c in grid.load(tiny.cells)] == [3, 1, 2]
 
 
-def test_a_cell_that_fails_is_reported_and_tried_again_and_the_others_are_kept(
-    tiny, address, capsys
-):
+def test_a_cell_that_fails_is_reported_and_tried_again_and_the_others_are_kept(tiny, capsys):
     tiny.ask("grid: {STEPS: [1, 13]}")
     tiny.write("assert STEPS != 13, 'of all\\nnumbers'")
-    assert tiny.run("--address", address) == 1
+    assert tiny.run() == 1
     printed = capsys.readouterr()
     assert "the cell with STEPS=13 failed: AssertionError: of all numbers\n" in printed.err
     assert "1 of 2 cells are finished" in printed.out
@@ -230,7 +182,7 @@ def test_a_cell_that_fails_is_reported_and_tried_again_and_the_others_are_kept(
     (kept,) = tiny.folder.glob("*.ipynb")
     assert "AssertionError" in kept.read_text()
     tiny.write("")
-    assert tiny.run("--address", address) == 0
+    assert tiny.run() == 0
     assert tiny.ran() == ["1", "13", "13"]
     assert grid.collect(tiny.cells)["error"].isna().all()
     assert not tiny.folder.exists()
@@ -241,16 +193,13 @@ def test_a_cell_that_fails_is_reported_and_tried_again_and_the_others_are_kept(
     [
         ("raise UserError('no such folder')", "01_tiny: no such folder"),
         ("os._exit(1)", "01_tiny: its process was killed, most likely for lack of memory"),
-        ("os.kill(os.getppid(), 9)", "KilledWorker: Attempted to run task"),
         ("glue = lambda *_, **__: None", "must glue measured, a mapping from each number"),
     ],
-    ids=["user", "kernel", "worker", "none"],
+    ids=["user", "kernel", "none"],
 )
-def test_whatever_stops_a_cell_is_told_in_one_sentence(tiny, address, code, sentence):
+def test_whatever_stops_a_cell_is_told_in_one_sentence(tiny, code, sentence):
     tiny.write(code)
-    # a worker that is lost must be one of our own cluster, which does not try a second time
-    where = None if "getppid" in code else address
-    (cell,) = grid.run(tiny.ask("cells: [{STEPS: 1}]"), tiny.cells, address=where, workers=1)
+    (cell,) = grid.run(tiny.ask("cells: [{STEPS: 1}]"), tiny.cells)
     assert sentence in cell["error"]
     assert "\n" not in cell["error"]
     assert grid.load(tiny.cells) == [cell]
@@ -270,7 +219,7 @@ def _both(kernels, tiny):
         pytest.param(signal.SIGTERM, marks=pytest.mark.release),
     ],
 )
-def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
+def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, stop):
     kernels = tiny.home / "kernels"
     tiny.ask("grid: {STEPS: [1, 2]}")
     wait = f"open({str(kernels)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(3600)"
@@ -300,43 +249,15 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
     (finished,) = grid.load(tiny.folder)
     assert finished["parameters"]["STEPS"] == 1
     tiny.write("")
-    assert tiny.run("--address", address) == 0
+    assert tiny.run() == 0
     assert tiny.ran() == ["1", "2", "2"]
     assert not tiny.folder.exists()
-
-
-def test_a_kernel_that_lost_its_port_to_another_program_is_started_again(tiny, monkeypatch):
-    """A port is found free, and bound seconds later: on a busy machine not always first."""
-    tiny.ask("cells: [{STEPS: 1}]")
-    free, asked = LocalPortCache.find_available_port, []
-    with socket.create_server(("127.0.0.1", 0)) as other:
-
-        def find(*args):
-            asked.append(other.getsockname()[1] if len(asked) in (0, 5) else free(*args))
-            return asked[-1]
-
-        monkeypatch.setattr(LocalPortCache, "find_available_port", find)
-        executed = grid.execute(tiny.chapter, tiny.home / "out.ipynb", {"STEPS": 1})
-    assert len(asked) == 15  # five of a kernel, which died twice
-    assert tiny.ran() == ["1"]
-    assert executed.cells[-1].outputs
-
-
-def test_an_address_without_a_scheduler_is_named(tiny, capsys, monkeypatch):
-    tiny.ask("cells: [{}]")
-    monkeypatch.setattr(grid, "PATIENCE", 1)
-    for address in ("tcp://127.0.0.1:9", "nonsense://here"):
-        assert tiny.run("--address", address) == 2
-        printed = capsys.readouterr().err
-        assert f"no dask scheduler answers at {address}; give the address" in printed
-        assert "Traceback" not in printed
 
 
 def test_a_cell_killed_as_it_ends_is_not_there_before_its_notebook_is_gone(tmp_path, monkeypatch):
     def die(file):
         raise KeyboardInterrupt
 
-    monkeypatch.setenv("HALLULIB_RESULTS", "")  # which the cell changes
     monkeypatch.setattr(grid, "execute", toy_runs.execute)
     cell = tmp_path / "toy.ipynb", {"STEPS": 1}, tmp_path / "cell.json"
     with monkeypatch.context() as patch:
@@ -348,11 +269,11 @@ def test_a_cell_killed_as_it_ends_is_not_there_before_its_notebook_is_gone(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["cell.json"]
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_a_chapter_runs(tiny, address, capsys):
+def test_a_folder_that_cannot_be_written_is_named_before_a_chapter_runs(tiny, capsys):
     tiny.ask("cells: [{}]")
     (tiny.home / "file").write_text("")
     out = tiny.home / "file" / "cells.json"
-    assert cli.main(["grid", str(tiny.file), "--out", str(out), "--address", address]) == 2
+    assert cli.main(["grid", str(tiny.file), "--out", str(out)]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(str(tiny.home / "file"))
     assert told.endswith(
