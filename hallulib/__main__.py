@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("file", type=Path, help="YAML: chapter, common, grid, cells")
     grid.add_argument("--out", type=Path, metavar="FILE.json", help="default: in runs/grids")
     grid.add_argument("--workers", type=int, default=2, help="cells side by side; default: 2")
-    doctor = names.add_parser("doctor", help="check the installation, tell what chapters took")
+    doctor = names.add_parser("doctor", help="check the installation")
     doctor.set_defaults(work=_doctor)
     return top
 
