@@ -181,9 +181,6 @@ class ImageEstimator(BaseEstimator):
                 {k: cls._read(v, f"{part}.{k}", files, tensors) for k, v in state[part].items()}
                 for part in PARTS
             )
-            # of parameters that went, one at its default then is no difference
-            names, former = cls._get_param_names(), store.FORMER
-            given = {k: v for k, v in given.items() if k in names or former.get(k) != v}
             estimator = cls(**given | parameters)
         except Exception as fault:  # an impossible value makes the libraries throw anything
             what = (str(fault) or "nothing more is known").splitlines()[0]

@@ -31,16 +31,11 @@ def refused(value, rule):
         (1, (1, 9)),
         (9, (1, 9)),
         (10**9, (1, None)),
-        (-3, (None, 0)),
         (1, (0.0, 1.0)),
         (0.5, (0.0, 1.0)),
         (1e-4, (0.0, None)),
-        (7, (None, None)),
         ("phantom", str),
         (False, bool),
-        ("isup", {"isup", "grade2"}),
-        (64, [32, 64]),
-        (None, [None, 3]),
     ],
 )
 def test_a_value_within_its_rule_passes(value, rule):
@@ -64,10 +59,6 @@ def test_a_value_within_its_rule_passes(value, rule):
         ("  ", str),
         (1, bool),
         ("no", bool),
-        ("isp", {"isup", "grade2"}),
-        (1, [True]),
-        (64.0, [32, 64]),
-        ([64], [32, 64]),
     ],
 )
 def test_an_impossible_value_is_named_with_what_is_allowed(value, rule):
@@ -77,8 +68,6 @@ def test_an_impossible_value_is_named_with_what_is_allowed(value, rule):
 def test_the_sentence_tells_the_allowed_values():
     assert refused(0, (1, 9)).endswith("a whole number from 1 to 9")
     assert refused(-1.0, (0.0, None)).endswith("a finite number of at least 0.0")
-    assert refused(2, (None, 1)).endswith("a whole number of at most 1")
-    assert refused("x", {"b", "a"}).endswith("one of 'a', 'b'")
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest_one():

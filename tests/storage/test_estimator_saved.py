@@ -97,20 +97,6 @@ def test_a_folder_without_checksums_is_refused(saved, tmp_path):
         ScoreClassifier.load(tmp_path / "one")
 
 
-@pytest.mark.parametrize(("adapt", "gone"), [("all", True), ("classes", False)])
-def test_a_parameter_that_went_is_no_difference_at_its_default(saved, tmp_path, adapt, gone):
-    shutil.copytree(saved[0], tmp_path / "x")
-    state = json.loads((tmp_path / "x" / "estimator.json").read_text())
-    del state["checksum"]
-    state["parameters"]["adapt"] = adapt
-    store.write_json(tmp_path / "x" / "estimator.json", state | {"checksum": store.key(state)})
-    if gone:
-        assert "adapt" not in ScoreClassifier.load(tmp_path / "x").get_params()
-        return
-    with pytest.raises(UserError, match="is not a saved ScoreClassifier .*'adapt'"):
-        ScoreClassifier.load(tmp_path / "x")
-
-
 def test_a_save_over_another_leaves_no_file_of_it(saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "one")
     (tmp_path / "one" / "files-7").mkdir()  # a save that was killed
