@@ -20,7 +20,6 @@ from PIL import Image
 from plotly.io.base_renderers import PlotlyRenderer
 from plotly.io.json import to_json_plotly
 
-from hallulib import UserError
 from hallulib.shapes import Images
 
 # The modebar of Plotly offers to upload the figure: not with patients' images.
@@ -126,11 +125,10 @@ def images(
 def explore(view: Callable[..., go.Figure], /, **grid: Any) -> None:
     """Show ``view(**values)`` with one slider for each parameter, live and in the published page.
 
-    In a notebook the sliders are widgets that call ``view`` with any number between the ends of
-    the grid. In the published page they choose among the figures of all combinations, computed
-    here; no kernel and no network are needed. The ``grid`` gives for each parameter its values,
-    the first shown first, or ``(label, values)`` with a label for the reader that carries the
-    unit: ``t=("time t", [0, 0.25, 0.5])``.
+    They choose among the figures of all combinations, computed here; the published page needs no
+    kernel and no network. The ``grid`` gives for each parameter its values, the first shown first,
+    or ``(label, values)`` with a label for the reader that carries the unit:
+    ``t=("time t", [0, 0.25, 0.5])``.
     """
     entries = {n: entry if isinstance(entry, tuple) else (n, entry) for n, entry in grid.items()}
     labels = {name: label for name, (label, _) in entries.items()}
@@ -140,9 +138,8 @@ def explore(view: Callable[..., go.Figure], /, **grid: Any) -> None:
     for numbered in itertools.product(*map(enumerate, values.values())):
         chosen = {name: value for name, (_, value) in zip(values, numbered, strict=True)}
         figures[",".join(str(i) for i, _ in numbered)] = view(**chosen).to_plotly_json()
-    live = _live(view, labels, values, next(iter(figures.values())))
     published = {"text/html": _published(labels, values, figures)}
-    display(live._repr_mimebundle_() | published, raw=True)
+    display(_live(labels, values, figures)._repr_mimebundle_() | published, raw=True)
 
 
 def _html(figure, **options):
@@ -175,43 +172,27 @@ def _text(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _live(view, labels, values, first):
-    """The sliders as widgets above an area that shows ``view`` of their values."""
+def _live(labels, values, figures):
+    """The sliders as widgets above an area that shows the figure of their values."""
     area = ipywidgets.Output()
-    sliders = {name: _slider(labels[name], v) for name, v in values.items()}
+    wide = {"style": {"description_width": "initial"}, "continuous_update": False}
+    wide["layout"] = ipywidgets.Layout(width="min(100%, 32rem)")
+    sliders = []
+    for name, v in values.items():
+        options = [(_text(value), i) for i, value in enumerate(v)]
+        slider = ipywidgets.SelectionSlider(options=options, description=labels[name], **wide)
+        sliders.append(slider)
 
     # Outputs are assigned, never captured (`with area:`, interact): nbclient may hang on those.
-    def show(data):
+    def show(_=None):
+        figure = figures[",".join(str(slider.value) for slider in sliders)]
+        data = PlotlyRenderer(config=CONFIG).to_mimebundle(figure)
         area.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
-    def redraw(_):
-        try:
-            figure = view(**{name: slider.value for name, slider in sliders.items()})
-        except UserError as error:
-            return show({"text/plain": str(error)})
-        show(PlotlyRenderer(config=CONFIG).to_mimebundle(figure.to_plotly_json()))
-
-    show(PlotlyRenderer(config=CONFIG).to_mimebundle(first))
-    for slider in sliders.values():
-        slider.observe(redraw, "value")
-    return ipywidgets.VBox([*sliders.values(), area])
-
-
-def _slider(label, values):
-    look = {
-        "description": label,
-        "continuous_update": False,
-        "style": {"description_width": "initial"},
-        "layout": ipywidgets.Layout(width="min(100%, 32rem)"),
-    }
-    kinds = {type(value) for value in values}
-    if not kinds <= {int, float}:
-        return ipywidgets.SelectionSlider(options=[(_text(v), v) for v in values], **look)
-    look |= {"value": values[0], "min": min(values), "max": max(values)}
-    if kinds == {int}:
-        return ipywidgets.IntSlider(**look)
-    step = (look["max"] - look["min"]) / 100 or 1.0
-    return ipywidgets.FloatSlider(step=step, readout_format=".4g", **look)
+    show()
+    for slider in sliders:
+        slider.observe(show, "value")
+    return ipywidgets.VBox([*sliders, area])
 
 
 def _published(labels, values, figures):
