@@ -140,7 +140,7 @@ class ImageSet:
         if not len(taken):
             raise UserError(
                 f"{self.name}: no image with split {split or 'any'} and label scheme"
-                f" {labelled or 'any'} among those asked for; summary() lists what there is"
+                f" {labelled or 'any'} among those asked for; its table lists what there is"
             )
         if taken[-1] - taken[0] + 1 == len(taken):
             images = self.images[taken[0] : taken[-1] + 1]
@@ -164,17 +164,6 @@ class ImageSet:
         labelled = y >= 0
         weights = torch.where(labelled, 1 / labelled.sum(), 1 / (~labelled).sum())
         return chosen.tensor(), y, weights
-
-    def summary(self) -> pd.DataFrame:
-        """Images and units per split and class of the first scheme ("" = unlabelled)."""
-        scheme = self.schemes[0] if self.schemes else None
-        label = self.table[scheme] if scheme else ""
-        frame = self.table[["split", "patient"]].assign(label=label)
-        counts = {"images": "size", checks.UNITS[self.unit][1]: "nunique"}
-        found = frame.groupby(["split", "label"])["patient"].agg(**counts)
-        classes = ("", *(self.classes(scheme) if scheme else ()))
-        kept = [(s, c) for s in SPLITS for c in classes if (s, c) in found.index]
-        return found.loc[kept].reset_index()
 
 
 def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:

@@ -69,12 +69,6 @@ def test_a_part_of_a_set_is_other_images_than_the_whole(toy):
     assert by_way_of.identity == parts[0]  # whatever way it was selected
 
 
-def test_the_summary_counts_every_image_once(toy):
-    summary = toy.summary()
-    assert summary["images"].sum() == len(toy)
-    assert list(summary["split"].unique()) == ["unlabelled", "train", "val", "test"]
-
-
 @pytest.mark.parametrize(
     ("ask", "told"),
     [
@@ -95,7 +89,6 @@ FAULTS = {
     "two channels": (dict(images=np.zeros((5, 2, 4, 4), np.uint8)), "1 or 3 channels"),
     "no image": (dict(images=np.zeros((0, 1, 4, 4), np.uint8), rows=[]), "of shape (0, 1, 4, 4)"),
     "too few rows": (dict(images=np.zeros((6, 1, 4, 4), np.uint8)), "table.csv: 5 rows for 6"),
-    "counts": (dict(counts={"images": 9, "patients": 4}), "card.json: counts 9 images"),
     "spacing": (
         dict(spacing_mm=[0.5, float("nan")]),
         "card.json: spacing_mm.1 is missing or wrong",
@@ -184,7 +177,6 @@ def test_the_word_nan_and_leading_zeros_stay_text(tmp_path):
 def test_sentences_name_what_the_card_says_that_images_are_grouped_by(tmp_path, unit, units, leak):
     opened = imageset.open(write(tmp_path / "toy", unit=unit))
     assert (opened.unit, opened.units) == (unit, units)
-    assert list(opened.summary()) == ["split", "label", "images", units.removeprefix("4 ")]
     with pytest.raises(UserError, match=leak):
         imageset.open(write(tmp_path / "leak", unit=unit, **FAULTS["leak"][0]))
 
