@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import psutil
 from annotated_types import Gt, Len
-from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from hallulib import UserError
 
@@ -139,6 +139,7 @@ class Card(BaseModel):
     labels: dict[str, _Scheme]
     counts: dict
     sha256: dict
+    unit: Annotated[str, Field(pattern=f"^({'|'.join(UNITS)})$")] = "patient"
 
 
 def read_card(file: Path) -> dict:
@@ -153,8 +154,6 @@ def read_card(file: Path) -> dict:
         raise UserError(f"{file}: {told}; prepare the set again") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file}: not readable JSON ({error}); prepare the set again") from error
-    if card.get("unit", "patient") not in list(UNITS):  # a list: what JSON holds may not hash
-        raise UserError(f"{file}: unit is {card['unit']!r}; one of {', '.join(UNITS)} is needed")
     return card
 
 

@@ -243,16 +243,11 @@ def _reduced(image_set: ImageSet, size: int) -> ImageSet:
 
 
 def _load(folder: Path) -> ImageSet:
-    if not folder.is_dir():
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
         embedded = ", ".join(sorted(entry_points(group=DRAWN).names))
         raise UserError(
-            f"{folder}: no such image set; {embedded} or a folder with"
-            f" {', '.join(FILES)} is needed"
-        )
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
-        raise UserError(
-            f"{folder}: {', '.join(missing)} not found; an image set is made from a folder"
-            f" of images by python -m data_prep folder {folder} OUT"
+            f"{folder}: {', '.join(missing)} not found; {embedded} or a folder that python -m"
+            " data_prep wrote, from a folder of images for instance, is needed"
         )
     card, file = checks.read_card(folder / "card.json"), folder / "images.npy"
     try:

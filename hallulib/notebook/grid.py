@@ -28,7 +28,6 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import nbformat
-import pandas as pd
 from annotated_types import Len
 from dask.system import CPU_COUNT
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -267,20 +266,6 @@ def write(file: Path, cells: list[Cell]) -> None:
     flat = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda m: re.sub(r"\n *", " ", m[0]), text)
     with disk.whole(file) as partial:
         partial.write_text(flat + "\n")
-
-
-def collect(place: Path) -> pd.DataFrame:
-    """The table of a grid: one row per cell, in the order of `load`.
-
-    Its columns are ``chapter``, each parameter under its name, each number ``x`` as ``x.value``,
-    ``x.low``, ``x.high`` and ``x.n``, then ``seconds`` and ``error``. A cell that failed has its
-    sentence in ``error`` and no number.
-    """
-    rows = []
-    for cell in load(place):
-        ends = {"seconds": cell["seconds"], "error": cell["error"]}
-        rows.append({"chapter": cell["chapter"]} | cell["parameters"] | cell["measured"] | ends)
-    return pd.json_normalize(rows)
 
 
 def finish(file: Path, out: Path | None, workers: int) -> int:

@@ -107,19 +107,10 @@ def chapters(source: Path) -> list[Path]:
 
 
 def own_values(chapter: Path) -> dict[str, Any]:
-    """Name and value of the parameters that the chapter itself sets. A `UserError` if one is an
-    expression, so that its value is known only when the chapter runs.
-    """
+    """Name and value of the parameters that the chapter itself sets, plain values all of them."""
     cells = nbformat.read(chapter, 4).cells
     source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", ())), "")
-    values = {}
-    for name, expression in _assigned(source):
-        try:
-            values[name] = ast.literal_eval(expression)
-        except ValueError:
-            text = f"{name} = {ast.unparse(expression)}"
-            raise UserError(f"{text} in {chapter.name} is no plain value") from None
-    return values
+    return {name: ast.literal_eval(expression) for name, expression in _assigned(source)}
 
 
 def declared(chapter: Path) -> dict[str, Rule]:

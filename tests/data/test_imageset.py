@@ -103,8 +103,8 @@ FAULTS = {
     "no patient": (dict(rows=[("", "train", "low", "0")]), "is without a patient"),
     "labelled": (dict(rows=[("p", "unlabelled", "low", "0")]), "row 0 is in split unlabelled"),
     "unlabelled": (dict(rows=[("p", "train", "", "0")]), "without a label"),
-    "another unit": (dict(unit="person"), "card.json: unit is 'person'; one of patient, exam"),
-    "units in a list": (dict(unit=["patient"]), "card.json: unit is ['patient']; one of"),
+    "another unit": (dict(unit="person"), "card.json: unit is missing or wrong (String should"),
+    "units in a list": (dict(unit=["patient"]), "card.json: unit is missing or wrong"),
     "leak": (
         dict(rows=[("p7", "train", "low", "0"), ("p7", "test", "low", "1")]),
         "patient p7 is in train and test",
@@ -150,7 +150,7 @@ def test_a_pickled_array_is_refused(tmp_path):
 
 def test_an_unknown_name_lists_the_embedded_sets():
     known = "histology, lesions, lesions_238, phantom"
-    with pytest.raises(UserError, match=f"{known} or a folder with images.npy"):
+    with pytest.raises(UserError, match=f"images.npy.* not found; {known} or a folder that"):
         imageset.open("no such set")
 
 
