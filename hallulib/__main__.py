@@ -18,8 +18,7 @@ def parser() -> argparse.ArgumentParser:
     train = names.add_parser(
         "train",
         help="train the score model of an image set where chapters find it",
-        description="Train the score model of an image set where chapters with these settings "
-        "find it, on several GPUs with: accelerate launch -m hallulib train ...",
+        description="On several GPUs: accelerate launch -m hallulib train ...",
     )
     train.set_defaults(work=_train)
     train.add_argument("dataset", help="image set: a name or a folder")

@@ -19,7 +19,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from hallulib import UserError
 
 SPLITS = ("unlabelled", "train", "val", "test")
-LITTLE = 2**28  # bytes of memory that are there; asking takes a tenth of a millisecond
 UNITS = {  # what the column patient of a table names -> one of them, several
     **{one: (one, f"{one}s") for one in ("patient", "exam", "eye", "lesion")},
     **{one: (one, f"{one}s") for one in ("specimen", "slide", "field")},
@@ -45,12 +44,7 @@ def read_patients_as(unit: str) -> str:
 
 
 def count_units(unit: str, n: int) -> str:
-    """How many there are, in words; of unknown patients nobody knows.
-
-    Example:
-        >>> count_units("field", 60), count_units("patient", 1), count_units("unknown", 60)
-        ('60 fields', '1 patient', 'unknown patients')
-    """
+    """How many there are, in words; of unknown patients nobody knows."""
     one, several = UNITS[unit]
     return several if unit == "unknown" else f"{n} {one if n == 1 else several}"
 
@@ -63,10 +57,6 @@ def area_average(images: np.ndarray, size: int) -> np.ndarray:
 
     from N to n pixels a side, n at most N, for uint8 (batch, ..., N, N); halves are rounded to
     even. The weights are whole numbers, so sums are exact and results the same on every machine.
-
-    Example:
-        >>> area_average(np.array([[[0, 4], [2, 6]]], np.uint8), 1)
-        array([[[3]]], dtype=uint8)
     """
     old = images.shape[-1]
     edges = np.arange(size + 1)[:, None] * old
@@ -90,7 +80,7 @@ def check_memory(n: int, channels: int, size: int, where: str, *, each: int = 1)
     ``where`` says whose they are, and begins the sentence.
     """
     needed = n * channels * size**2 * each
-    if needed <= LITTLE or needed <= (free := free_memory()):
+    if needed <= (free := free_memory()):
         return
     fits = math.isqrt(free // (n * channels * each))
     raise UserError(

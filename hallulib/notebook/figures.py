@@ -89,11 +89,6 @@ def images(
     The images, grey or colour, are read row by row. There is a title for each column or for each
     image, and one label for each of the ``rows``. A row has so many ``columns``, by default at
     most 8; a ``cell`` is so many CSS pixels high, by default as large as fits a page, at most 160.
-
-    Example:
-        >>> figure = images(torch.zeros(4, 1, 8, 8), titles=["a", "b"], columns=2)
-        >>> figure.layout.xaxis.ticktext
-        ('a', 'b')
     """
     n, _, height, width = x.shape
     columns = min(columns or 8, n)
@@ -177,11 +172,11 @@ def _live(labels, values, figures):
     area = ipywidgets.Output()
     wide = {"style": {"description_width": "initial"}, "continuous_update": False}
     wide["layout"] = ipywidgets.Layout(width="min(100%, 32rem)")
-    sliders = []
-    for name, v in values.items():
-        options = [(_text(value), i) for i, value in enumerate(v)]
-        slider = ipywidgets.SelectionSlider(options=options, description=labels[name], **wide)
-        sliders.append(slider)
+    options = {n: [(_text(value), i) for i, value in enumerate(v)] for n, v in values.items()}
+    sliders = [
+        ipywidgets.SelectionSlider(options=choice, description=labels[name], **wide)
+        for name, choice in options.items()
+    ]
 
     # Outputs are assigned, never captured (`with area:`, interact): nbclient may hang on those.
     def show(_=None):

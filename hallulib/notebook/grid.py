@@ -42,26 +42,13 @@ TIMEOUT = 12 * 3600  # seconds for one code cell: a training run on real data is
 
 
 class Grid(BaseModel):
-    """What a grid file holds.
-
-    Example:
-        >>> Grid(chapter="06_hallucination", grid={"A": [1, 2]}, cells=[{"B": 3}]).choices()
-        [{'A': 1}, {'A': 2}, {'B': 3}]
-    """
+    """What a grid file holds."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     chapter: str
     common: dict = {}
     grid: dict[Any, Annotated[list, Len(1)]] = {}
     cells: list[dict] = []
-
-    def notebook(self) -> Path:
-        """The chapter, whose path starts at the root of the project as all paths do."""
-        name = self.chapter
-        path = parameters.ROOT / (name if name.endswith(".ipynb") else f"book/{name}.ipynb")
-        if not path.is_file():
-            raise UserError(f"there is no chapter {name}: no file {path}")
-        return path
 
     def choices(self) -> list[dict]:
         """What is set in each cell: every combination of values, then single cells."""
@@ -74,32 +61,31 @@ class Grid(BaseModel):
         return [self.common | chosen for chosen in combined + self.cells]
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """All parameters of each cell, one that occurs twice listed once: the combinations of
-    ``grid``, its last name changing fastest, then ``cells``.
+def read(file: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The notebook of a grid, and the parameters of each cell by its key: the combinations of
+    ``grid``, its last name changing fastest, then ``cells``; one that occurs twice is there once.
 
     Raises:
         UserError: the file is no grid, a name is no parameter of the chapter, or a value is
-            impossible by the chapter's own plain rules.
+            impossible by the chapter's own rules.
     """
-    return list(_plan(file)[1].values())
-
-
-def _plan(file: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """The notebook of a grid, and the parameters of its cells by key."""
     given = parameters.read_yaml(file)
     try:
         grid = Grid(**given)
-        notebook, plan = grid.notebook(), {}
+        name, plan = grid.chapter, {}
+        # as all paths it starts at the root of the project
+        notebook = parameters.ROOT / (name if name.endswith(".ipynb") else f"book/{name}.ipynb")
+        if not notebook.is_file():
+            raise UserError(f"there is no chapter {name}: no file {notebook}")
         own, rules = parameters.own_values(notebook), parameters.declared(notebook)
         for chosen in grid.choices():
             values = dict(own)
-            for name, value in chosen.items():
-                if name not in own:
-                    raise UserError(parameters.unknown(str(name), own))
+            for one, value in chosen.items():
+                if one not in own:
+                    raise UserError(parameters.unknown(str(one), own))
                 # 1 and 1.0 are one learning rate
-                whole = isinstance(own[name], float) and type(value) is int
-                values[name] = float(value) if whole else value
+                whole = isinstance(own[one], float) and type(value) is int
+                values[one] = float(value) if whole else value
             parameters.check_before(notebook.stem, rules, values)
             plan[_key(notebook.stem, values)] = values
     except ValidationError as faults:
@@ -206,7 +192,7 @@ def run(file: Path, out: Path, workers: int = 2) -> Iterator[Cell]:
     """
     if workers < 1:
         raise UserError(f"a grid needs at least 1 worker, found {workers}")
-    notebook, plan = _plan(file)
+    notebook, plan = read(file)
     out = out.resolve()
     folder = out.with_suffix(".cells")
     stored = [cell for place in (out, folder) if place.exists() for cell in _cells(place)]
@@ -270,7 +256,7 @@ def write(file: Path, cells: list[Cell]) -> None:
 
 def finish(file: Path, out: Path | None, workers: int) -> int:
     """Run a grid and say how it ended; returns 0, or 1 if a cell failed."""
-    cells = read(file)
+    cells = list(read(file)[1].values())
     out = out or store.runs_folder() / "grids" / f"{file.stem}.json"
     varied = [n for n in cells[0] if len({repr(cell[n]) for cell in cells}) > 1] or list(cells[0])
     failed = 0

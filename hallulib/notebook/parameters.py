@@ -59,19 +59,12 @@ def check(namespace: Mapping[str, Any], **declared: Rule) -> None:
         if name not in declared:
             raise UserError(unknown(name, declared))
     for name, rule in declared.items():
-        if name not in namespace:
-            raise UserError(f"parameter {name} is checked but not set in the parameters cell")
         if needed := _needed(rule, namespace[name]):
             raise UserError(f"parameter {name} = {namespace[name]!r} must be {needed}")
 
 
 def unknown(name: str, known: Collection[str]) -> str:
-    """The sentence about a name that is no parameter, with the nearest that is one.
-
-    Example:
-        >>> unknown("STPES", ["SEED", "STEPS"])
-        'unknown parameter STPES; did you mean STEPS? known: SEED, STEPS'
-    """
+    """The sentence about a name that is no parameter, with the nearest that is one."""
     near = difflib.get_close_matches(name.upper(), known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"unknown parameter {name}; {hint}known: {', '.join(known)}"

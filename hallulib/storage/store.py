@@ -143,12 +143,7 @@ def finished(loop: Iterator[State], steps: int, told: str, show: bool = True) ->
 
 
 def defaults_of(thing: Callable) -> dict[str, Any]:
-    """The defaults of a function or a dataclass, none of which a factory makes.
-
-    Example:
-        >>> defaults_of(lambda images, *, steps, seed=0: None)
-        {'seed': 0}
-    """
+    """The defaults of a function or a dataclass, none of which a factory makes."""
     parameters = inspect.signature(thing).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 

@@ -87,11 +87,6 @@ def test_imported_classes_and_small_names_are_no_parameters():
     check({"STEPS": 1, "VPSDE": Path, "In": ["x = 1"], "x": 1, "_A": 2}, STEPS=(1, 9))
 
 
-def test_a_declared_name_must_be_set():
-    with pytest.raises(UserError, match="SEED is checked but not set"):
-        check({}, SEED=(0, None))
-
-
 @pytest.mark.parametrize("rule", [3, "isup", int, (1, 2, 3)])
 def test_an_author_who_writes_no_rule_is_told(rule):
     with pytest.raises((TypeError, ValueError)):
