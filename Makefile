@@ -33,10 +33,9 @@ chapters: $(READY)  ## only the chapters at test size
 	@exec $(BIN)/python -m pytest -m chapter
 
 grid: $(READY)  ## run a chapter with each cell of a grid (GRID=book/grids/NAME.yaml)
-	@exec $(BIN)/python -m hallulib grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS)) \
-		$(if $(ADDRESS),--address "$(ADDRESS)")
+	@exec $(BIN)/python -m hallulib grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS))
 
-doctor: $(READY)  ## what is installed, what is wrong with it, what chapters took here
+doctor: $(READY)  ## what is installed, and what is wrong with it
 	@exec $(BIN)/python -m hallulib doctor
 
 weights: $(READY)  ## train the weights that ship with the library anew (three hours or more)

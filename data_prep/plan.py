@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
+from data_prep.splitting import split_patients
 from hallulib import UserError
 from hallulib.data.checks import SPLITS, UNITS, check_disjoint
 
@@ -421,8 +422,6 @@ def _deal(plan: pd.DataFrame, rows: pd.Series, shares: Mapping[str, float], seed
     """Gives splits to some rows; the shares need not sum to 1, all is train if they sum to 0."""
     if not rows.any():
         return
-    from hallulib.data.imageset import split_patients  # late: imports torch, which not all need
-
     shares = shares if sum(shares.values()) > 0 else {"train": 1.0}
     shares = {split: share / sum(shares.values()) for split, share in shares.items()}
     patients, labels = list(plan.loc[rows, "patient"]), list(plan.loc[rows, "label"])

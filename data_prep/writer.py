@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep.output import NEW, claimed, put
+from data_prep.splitting import split_patients
 from data_prep.staging import (
     Item,
     Study,
@@ -154,9 +155,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def _divide(table: pd.DataFrame, scheme: str, fractions: Mapping[str, float], seed: int):
-    # late: imports torch, which workers do not need
-    from hallulib.data.imageset import split_patients
-
     todo = table[table["split"] == ""]
     return split_patients(list(todo["patient"]), list(todo[scheme]), fractions, seed)
 

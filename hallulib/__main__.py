@@ -18,8 +18,7 @@ def parser() -> argparse.ArgumentParser:
     train = names.add_parser(
         "train",
         help="train the score model of an image set where chapters find it",
-        description="Train the score model of an image set where chapters with these settings "
-        "find it, on several GPUs with: accelerate launch -m hallulib train ...",
+        description="On several GPUs: accelerate launch -m hallulib train ...",
     )
     train.set_defaults(work=_train)
     train.add_argument("dataset", help="image set: a name or a folder")
@@ -31,9 +30,8 @@ def parser() -> argparse.ArgumentParser:
     grid.set_defaults(work=_grid)
     grid.add_argument("file", type=Path, help="YAML: chapter, common, grid, cells")
     grid.add_argument("--out", type=Path, metavar="FILE.json", help="default: in runs/grids")
-    grid.add_argument("--address", help="of a dask scheduler to join, tcp://HOST:PORT")
-    grid.add_argument("--workers", type=int, default=2, help="processes here; default: 2")
-    doctor = names.add_parser("doctor", help="check the installation, tell what chapters took")
+    grid.add_argument("--workers", type=int, default=2, help="cells side by side; default: 2")
+    doctor = names.add_parser("doctor", help="check the installation")
     doctor.set_defaults(work=_doctor)
     return top
 

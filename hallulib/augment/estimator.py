@@ -277,7 +277,7 @@ def per_class(ratio: float | int, n: int, classes: int) -> int:
 
 def changed(x: Images, rng: torch.Generator) -> Images:
     """Shifted, mirrored and of other contrast: the classical way."""
-    return augmented(x, x[:, None], rng)
+    return augmented(x, rng)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

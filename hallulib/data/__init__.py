@@ -4,5 +4,5 @@ from hallulib import lazily
 
 __getattr__ = lazily(
     __name__,
-    imageset="FILES ImageSet check choose open split_patients",
+    imageset="FILES ImageSet check choose open",
 )

@@ -7,9 +7,7 @@ origin, licence, spacing, processing, label order, counts, SHA-256 of the other 
 """
 
 import hashlib
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -142,7 +140,7 @@ class ImageSet:
         if not len(taken):
             raise UserError(
                 f"{self.name}: no image with split {split or 'any'} and label scheme"
-                f" {labelled or 'any'} among those asked for; summary() lists what there is"
+                f" {labelled or 'any'} among those asked for; its table lists what there is"
             )
         if taken[-1] - taken[0] + 1 == len(taken):
             images = self.images[taken[0] : taken[-1] + 1]
@@ -166,17 +164,6 @@ class ImageSet:
         labelled = y >= 0
         weights = torch.where(labelled, 1 / labelled.sum(), 1 / (~labelled).sum())
         return chosen.tensor(), y, weights
-
-    def summary(self) -> pd.DataFrame:
-        """Images and units per split and class of the first scheme ("" = unlabelled)."""
-        scheme = self.schemes[0] if self.schemes else None
-        label = self.table[scheme] if scheme else ""
-        frame = self.table[["split", "patient"]].assign(label=label)
-        counts = {"images": "size", checks.UNITS[self.unit][1]: "nunique"}
-        found = frame.groupby(["split", "label"])["patient"].agg(**counts)
-        classes = ("", *(self.classes(scheme) if scheme else ()))
-        kept = [(s, c) for s in SPLITS for c in classes if (s, c) in found.index]
-        return found.loc[kept].reset_index()
 
 
 def open(path_or_name: str | Path, size: int | None = None) -> ImageSet:
@@ -223,39 +210,6 @@ def check(image_set: ImageSet) -> None:
         checks.check_sums(image_set.path, image_set.card["sha256"])
 
 
-def split_patients(
-    patients: Sequence[str], strata: Sequence[str], fractions: Mapping[str, float], seed: int
-) -> dict[str, str]:
-    """Divides patients between splits, stratified, with shares counted in images.
-
-    A patient's stratum is the rarest label among its images. Within a stratum, patients come in
-    random order and each goes to the split that lacks most images; a stratum with as many patients
-    as splits leaves no split empty. ``patients`` and ``strata`` are those of each image, in any
-    order; ``fractions`` are shares of the images, at least 0, that sum to 1, of known splits, or
-    it is a `UserError`.
-
-    Example:
-        >>> split_patients(["a", "b", "b"], ["x", "x", "y"], {"train": 0.5, "test": 0.5}, seed=0)
-        {'a': 'train', 'b': 'train'}
-    """
-    possible = set(fractions) <= set(SPLITS) and all(s >= 0 for s in fractions.values())
-    if not possible or not math.isclose(sum(fractions.values()), 1, abs_tol=1e-6):
-        told = f"shares >= 0 of {', '.join(SPLITS)} that sum to 1"
-        raise UserError(f"fractions are {dict(fractions)}; {told} are needed")
-    shares = {split: share for split, share in fractions.items() if share > 0}
-    weight, rng = Counter(patients), np.random.default_rng(seed)
-    pairs = set(zip(patients, strata, strict=True))
-    n_with = Counter(label for _, label in pairs)
-    # of the labels of a patient the rarest comes last and stays
-    stratum = dict(sorted(pairs, key=lambda pair: (n_with[pair[1]], pair[1]), reverse=True))
-    decided: dict[str, str] = {}
-    for label in sorted(set(stratum.values())):
-        members = sorted(patient for patient in stratum if stratum[patient] == label)
-        order = [members[i] for i in rng.permutation(len(members))]
-        decided |= _deal(order, weight, shares)
-    return decided
-
-
 def choose(
     labels: Labels, per_class: int, seed: int, share: float | int = 1
 ) -> Int[np.ndarray, " kept"]:
@@ -270,23 +224,6 @@ def choose(
         of_class = rng.permutation(np.flatnonzero(y == c))
         kept.append(of_class[: per_class or max(2, round(share * len(of_class)))])
     return np.sort(np.concatenate(kept))
-
-
-def _deal(
-    order: Sequence[str], weight: Mapping[str, int], shares: Mapping[str, float]
-) -> dict[str, str]:
-    """The split of each patient of a stratum, in this order: the one that lacks most images."""
-    total = sum(weight[patient] for patient in order)
-    lacking = {split: share * total for split, share in shares.items()}
-    empty = set(shares) if len(order) >= len(shares) else set()
-    decided = {}
-    for index, patient in enumerate(order):
-        # the last patients are kept for splits that have none yet
-        open_to = [s for s in lacking if s in empty or len(order) - index > len(empty)]
-        decided[patient] = split = max(open_to, key=lacking.__getitem__)
-        lacking[split] -= weight[patient]
-        empty.discard(split)
-    return decided
 
 
 def _reduced(image_set: ImageSet, size: int) -> ImageSet:
@@ -306,16 +243,11 @@ def _reduced(image_set: ImageSet, size: int) -> ImageSet:
 
 
 def _load(folder: Path) -> ImageSet:
-    if not folder.is_dir():
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
         embedded = ", ".join(sorted(entry_points(group=DRAWN).names))
         raise UserError(
-            f"{folder}: no such image set; {embedded} or a folder with"
-            f" {', '.join(FILES)} is needed"
-        )
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
-        raise UserError(
-            f"{folder}: {', '.join(missing)} not found; an image set is made from a folder"
-            f" of images by python -m data_prep folder {folder} OUT"
+            f"{folder}: {', '.join(missing)} not found; {embedded} or a folder that python -m"
+            " data_prep wrote, from a folder of images for instance, is needed"
         )
     card, file = checks.read_card(folder / "card.json"), folder / "images.npy"
     try:

@@ -20,7 +20,6 @@ from PIL import Image
 from plotly.io.base_renderers import PlotlyRenderer
 from plotly.io.json import to_json_plotly
 
-from hallulib import UserError
 from hallulib.shapes import Images
 
 # The modebar of Plotly offers to upload the figure: not with patients' images.
@@ -90,11 +89,6 @@ def images(
     The images, grey or colour, are read row by row. There is a title for each column or for each
     image, and one label for each of the ``rows``. A row has so many ``columns``, by default at
     most 8; a ``cell`` is so many CSS pixels high, by default as large as fits a page, at most 160.
-
-    Example:
-        >>> figure = images(torch.zeros(4, 1, 8, 8), titles=["a", "b"], columns=2)
-        >>> figure.layout.xaxis.ticktext
-        ('a', 'b')
     """
     n, _, height, width = x.shape
     columns = min(columns or 8, n)
@@ -102,15 +96,15 @@ def images(
     captions = titles if titles is not None and len(titles) != columns else None
     gap = max(1, round(0.04 * width))  # pixels between two images
     below = gap if captions is None else math.ceil(24 / cell * height)
-    tops = [i * (height + below) for i in range(math.ceil(n / columns))]
-    lefts = [i * (width + gap) for i in range(columns)]
     # the lowest images have captions too
-    full = tops[-1] + height + (0 if captions is None else below), lefts[-1] + width
-    mosaic = _mosaic(x, itertools.product(tops, lefts), full)
+    mosaic = _mosaic(x, columns, gap, below)[: -below if captions is None else None, :-gap]
+    full = mosaic.shape[:2]
     # a PNG, in a tenth of the space of the same numbers as JSON
-    source = go.layout.Image(source=Image.fromarray(mosaic)).source
+    source = go.layout.Image(source=Image.fromarray(mosaic.numpy())).source
     figure = go.Figure(go.Image(source=source, hoverinfo="skip", zsmooth=False))
-    centres, middles = [left + width / 2 for left in lefts], [top + height / 2 for top in tops]
+    centres = [i * (width + gap) + width / 2 for i in range(columns)]
+    tops = range(0, full[0], height + below)
+    middles = [top + height / 2 for top in tops]
     _axes(figure, full, (centres, titles if captions is None else None), (middles, rows))
     for (top, x_), caption in zip(itertools.product(tops, centres), captions or (), strict=False):
         place = {"x": x_, "y": top + height, "yanchor": "top", "yshift": 2}
@@ -126,11 +120,10 @@ def images(
 def explore(view: Callable[..., go.Figure], /, **grid: Any) -> None:
     """Show ``view(**values)`` with one slider for each parameter, live and in the published page.
 
-    In a notebook the sliders are widgets that call ``view`` with any number between the ends of
-    the grid. In the published page they choose among the figures of all combinations, computed
-    here; no kernel and no network are needed. The ``grid`` gives for each parameter its values,
-    the first shown first, or ``(label, values)`` with a label for the reader that carries the
-    unit: ``t=("time t", [0, 0.25, 0.5])``.
+    They choose among the figures of all combinations, computed here; the published page needs no
+    kernel and no network. The ``grid`` gives for each parameter its values, the first shown first,
+    or ``(label, values)`` with a label for the reader that carries the unit:
+    ``t=("time t", [0, 0.25, 0.5])``.
     """
     entries = {n: entry if isinstance(entry, tuple) else (n, entry) for n, entry in grid.items()}
     labels = {name: label for name, (label, _) in entries.items()}
@@ -140,9 +133,8 @@ def explore(view: Callable[..., go.Figure], /, **grid: Any) -> None:
     for numbered in itertools.product(*map(enumerate, values.values())):
         chosen = {name: value for name, (_, value) in zip(values, numbered, strict=True)}
         figures[",".join(str(i) for i, _ in numbered)] = view(**chosen).to_plotly_json()
-    live = _live(view, labels, values, next(iter(figures.values())))
     published = {"text/html": _published(labels, values, figures)}
-    display(live._repr_mimebundle_() | published, raw=True)
+    display(_live(labels, values, figures)._repr_mimebundle_() | published, raw=True)
 
 
 def _html(figure, **options):
@@ -151,14 +143,13 @@ def _html(figure, **options):
     return pio.to_html(figure, config=CONFIG, **whole, **options)
 
 
-def _mosaic(x, corners, full):
-    """All images in one RGBA array (pixels, pixels, 4), see-through between the images."""
+def _mosaic(x, columns, gap, below):
+    """All images in one RGBA tensor (pixels, pixels, 4), see-through right of and below each."""
     levels = ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    mosaic = torch.zeros(*full, 4, dtype=torch.uint8)
-    for image, (top, left) in zip(levels.movedim(1, 3), corners, strict=False):
-        tile = mosaic[top : top + len(image), left : left + image.shape[1]]
-        tile[..., :3], tile[..., 3] = image, 255
-    return mosaic.numpy()
+    tiles = torch.cat([levels.expand(-1, 3, -1, -1), torch.full_like(levels[:, :1], 255)], 1)
+    padding = (0, gap, 0, below, 0, 0, 0, -len(x) % columns)
+    rows = torch.nn.functional.pad(tiles, padding).unflatten(0, (-1, columns))
+    return rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
 
 
 def _axes(figure, shape, columns, rows):
@@ -176,43 +167,27 @@ def _text(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _live(view, labels, values, first):
-    """The sliders as widgets above an area that shows ``view`` of their values."""
+def _live(labels, values, figures):
+    """The sliders as widgets above an area that shows the figure of their values."""
     area = ipywidgets.Output()
-    sliders = {name: _slider(labels[name], v) for name, v in values.items()}
+    wide = {"style": {"description_width": "initial"}, "continuous_update": False}
+    wide["layout"] = ipywidgets.Layout(width="min(100%, 32rem)")
+    options = {n: [(_text(value), i) for i, value in enumerate(v)] for n, v in values.items()}
+    sliders = [
+        ipywidgets.SelectionSlider(options=choice, description=labels[name], **wide)
+        for name, choice in options.items()
+    ]
 
     # Outputs are assigned, never captured (`with area:`, interact): nbclient may hang on those.
-    def show(data):
+    def show(_=None):
+        figure = figures[",".join(str(slider.value) for slider in sliders)]
+        data = PlotlyRenderer(config=CONFIG).to_mimebundle(figure)
         area.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
-    def redraw(_):
-        try:
-            figure = view(**{name: slider.value for name, slider in sliders.items()})
-        except UserError as error:
-            return show({"text/plain": str(error)})
-        show(PlotlyRenderer(config=CONFIG).to_mimebundle(figure.to_plotly_json()))
-
-    show(PlotlyRenderer(config=CONFIG).to_mimebundle(first))
-    for slider in sliders.values():
-        slider.observe(redraw, "value")
-    return ipywidgets.VBox([*sliders.values(), area])
-
-
-def _slider(label, values):
-    look = {
-        "description": label,
-        "continuous_update": False,
-        "style": {"description_width": "initial"},
-        "layout": ipywidgets.Layout(width="min(100%, 32rem)"),
-    }
-    kinds = {type(value) for value in values}
-    if not kinds <= {int, float}:
-        return ipywidgets.SelectionSlider(options=[(_text(v), v) for v in values], **look)
-    look |= {"value": values[0], "min": min(values), "max": max(values)}
-    if kinds == {int}:
-        return ipywidgets.IntSlider(**look)
-    step = (look["max"] - look["min"]) / 100 or 1.0
-    return ipywidgets.FloatSlider(step=step, readout_format=".4g", **look)
+    show()
+    for slider in sliders:
+        slider.observe(show, "value")
+    return ipywidgets.VBox([*sliders, area])
 
 
 def _published(labels, values, figures):

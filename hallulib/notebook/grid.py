@@ -7,33 +7,29 @@ A grid file names a chapter and the values of its parameters::
     grid: {STEPS: [10, 100], RATE: [1e-4, 1e-3]}    # every combination
     cells: [{STEPS: 0}]          # and single ones; they win over ``common``
 
-Each cell is one papermill run of the chapter, and `dask.distributed` deals the cells to processes
-of this machine or to the workers of a cluster, which need the project and its environment at the
-same paths. What the chapter glued as the texts of JSON ``measured`` and ``series`` is kept. A
-finished cell never runs twice: after a change of the library or of the chapter, give another file.
+Each cell is one papermill run of the chapter, in a process of its own. What the chapter glued as
+the texts of JSON ``measured`` and ``series`` is kept. A finished cell never runs twice: after a
+change of the library or of the chapter, give another file.
 """
 
 import ast
 import hashlib
 import itertools
 import json
-import logging
-import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import nbformat
-import pandas as pd
 from annotated_types import Len
+from dask.system import CPU_COUNT
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm.auto import tqdm
 
@@ -42,18 +38,11 @@ from hallulib.notebook import parameters
 from hallulib.storage import disk, store
 
 Cell = dict[str, Any]
-MOST_CELLS = 10_000  # each is a run of a chapter, minutes at least
-PATIENCE = 10  # seconds for a scheduler to answer
 TIMEOUT = 12 * 3600  # seconds for one code cell: a training run on real data is one of them
 
 
 class Grid(BaseModel):
-    """What a grid file holds.
-
-    Example:
-        >>> Grid(chapter="06_hallucination", grid={"A": [1, 2]}, cells=[{"B": 3}]).choices()
-        [{'A': 1}, {'A': 2}, {'B': 3}]
-    """
+    """What a grid file holds."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     chapter: str
@@ -61,52 +50,42 @@ class Grid(BaseModel):
     grid: dict[Any, Annotated[list, Len(1)]] = {}
     cells: list[dict] = []
 
-    def notebook(self) -> Path:
-        """The chapter, whose path starts at the root of the project as all paths do."""
-        name = self.chapter
-        path = parameters.ROOT / (name if name.endswith(".ipynb") else f"book/{name}.ipynb")
-        if not path.is_file():
-            raise UserError(f"there is no chapter {name}: no file {path}")
-        return path
-
     def choices(self) -> list[dict]:
         """What is set in each cell: every combination of values, then single cells."""
         for name in self.common.keys() & self.grid.keys():
             raise UserError(f"{name} is set in common and in grid; keep one of them")
-        n_products = math.prod(map(len, self.grid.values())) if self.grid else 0
-        if not 0 < (n := n_products + len(self.cells)) <= MOST_CELLS:
-            raise UserError(f"grid and cells make {n:,} cells; 1 to {MOST_CELLS:,} are needed")
         products = itertools.product(*self.grid.values()) if self.grid else ()
         combined = [dict(zip(self.grid, values, strict=True)) for values in products]
+        if not combined and not self.cells:
+            raise UserError("grid and cells make no cell; at least 1 is needed")
         return [self.common | chosen for chosen in combined + self.cells]
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """All parameters of each cell, one that occurs twice listed once: the combinations of
-    ``grid``, its last name changing fastest, then ``cells``.
+def read(file: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The notebook of a grid, and the parameters of each cell by its key: the combinations of
+    ``grid``, its last name changing fastest, then ``cells``; one that occurs twice is there once.
 
     Raises:
         UserError: the file is no grid, a name is no parameter of the chapter, or a value is
-            impossible by the chapter's own plain rules.
+            impossible by the chapter's own rules.
     """
-    return list(_plan(file)[1].values())
-
-
-def _plan(file: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """The notebook of a grid, and the parameters of its cells by key."""
     given = parameters.read_yaml(file)
     try:
         grid = Grid(**given)
-        notebook, plan = grid.notebook(), {}
+        name, plan = grid.chapter, {}
+        # as all paths it starts at the root of the project
+        notebook = parameters.ROOT / (name if name.endswith(".ipynb") else f"book/{name}.ipynb")
+        if not notebook.is_file():
+            raise UserError(f"there is no chapter {name}: no file {notebook}")
         own, rules = parameters.own_values(notebook), parameters.declared(notebook)
         for chosen in grid.choices():
             values = dict(own)
-            for name, value in chosen.items():
-                if name not in own:
-                    raise UserError(parameters.unknown(str(name), own))
+            for one, value in chosen.items():
+                if one not in own:
+                    raise UserError(parameters.unknown(str(one), own))
                 # 1 and 1.0 are one learning rate
-                whole = isinstance(own[name], float) and type(value) is int
-                values[name] = float(value) if whole else value
+                whole = isinstance(own[one], float) and type(value) is int
+                values[one] = float(value) if whole else value
             parameters.check_before(notebook.stem, rules, values)
             plan[_key(notebook.stem, values)] = values
     except ValidationError as faults:
@@ -123,9 +102,12 @@ def _key(chapter: str, values: dict) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def execute(chapter: Path, out: Path, values: dict, **options: Any) -> nbformat.NotebookNode:
+def execute(
+    chapter: Path, out: Path, values: dict, before: str = "pass", **options: Any
+) -> nbformat.NotebookNode:
     """Execute a notebook with papermill as all chapters are: at the root of the project. What was
-    executed is kept in ``out``, cell by cell; the options are papermill's.
+    executed is kept in ``out``, cell by cell; ``before`` is a line of Python that its process runs
+    first, and the options are papermill's.
 
     Raises:
         UserError: the chapter stopped with one, told after its name, or its process was killed.
@@ -136,51 +118,39 @@ def execute(chapter: Path, out: Path, values: dict, **options: Any) -> nbformat.
 
     settings = {"kernel_name": "python3", "cwd": parameters.ROOT, "execution_timeout": TIMEOUT}
     # the kernel warns at each start that it talks to us over TCP on this machine
-    quiet = {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=40"]}
-    tries = 3
-    while True:
-        try:
-            return papermill.execute_notebook(chapter, out, values, **settings, **quiet | options)
-        except papermill.PapermillExecutionError as error:
-            if error.ename == "UserError":
-                raise UserError(f"{chapter.stem}: {error.evalue}") from None
-            raise
-        except DeadKernelError as error:
-            raise UserError(
-                f"{chapter.stem}: its process was killed, most likely for lack of memory; smaller "
-                "parameters or more memory are needed"
-            ) from error
-        except RuntimeError:  # another program took a port that was just found free
-            tries -= 1
-            if not tries:
-                raise
+    arguments = ["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={before}"]
+    settings |= {"progress_bar": False, "extra_arguments": arguments}
+    try:
+        return papermill.execute_notebook(chapter, out, values, **settings | options)
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "UserError":
+            raise UserError(f"{chapter.stem}: {error.evalue}") from None
+        raise
+    except DeadKernelError as error:
+        raise UserError(
+            f"{chapter.stem}: its process was killed, most likely for lack of memory; smaller "
+            "parameters or more memory are needed"
+        ) from error
 
 
 def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> Cell:
-    """Run one cell where this is called and write it to ``file``; ``error`` tells what failed. The
-    executed notebook stays beside the file if the cell failed.
+    """Run one cell and write it to ``file``; its ``error`` tells what failed, if anything did, and
+    then the executed notebook stays beside the file.
     """
-    # papermill changes the folder of the whole process and back: with several threads in a
-    # worker, none may go back to another one than the root
-    os.chdir(parameters.ROOT)
     with disk.writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     executed, start = file.with_suffix(".ipynb"), time.monotonic()
+    cell: Cell = {"chapter": notebook.stem, "parameters": values, "error": None}
+    cell |= {"measured": {}, "series": {}}
     try:
         with TemporaryDirectory() as own:  # the numbers of a cell are in its file, not the book's
-            os.environ["HALLULIB_RESULTS"] = own
-            outcome = _glued(execute(notebook, executed, values))
+            before = f"import os; os.environ['HALLULIB_RESULTS'] = {own!r}"
+            cell |= _glued(execute(notebook, executed, values, before))
     except Exception as error:  # whatever it was is the outcome of this cell; the others go on
-        outcome = {"error": _sentence(error)}
+        cell["error"] = _sentence(error)
     else:  # first this: a cell that is there is not looked at again
         disk.drop(executed)
-    outcome["seconds"] = round(time.monotonic() - start, 1)
-    return _write(notebook, values, file, outcome)
-
-
-def _write(notebook, values, file, outcome):
-    cell = {"chapter": notebook.stem, "parameters": values, "error": None, "measured": {}}
-    cell |= {"series": {}, "seconds": 0.0, "made_with": store.provenance()} | outcome
+    cell |= {"seconds": round(time.monotonic() - start, 1), "made_with": store.provenance()}
     store.write_json(file, cell)
     return cell
 
@@ -208,91 +178,42 @@ def _sentence(error):
     return " ".join(f"{kind}: {text}".split())
 
 
-def run(file: Path, out: Path, *, address: str | None = None, workers: int = 2) -> Iterator[Cell]:
+def run(file: Path, out: Path, workers: int = 2) -> Iterator[Cell]:
     """Finish a grid: run what ``out`` does not hold yet, and yield every cell of the grid.
 
     First come the cells that were finished before, then each other one when it ends; one with an
     ``error`` is tried again by the next call. At the end ``out``, a JSON file, holds the cells in
     the order of the grid, and after them whatever else it held. Until then those that ended lie
-    beside it, in a folder of that name with ``.cells`` in place of ``.json``. Cells run where the
-    dask scheduler at an ``address`` such as ``tcp://host:8786`` sends them, or without one in so
-    many ``workers``, processes that share the cores of this machine.
+    beside it, in a folder of that name with ``.cells`` in place of ``.json``. So many ``workers``
+    run side by side and share the cores of this machine.
 
     Raises:
-        UserError: the file is wrong, a stored cell cannot be read, or no scheduler answers.
+        UserError: the file is wrong, a stored cell cannot be read, or a folder not be written.
     """
     if workers < 1:
         raise UserError(f"a grid needs at least 1 worker, found {workers}")
-    notebook, plan = _plan(file)
+    notebook, plan = read(file)
     out = out.resolve()
     folder = out.with_suffix(".cells")
     stored = [cell for place in (out, folder) if place.exists() for cell in _cells(place)]
     cells = {_key(cell["chapter"], cell["parameters"]): cell for cell in stored}
     todo = [key for key in plan if key not in cells or cells[key]["error"] is not None]
-    jobs = {key: (notebook, plan[key], folder / f"{key}.json") for key in todo}
-    yield from (cells[key] for key in plan if key not in jobs)
-    bar = {"total": len(plan), "initial": len(plan) - len(jobs), "desc": file.stem}
-    with ExitStack() as stack:
-        ended = _compute(_connect(address, min(workers, len(jobs)), stack), jobs) if jobs else ()
-        for key, cell in tqdm(ended, file=sys.stderr, disable=not jobs, **bar):
-            cells[key] = cell
+    yield from (cells[key] for key in plan if key not in todo)
+    workers = max(1, min(workers, len(todo)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPU_COUNT // workers)))
+    # papermill changes the folder of all threads and back: none may go back to another one
+    os.chdir(parameters.ROOT)
+    bar = {"total": len(plan), "initial": len(plan) - len(todo), "desc": file.stem}
+    # threads that only wait; the process of a cell ends by itself when this one is gone
+    with ThreadPool(workers) as pool:
+        cell_of = lambda key: run_cell(notebook, plan[key], folder / f"{key}.json")
+        ended = pool.imap_unordered(cell_of, todo)
+        for cell in tqdm(ended, file=sys.stderr, disable=not todo, **bar):
+            cells[_key(cell["chapter"], cell["parameters"])] = cell
             yield cell
     write(out, [cells[key] for key in dict.fromkeys([*plan, *cells])])
     if all(cells[key]["error"] is None for key in plan):  # else the executed notebooks stay
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _connect(address, workers, stack):
-    """A dask client of the cluster at the address, or of a new one on this machine."""
-    from dask.system import CPU_COUNT
-    from distributed import Client, LocalCluster
-
-    if address is None:
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        # no address for the dashboard: nothing of the cluster is seen from outside
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            dashboard_address=None,
-            # a cell that takes its worker with it may have run for hours: no silent second try
-            scheduler_kwargs={"allowed_failures": 0},
-            silence_logs=logging.CRITICAL,  # workers that end, and take a while to, tell of it
-            env=dict.fromkeys(names, str(max(1, CPU_COUNT // workers))),
-        )
-        client = stack.enter_context(Client(stack.enter_context(cluster), set_as_default=False))
-        client.run(_leave_interrupts)
-        return client
-    try:
-        return stack.enter_context(Client(address, timeout=PATIENCE, set_as_default=False))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no dask scheduler answers at {address}; give the address that dask scheduler "
-            f"printed, such as tcp://host:8786 ({' '.join(str(error).split())})"
-        ) from error
-
-
-def _leave_interrupts():
-    # Ctrl-C reaches all processes of a terminal; only the one that asked for the workers ends them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _compute(client, jobs):
-    """Keys and cells as they end; jobs are the arguments of `run_cell` by key."""
-    from distributed import CancelledError, as_completed
-
-    # tasks of one name are one task to a scheduler: the name is that of the file
-    keys = {client.submit(run_cell, *job, key=str(job[-1])): key for key, job in jobs.items()}
-    for future in as_completed(keys, loop=client.loop):
-        job = jobs[keys[future]]
-        try:
-            cell = future.result()
-        except CancelledError:
-            raise UserError("the dask scheduler is gone; finished cells are kept") from None
-        except Exception as error:  # a worker that was killed, say, or lacks a package
-            cell = _write(*job, {"error": _sentence(error)})
-        if not job[-1].exists():  # written on a machine that shares no files with this one
-            store.write_json(job[-1], cell)
-        yield keys[future], cell
 
 
 def load(place: Path) -> list[Cell]:
@@ -333,27 +254,13 @@ def write(file: Path, cells: list[Cell]) -> None:
         partial.write_text(flat + "\n")
 
 
-def collect(place: Path) -> pd.DataFrame:
-    """The table of a grid: one row per cell, in the order of `load`.
-
-    Its columns are ``chapter``, each parameter under its name, each number ``x`` as ``x.value``,
-    ``x.low``, ``x.high`` and ``x.n``, then ``seconds`` and ``error``. A cell that failed has its
-    sentence in ``error`` and no number.
-    """
-    rows = []
-    for cell in load(place):
-        ends = {"seconds": cell["seconds"], "error": cell["error"]}
-        rows.append({"chapter": cell["chapter"]} | cell["parameters"] | cell["measured"] | ends)
-    return pd.json_normalize(rows)
-
-
-def finish(file: Path, out: Path | None, address: str | None, workers: int) -> int:
+def finish(file: Path, out: Path | None, workers: int) -> int:
     """Run a grid and say how it ended; returns 0, or 1 if a cell failed."""
-    cells = read(file)
+    cells = list(read(file)[1].values())
     out = out or store.runs_folder() / "grids" / f"{file.stem}.json"
     varied = [n for n in cells[0] if len({repr(cell[n]) for cell in cells}) > 1] or list(cells[0])
     failed = 0
-    for cell in run(file, out, address=address, workers=workers):
+    for cell in run(file, out, workers):
         if cell["error"] is not None:
             failed += 1
             names = ", ".join(f"{name}={cell['parameters'][name]!r}" for name in varied)

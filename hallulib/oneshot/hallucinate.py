@@ -105,7 +105,7 @@ class Changed(Source):
     def make(self, episode: Episode, support: Shots, n: int, seed: int) -> Shots:
         """The j-th copy is one of the j-th support, counted round and round."""
         rngs, k = [torch.Generator().manual_seed(seed + j) for j in range(n)], support.shape[1]
-        made = [self.change(support[:, j % k], support, rng) for j, rng in enumerate(rngs)]
+        made = [self.change(support[:, j % k], rng) for j, rng in enumerate(rngs)]
         return torch.stack(made, 1)
 
 

@@ -53,12 +53,7 @@ State = TypeVar("State", bound=Stateful)
 
 
 def pack(parts: Parts) -> Tensors:
-    """Parts as named tensors: the names of what lies within are joined by points; no copies.
-
-    Example:
-        >>> sorted(pack({"a": torch.zeros(1), "b": torch.nn.Linear(1, 1)}))
-        ['a', 'b.bias', 'b.weight']
-    """
+    """Parts as named tensors: the names of what lies within are joined by points; no copies."""
     found = {}
     for name, part in parts.items():
         if isinstance(part, Tensor):

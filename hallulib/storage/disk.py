@@ -7,7 +7,6 @@ looks there. A failure removes it, and what a killed process left is written ove
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -29,12 +28,9 @@ def writing(where: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors tells the number of the system's error in its text alone
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CannotWrite(
-            f"{where}: cannot write ({reason or ' '.join(str(error).split())});"
-            " a writable folder with enough space is needed"
+            f"{where}: cannot write ({reason}); a writable folder with enough space is needed"
         ) from error
 
 

@@ -127,14 +127,11 @@ class ImageEstimator(BaseEstimator):
 
     def _on(self) -> str:
         """The device to work on."""
-        device = str(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if not re.fullmatch(r"cpu|mps|xpu|cuda(:\d+)?", device):
-            raise UserError(f"device is {device!r}; 'cpu', 'cuda' or None is needed")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(
-                f"device is {device!r}, and PyTorch finds no GPU; 'cpu', or None, which "
-                "takes what there is, is needed"
-            )
+        there = torch.cuda.is_available()
+        device = str(self.device or ("cuda" if there else "cpu"))
+        if not re.fullmatch(r"cpu|mps|xpu" + r"|cuda(:\d+)?" * there, device):
+            known = "'cpu', 'cuda' or None" if there else "PyTorch finds no GPU: 'cpu' or None"
+            raise UserError(f"device is {device!r}; {known} is needed")
         return device
 
     def save(self, folder: Path | str) -> None:
@@ -149,7 +146,8 @@ class ImageEstimator(BaseEstimator):
         folder = Path(folder)
         # the files that STATE names stay until it names these
         place = next(f for n in itertools.count() if not (f := folder / f"files-{n}").exists())
-        fitted = {name: value for name, value in vars(self).items() if _is_fitted(name)}
+        learnt = (name for name in vars(self) if name.endswith("_") and name[0] != "_")
+        fitted = {name: getattr(self, name) for name in learnt}
         tensors: dict[str, Tensor] = {}
         with disk.whole_files(place) as files:
             state: dict[str, Any] = {
@@ -181,9 +179,6 @@ class ImageEstimator(BaseEstimator):
                 {k: cls._read(v, f"{part}.{k}", files, tensors) for k, v in state[part].items()}
                 for part in PARTS
             )
-            # of parameters that went, one at its default then is no difference
-            names, former = cls._get_param_names(), store.FORMER
-            given = {k: v for k, v in given.items() if k in names or former.get(k) != v}
             estimator = cls(**given | parameters)
         except Exception as fault:  # an impossible value makes the libraries throw anything
             what = (str(fault) or "nothing more is known").splitlines()[0]
@@ -277,16 +272,8 @@ def _scaled(rows: np.ndarray) -> np.ndarray:
     return rows / np.float32(127.5) - 1 if whole else rows
 
 
-def _is_fitted(name: str) -> bool:
-    """Whether an attribute is what a fit has learnt, by its name."""
-    return name.endswith("_") and not name.startswith("_")
-
-
 def _intact(folder: Path, state: dict[str, Any]) -> Path:
     """Where the files of a saved estimator are, if all is as `save` wrote it."""
-    for name in state["fitted"]:
-        if not _is_fitted(name):
-            raise ValueError(f"a fit leaves no attribute {name}")
     checksum = state.pop("checksum", None)
     if store.key(state) != checksum:
         raise ValueError(f"{STATE} has changed")

@@ -66,10 +66,6 @@ def alone() -> Iterator[None]:
 def share(n: int) -> tuple[slice, float]:
     """The rows of a batch of n that are this process's, and how much their mean counts. Where
     there are fewer rows than processes, each takes them all.
-
-    Example:
-        >>> share(8)
-        (slice(None, None, None), 1.0)
     """
     if n < processes() or processes() == 1:
         return slice(None), 1 / processes()
@@ -109,12 +105,7 @@ def wait() -> None:
 
 
 def dealt(work: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-    """``map(work, tasks)`` with the tasks dealt to the processes; all of them get all results.
-
-    Example:
-        >>> list(dealt(lambda task: task**2, [3, 4]))
-        [9, 16]
-    """
+    """``map(work, tasks)`` with the tasks dealt to the processes; all of them get all results."""
     if processes() == 1:
         yield from map(work, tasks)
         return

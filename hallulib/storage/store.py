@@ -34,14 +34,6 @@ Settings = Mapping[str, Any]
 SHIPPED = Path(__file__).parents[1] / "weights"
 CARD = "run.json"
 FORMAT = 2  # of keys: raised where a default changes, so that one key has one meaning
-# settings that runs had before format 1, at their defaults then; cards of today say what differs
-FORMER: Settings = (
-    {"recipe.condition": "class", "recipe.adapt": "all", "recipe.rank": 4}
-    | {"metric": "cosine", "fit.mode": "adam", "fit.inner": "exact", "fit.candidates": 1}
-    | {"lr": 4e-4, "adapt": "all", "class_rate": 25, "confidence": 0.99}
-    | {"power": 0.5, "weigh": 2, "weigh_up_to": 20}
-    | {"steer": "classifier", "guidance_scale": 2.0, "critic_weight": 0.0}
-)
 
 
 def runs_folder() -> Path:
@@ -97,9 +89,10 @@ def load_or_train(
         if from_scratch:
             disk.drop(folder / CARD)
     if not from_scratch:
-        found = parallel.from_main(lambda: _found(name, folder, settings, usual))
-        if found:
-            return found
+        places = folder, SHIPPED / name
+        found = lambda: next((f for f in places if is_finished(f, settings, usual)), None)
+        if there := parallel.from_main(found):
+            return there
     with contextlib.ExitStack() as until_done:
         if parallel.is_main():
             with disk.writing(folder):
@@ -115,17 +108,6 @@ def load_or_train(
                 finish(folder, settings, time.monotonic() - start, usual)
         parallel.wait()
     return folder
-
-
-def _found(name: str, folder: Path, settings: Settings, defaults: Settings) -> Path | None:
-    """Where the run is finished: under its key, under that of another format, or shipped."""
-    if is_finished(folder, settings, defaults):
-        return folder
-    for other in sorted(runs_folder().glob(f"{name}-{'[0-9a-f]' * 12}")):
-        with contextlib.suppress(UserError):  # what is damaged there is no concern of this run
-            if is_finished(other, settings, defaults):
-                return other
-    return SHIPPED / name if is_finished(SHIPPED / name, settings, defaults) else None
 
 
 def kept(
@@ -161,12 +143,7 @@ def finished(loop: Iterator[State], steps: int, told: str, show: bool = True) ->
 
 
 def defaults_of(thing: Callable) -> dict[str, Any]:
-    """The defaults of a function or a dataclass, none of which a factory makes.
-
-    Example:
-        >>> defaults_of(lambda images, *, steps, seed=0: None)
-        {'seed': 0}
-    """
+    """The defaults of a function or a dataclass, none of which a factory makes."""
     parameters = inspect.signature(thing).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -195,14 +172,10 @@ def _flat(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def told(of: Settings, defaults: Settings, asked: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """Settings on a card that differ from the defaults: today's, and its own where those went.
-    Settings that are ``asked`` for are none that went.
-    """
+def told(of: Settings, defaults: Settings) -> dict[str, Any]:
+    """Settings on a card that differ from the defaults: today's, and its own where those went."""
     settings = _flat(of["settings"])
-    former = {k: v for k, v in FORMER.items() if k not in _flat(asked)}
-    if "differing" in of:
-        former = {k: v for k, v in settings.items() if k not in of["differing"]}
+    former = {k: v for k, v in settings.items() if k not in of["differing"]}
     return differing(settings, former | _flat(defaults))
 
 
@@ -234,7 +207,7 @@ def is_finished(folder: Path, settings: Settings, defaults: Mapping[str, Any] = 
     """
     if not (folder / CARD).exists():
         return False
-    if told(card(folder, intact=False), defaults, settings) != differing(settings, defaults):
+    if told(card(folder, intact=False), defaults) != differing(settings, defaults):
         return False
     card(folder)
     return True
@@ -247,11 +220,11 @@ def card(folder: Path, intact: bool = True) -> dict[str, Any]:
     try:
         found = json.loads((folder / CARD).read_text())
         sums = dict(found["sha256"])
-        found |= {"settings": dict(found["settings"])}
+        found |= {"settings": dict(found["settings"]), "differing": list(found["differing"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{folder / CARD} is not the card of a run ({type(error).__name__}); settings and"
-            f" sha256 are needed: delete {folder} or fetch it again"
+            f"{folder / CARD} is not the card of a run ({type(error).__name__}); settings,"
+            f" differing and sha256 are needed: delete {folder} or fetch it again"
         ) from error
     changed = intact and disk.changed(folder, sums)
     if changed:

@@ -431,8 +431,3 @@ def test_an_executed_copy_appears_only_when_it_is_complete(book, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError):
         build.execute(book / "02_two.ipynb", out, {"STEPS": 13})
     assert not out.exists()
-
-
-def test_rules_that_are_no_plain_expressions_are_left_to_the_chapter(tmp_path):
-    write_chapter(tmp_path / "c.ipynb", "parameters.check(globals(), A=(1, 2), B=known, C=str)")
-    assert parameters.declared(tmp_path / "c.ipynb") == {"A": (1, 2), "C": str}

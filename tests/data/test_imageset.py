@@ -2,7 +2,6 @@ import json
 import re
 import shutil
 import sys
-from collections import Counter
 from importlib.metadata import EntryPoint, EntryPoints
 from types import SimpleNamespace
 
@@ -70,12 +69,6 @@ def test_a_part_of_a_set_is_other_images_than_the_whole(toy):
     assert by_way_of.identity == parts[0]  # whatever way it was selected
 
 
-def test_the_summary_counts_every_image_once(toy):
-    summary = toy.summary()
-    assert summary["images"].sum() == len(toy)
-    assert list(summary["split"].unique()) == ["unlabelled", "train", "val", "test"]
-
-
 @pytest.mark.parametrize(
     ("ask", "told"),
     [
@@ -96,7 +89,6 @@ FAULTS = {
     "two channels": (dict(images=np.zeros((5, 2, 4, 4), np.uint8)), "1 or 3 channels"),
     "no image": (dict(images=np.zeros((0, 1, 4, 4), np.uint8), rows=[]), "of shape (0, 1, 4, 4)"),
     "too few rows": (dict(images=np.zeros((6, 1, 4, 4), np.uint8)), "table.csv: 5 rows for 6"),
-    "counts": (dict(counts={"images": 9, "patients": 4}), "card.json: counts 9 images"),
     "spacing": (
         dict(spacing_mm=[0.5, float("nan")]),
         "card.json: spacing_mm.1 is missing or wrong",
@@ -111,8 +103,8 @@ FAULTS = {
     "no patient": (dict(rows=[("", "train", "low", "0")]), "is without a patient"),
     "labelled": (dict(rows=[("p", "unlabelled", "low", "0")]), "row 0 is in split unlabelled"),
     "unlabelled": (dict(rows=[("p", "train", "", "0")]), "without a label"),
-    "another unit": (dict(unit="person"), "card.json: unit is 'person'; one of patient, exam"),
-    "units in a list": (dict(unit=["patient"]), "card.json: unit is ['patient']; one of"),
+    "another unit": (dict(unit="person"), "card.json: unit is missing or wrong (String should"),
+    "units in a list": (dict(unit=["patient"]), "card.json: unit is missing or wrong"),
     "leak": (
         dict(rows=[("p7", "train", "low", "0"), ("p7", "test", "low", "1")]),
         "patient p7 is in train and test",
@@ -158,7 +150,7 @@ def test_a_pickled_array_is_refused(tmp_path):
 
 def test_an_unknown_name_lists_the_embedded_sets():
     known = "histology, lesions, lesions_238, phantom"
-    with pytest.raises(UserError, match=f"{known} or a folder with images.npy"):
+    with pytest.raises(UserError, match=f"images.npy.* not found; {known} or a folder that"):
         imageset.open("no such set")
 
 
@@ -185,7 +177,6 @@ def test_the_word_nan_and_leading_zeros_stay_text(tmp_path):
 def test_sentences_name_what_the_card_says_that_images_are_grouped_by(tmp_path, unit, units, leak):
     opened = imageset.open(write(tmp_path / "toy", unit=unit))
     assert (opened.unit, opened.units) == (unit, units)
-    assert list(opened.summary()) == ["split", "label", "images", units.removeprefix("4 ")]
     with pytest.raises(UserError, match=leak):
         imageset.open(write(tmp_path / "leak", unit=unit, **FAULTS["leak"][0]))
 
@@ -229,56 +220,6 @@ def test_area_averaging_keeps_constants_and_the_mean(old, new, level, seed):
 def test_area_averaging_does_not_alias():
     stripes = np.tile(np.array([0, 255], np.uint8), (1, 1, 48, 24))
     assert np.ptp(checks.area_average(stripes, 20)) < 60  # taking every other pixel would give 255
-
-
-COHORTS = st.lists(
-    st.tuples(st.integers(0, 30).map(lambda i: f"p{i}"), st.sampled_from("abc")), min_size=1
-)
-SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
-
-
-@given(COHORTS, st.integers(0, 9))
-@settings(deadline=None)
-def test_a_division_gives_each_patient_one_split_whatever_the_order(cohort, seed):
-    patients, labels = zip(*cohort, strict=True)
-    split = imageset.split_patients(patients, labels, SHARES, seed)
-    assert set(split) == set(patients)
-    assert set(split.values()) <= set(SHARES)
-    again = imageset.split_patients(patients[::-1], labels[::-1], SHARES, seed)
-    assert again == split
-
-
-@given(st.lists(st.integers(1, 9), min_size=3, max_size=40), st.integers(0, 9))
-@settings(deadline=None)
-def test_shares_of_images_are_met_within_the_largest_patients(weights, seed):
-    patients = [f"p{i}" for i, n in enumerate(weights) for _ in range(n)]
-    split = imageset.split_patients(patients, ["a"] * len(patients), SHARES, seed)
-    images = Counter(split[p] for p in patients)
-    for name, share in SHARES.items():
-        assert images[name] > 0
-        assert abs(images[name] - share * len(patients)) <= 2 * max(weights)
-
-
-def test_every_class_with_enough_patients_is_in_every_split():
-    patients = [f"p{i}" for i in range(100)]
-    labels = ["rare"] * 3 + ["common"] * 97
-    split = imageset.split_patients(patients, labels, SHARES, seed=0)
-    assert {split[p] for p in patients[:3]} == set(SHARES)
-    assert Counter(split.values())["train"] == pytest.approx(60, abs=2)
-
-
-def test_a_share_of_nothing_gets_nobody_and_seeds_differ():
-    patients = [f"p{i}" for i in range(50)]
-    shares = {"train": 0.5, "val": 0.0, "test": 0.5}
-    one, two = (imageset.split_patients(patients, ["a"] * 50, shares, seed) for seed in (0, 1))
-    assert set(one.values()) == {"train", "test"}
-    assert one != two
-
-
-@pytest.mark.parametrize("shares", [{"train": 0.5}, {"dev": 1.0}, {"train": 1.5, "val": -0.5}, {}])
-def test_impossible_shares_are_refused(shares):
-    with pytest.raises(UserError, match="fractions"):
-        imageset.split_patients(["p"], ["a"], shares, seed=0)
 
 
 def test_a_package_may_add_a_set_that_is_drawn_at_the_size_asked_for_and_checked(monkeypatch):

@@ -69,7 +69,6 @@ def test_the_set_is_found_by_name_in_colour(opened):
     assert (opened.name, opened.channels, opened.size) == ("histology", 3, 16)
     assert (len(opened), opened.schemes) == (4_272, ("tissue", "diagnosis"))
     assert opened.tensor([0, 1]).shape == (2, 3, 16, 16)
-    assert opened.summary()["images"].sum() == 4_272
 
 
 def test_no_patient_is_in_two_splits_or_sites_and_ids_are_in_order(full):

@@ -64,7 +64,7 @@ def cells(folder: Path) -> None:
             grid.run_cell(Path("01_toy.ipynb"), {"STEPS": steps, "SEED": 0}, file)
 
 
-def execute(chapter: Path, out: Path, values: dict) -> nbformat.NotebookNode:
+def execute(chapter: Path, out: Path, values: dict, before: str) -> nbformat.NotebookNode:
     """Writes the notebook after each of its code cells, as papermill does."""
     row = {"product": {"value": values["STEPS"] * 0.1, "low": None, "high": None, "n": 1}}
     text = {"text/plain": repr(json.dumps(row))}

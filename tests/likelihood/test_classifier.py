@@ -376,7 +376,7 @@ def test_changed_class_vectors_and_labels_of_any_kind_come_back(fitted, tmp_path
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_what_was_saved_on_a_gpu_can_be_read_where_there_is_none(fitted, tmp_path):
     copy.deepcopy(fitted).set_params(device="cuda").save(tmp_path / "one")
-    with pytest.raises(UserError, match="device is 'cuda', and PyTorch finds no GPU"):
+    with pytest.raises(UserError, match="device is 'cuda'; PyTorch finds no GPU"):
         ScoreClassifier.load(tmp_path / "one")
     again = ScoreClassifier.load(tmp_path / "one", device="cpu")
     assert again.predict(bars(4)[0]).shape == (4,)

@@ -1,16 +1,11 @@
 import os
-import re
 import signal
-import socket
-import subprocess
 import sys
-from contextlib import ExitStack
 
 import nbformat
+import pandas as pd
 import pytest
 import toy_runs
-from distributed import Client
-from jupyter_client.connect import LocalPortCache
 from killing import alive, in_session, start, wait_until
 
 from conftest import ROOT
@@ -26,17 +21,12 @@ import json, os, time
 from myst_nb import glue
 from hallulib import UserError
 from hallulib.notebook import parameters
-parameters.check(globals(), STEPS=(0, 1000), RATE=(0.0, 1.0), SCHEME={"isup", "grade2"})"""
+parameters.check(globals(), STEPS=(0, 1000), RATE=(0.0, 1.0), SCHEME=str)"""
 GLUE = """\
 row = {"value": STEPS * RATE, "low": 0.0, "high": None, "n": 3}
 glue("measured", json.dumps({"product": row}), display=False)
 glue("series", json.dumps({"mine": [1.5, STEPS]}), display=False)
 glue("claim", STEPS, display=False)"""
-
-
-def cube(side):
-    """A grid of side^3 cells."""
-    return "grid: {" + ", ".join(f"{n}: {list(range(side))}" for n in "ABC") + "}"
 
 
 class Tiny:
@@ -69,29 +59,15 @@ class Tiny:
         return sorted(self.ran_file.read_text().split()) if self.ran_file.exists() else []
 
 
+def collect(place):
+    """One row for each cell."""
+    rows = [c["parameters"] | c["measured"] | {"error": c["error"]} for c in grid.load(place)]
+    return pd.json_normalize(rows)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     return Tiny(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """The scheduler of a cluster that was there before, started by the commands of the book."""
-    page = (ROOT / "book" / "engines.md").read_text()
-    commands = re.findall(r"^dask (.*127\.0\.0\.1.*)$", page, re.M)
-    assert [command.split()[0] for command in commands] == ["scheduler", "worker"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    with ExitStack() as stack:
-        for command in commands:
-            words = [sys.executable, "-m", "dask", *command.replace("8786", port).split()]
-            told = dict(cwd=tmp_path_factory.mktemp("dask"), stderr=subprocess.DEVNULL)
-            process = stack.enter_context(subprocess.Popen(words, **told))
-            stack.callback(process.terminate)
-        found = f"tcp://127.0.0.1:{port}"
-        with Client(found, timeout=120, set_as_default=False) as client:
-            client.wait_for_workers(2, timeout=120)
-        yield found
 
 
 # --- the cells of a grid ----------------------------------------------------------------------
@@ -103,19 +79,19 @@ def test_a_grid_is_every_combination_and_then_the_single_cells(tiny):
         "grid: {STEPS: [1, 2], RATE: [1e-3, 1]}\n"
         "cells: [{STEPS: 7}, {SCHEME: isup}]"
     )
-    rows = [(c["STEPS"], c["RATE"], c["SCHEME"]) for c in grid.read(tiny.file)]
+    rows = [(c["STEPS"], c["RATE"], c["SCHEME"]) for c in grid.read(tiny.file)[1].values()]
     product = [(s, r, "grade2") for s in (1, 2) for r in (0.001, 1.0)]
     assert rows == [*product, (7, 0.1, "grade2"), (5, 0.1, "isup")]
 
 
 def test_one_setting_in_two_spellings_is_one_cell(tiny):
     tiny.ask("grid: {RATE: [1, 1.0, 1e-0]}\ncells: [{RATE: 1.0, STEPS: 5}]")
-    assert [c["RATE"] for c in grid.read(tiny.file)] == [1.0]
+    assert [c["RATE"] for c in grid.read(tiny.file)[1].values()] == [1.0]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "book" / "grids").glob("*.yaml")), ids=str)
 def test_the_grids_of_the_book_fit_its_chapters(file):
-    assert grid.read(file)
+    assert grid.read(file)[1]
 
 
 @pytest.mark.parametrize(
@@ -124,9 +100,8 @@ def test_the_grids_of_the_book_fit_its_chapters(file):
         ("grid: {STPES: [1]}", "unknown parameter STPES; did you mean STEPS? known: STEPS, RATE"),
         ("cells: [{3: 1}]", "unknown parameter 3; known: STEPS, RATE, SCHEME"),
         ("grid: {STEPS: [1, -1]}", "01_tiny: parameter STEPS = -1 must be a whole number from 0"),
-        ("common: {SCHEME: isp}\ncells: [{}]", "SCHEME = 'isp' must be one of 'grade2', 'isup'"),
-        ("grid: {RATE: [.nan]}", "parameter RATE = nan must be a finite number from 0.0 to 1.0"),
-        ("cells: [{SCHEME: 2020-02-02}]", "SCHEME = '2020-02-02' must be one of"),
+        ("common: {SCHEME: 2}\ncells: [{}]", "SCHEME = 2 must be text that is not empty"),
+        ("grid: {RATE: [.nan]}", "RATE = '.nan' must be a finite number from 0.0 to 1.0"),
         ("grid: {STEPS: [1]}\ngrid: {STEPS: [2]}", "grid is set again in line 3"),
         ("grid: {STEPS: 3}", "grid.STEPS = 3: Input should be a valid list"),
         ("grid: {STEPS: []}", "grid.STEPS = []: List should have at least 1 item"),
@@ -135,8 +110,7 @@ def test_the_grids_of_the_book_fit_its_chapters(file):
         ("cells: {STEPS: 1}", "cells = {'STEPS': 1}: Input should be a valid list"),
         ("cells: [STEPS]", "cells.0 = 'STEPS': Input should be a valid dictionary"),
         ("common: {STEPS: 1}\ngrid: {STEPS: [2]}", "STEPS is set in common and in grid"),
-        ("common: {STEPS: 1}", "grid and cells make 0 cells; 1 to 10,000 are needed"),
-        (cube(500), "125,000,000 cells; 1 to 10,000 are needed"),
+        ("common: {STEPS: 1}", "grid and cells make no cell; at least 1 is needed"),
         ("gird: {STEPS: [1]}", "gird = {'STEPS': [1]}: Extra inputs are not permitted"),
         ("chapter: 77_none\ncells: [{}]", "there is no chapter 77_none"),
         ("chapter: [1]\ncells: [{}]", "chapter = [1]: Input should be a valid string"),
@@ -157,23 +131,6 @@ def test_a_wrong_grid_is_refused_in_one_sentence_before_anything_runs(
     assert not tiny.folder.exists()
 
 
-def test_the_cells_of_a_grid_are_counted_before_they_are_made(monkeypatch):
-    monkeypatch.setattr(grid, "MOST_CELLS", 9)
-    axes = {"A": [1, 2], "B": [1, 2, 3]}
-    assert len(grid.Grid(chapter="c", grid=axes, cells=[{}] * 3).choices()) == 9
-    monkeypatch.setattr(grid.itertools, "product", None)
-    with pytest.raises(UserError, match="10 cells; 1 to 9 are needed"):
-        grid.Grid(chapter="c", grid=axes, cells=[{}] * 4).choices()
-
-
-def test_a_default_that_only_running_tells_is_refused(tiny):
-    notebook = nbformat.read(tiny.chapter, 4)
-    notebook.cells[0].source = "STEPS = max(1, 2)  # steps"
-    nbformat.write(notebook, tiny.chapter)
-    with pytest.raises(UserError, match=r"STEPS = max\(1, 2\) in 01_tiny.ipynb is no plain value"):
-        grid.read(tiny.ask("cells: [{}]"))
-
-
 # --- running them -----------------------------------------------------------------------------
 
 
@@ -181,7 +138,7 @@ def test_two_workers_of_this_machine_fill_the_table(tiny, capsys):
     tiny.ask("grid: {STEPS: [2, 10], RATE: [0.5, 0.25]}\ncommon: {SCHEME: grade2}")
     assert tiny.run("--workers", "2") == 0
     assert "4 of 4 cells are finished" in capsys.readouterr().out
-    table = grid.collect(tiny.cells)
+    table = collect(tiny.cells)
     assert table["STEPS"].tolist() == [2, 2, 10, 10]
     assert table["RATE"].tolist() == [0.5, 0.25, 0.5, 0.25]
     assert (table["product.value"] == table["STEPS"] * table["RATE"]).all()
@@ -189,50 +146,43 @@ def test_two_workers_of_this_machine_fill_the_table(tiny, capsys):
     assert table["product.high"].isna().all()
     assert (table["product.n"] == 3).all()
     assert set(table["SCHEME"]) == {"grade2"}
-    assert set(table["chapter"]) == {"01_tiny"}
     assert table["error"].isna().all()
     cells = grid.load(tiny.cells)
+    assert {cell["chapter"] for cell in cells} == {"01_tiny"}
     assert [cell["series"] for cell in cells] == [{"mine": [1.5, s]} for s in (2, 2, 10, 10)]
     assert all(cell["seconds"] > 0 and cell["made_with"]["torch"] for cell in cells)
     assert not tiny.folder.exists()
 
 
-def test_workers_that_dask_started_fill_the_table_of_a_grid(tiny, address):
-    tiny.ask("grid: {STEPS: [2, 10]}")
-    assert tiny.run("--address", address) == 0
-    assert grid.collect(tiny.cells)["product.value"].tolist() == [0.2, 1.0]
-
-
-def test_a_finished_cell_never_runs_twice(tiny, address):
+def test_a_finished_cell_never_runs_twice(tiny):
     tiny.ask("cells: [{STEPS: 1}, {STEPS: 2}]")
-    assert tiny.run("--address", address) == 0
+    assert tiny.run() == 0
     assert tiny.ran() == ["1", "2"]
     tiny.ask("cells: [{STEPS: 3}, {STEPS: 2, RATE: 0.1}]\ngrid: {SCHEME: [isup], STEPS: [1]}")
-    assert tiny.run("--address", address) == 0
+    assert tiny.run() == 0
     assert tiny.ran() == ["1", "2", "3"]
     tiny.ask("cells: [{STEPS: 3}]")
-    assert tiny.run("--address", "tcp://127.0.0.1:9") == 0  # with nothing to do, none is asked
+    assert tiny.run() == 0
+    assert tiny.ran() == ["1", "2", "3"]
     assert [c["parameters"]["STEPS"] for c in grid.load(tiny.cells)] == [3, 1, 2]
 
 
-def test_a_cell_that_fails_is_reported_and_tried_again_and_the_others_are_kept(
-    tiny, address, capsys
-):
+def test_a_cell_that_fails_is_reported_and_tried_again_and_the_others_are_kept(tiny, capsys):
     tiny.ask("grid: {STEPS: [1, 13]}")
     tiny.write("assert STEPS != 13, 'of all\\nnumbers'")
-    assert tiny.run("--address", address) == 1
+    assert tiny.run() == 1
     printed = capsys.readouterr()
     assert "the cell with STEPS=13 failed: AssertionError: of all numbers\n" in printed.err
     assert "1 of 2 cells are finished" in printed.out
-    table = grid.collect(tiny.cells).set_index("STEPS")
+    table = collect(tiny.cells).set_index("STEPS")
     assert table.loc[1, "product.value"] == 0.1
     assert table.loc[13, "error"] == "AssertionError: of all numbers"
     (kept,) = tiny.folder.glob("*.ipynb")
     assert "AssertionError" in kept.read_text()
     tiny.write("")
-    assert tiny.run("--address", address) == 0
+    assert tiny.run() == 0
     assert tiny.ran() == ["1", "13", "13"]
-    assert grid.collect(tiny.cells)["error"].isna().all()
+    assert collect(tiny.cells)["error"].isna().all()
     assert not tiny.folder.exists()
 
 
@@ -241,16 +191,13 @@ def test_a_cell_that_fails_is_reported_and_tried_again_and_the_others_are_kept(
     [
         ("raise UserError('no such folder')", "01_tiny: no such folder"),
         ("os._exit(1)", "01_tiny: its process was killed, most likely for lack of memory"),
-        ("os.kill(os.getppid(), 9)", "KilledWorker: Attempted to run task"),
         ("glue = lambda *_, **__: None", "must glue measured, a mapping from each number"),
     ],
-    ids=["user", "kernel", "worker", "none"],
+    ids=["user", "kernel", "none"],
 )
-def test_whatever_stops_a_cell_is_told_in_one_sentence(tiny, address, code, sentence):
+def test_whatever_stops_a_cell_is_told_in_one_sentence(tiny, code, sentence):
     tiny.write(code)
-    # a worker that is lost must be one of our own cluster, which does not try a second time
-    where = None if "getppid" in code else address
-    (cell,) = grid.run(tiny.ask("cells: [{STEPS: 1}]"), tiny.cells, address=where, workers=1)
+    (cell,) = grid.run(tiny.ask("cells: [{STEPS: 1}]"), tiny.cells)
     assert sentence in cell["error"]
     assert "\n" not in cell["error"]
     assert grid.load(tiny.cells) == [cell]
@@ -270,7 +217,7 @@ def _both(kernels, tiny):
         pytest.param(signal.SIGTERM, marks=pytest.mark.release),
     ],
 )
-def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
+def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, stop):
     kernels = tiny.home / "kernels"
     tiny.ask("grid: {STEPS: [1, 2]}")
     wait = f"open({str(kernels)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(3600)"
@@ -300,43 +247,15 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, address, stop):
     (finished,) = grid.load(tiny.folder)
     assert finished["parameters"]["STEPS"] == 1
     tiny.write("")
-    assert tiny.run("--address", address) == 0
+    assert tiny.run() == 0
     assert tiny.ran() == ["1", "2", "2"]
     assert not tiny.folder.exists()
-
-
-def test_a_kernel_that_lost_its_port_to_another_program_is_started_again(tiny, monkeypatch):
-    """A port is found free, and bound seconds later: on a busy machine not always first."""
-    tiny.ask("cells: [{STEPS: 1}]")
-    free, asked = LocalPortCache.find_available_port, []
-    with socket.create_server(("127.0.0.1", 0)) as other:
-
-        def find(*args):
-            asked.append(other.getsockname()[1] if len(asked) in (0, 5) else free(*args))
-            return asked[-1]
-
-        monkeypatch.setattr(LocalPortCache, "find_available_port", find)
-        executed = grid.execute(tiny.chapter, tiny.home / "out.ipynb", {"STEPS": 1})
-    assert len(asked) == 15  # five of a kernel, which died twice
-    assert tiny.ran() == ["1"]
-    assert executed.cells[-1].outputs
-
-
-def test_an_address_without_a_scheduler_is_named(tiny, capsys, monkeypatch):
-    tiny.ask("cells: [{}]")
-    monkeypatch.setattr(grid, "PATIENCE", 1)
-    for address in ("tcp://127.0.0.1:9", "nonsense://here"):
-        assert tiny.run("--address", address) == 2
-        printed = capsys.readouterr().err
-        assert f"no dask scheduler answers at {address}; give the address" in printed
-        assert "Traceback" not in printed
 
 
 def test_a_cell_killed_as_it_ends_is_not_there_before_its_notebook_is_gone(tmp_path, monkeypatch):
     def die(file):
         raise KeyboardInterrupt
 
-    monkeypatch.setenv("HALLULIB_RESULTS", "")  # which the cell changes
     monkeypatch.setattr(grid, "execute", toy_runs.execute)
     cell = tmp_path / "toy.ipynb", {"STEPS": 1}, tmp_path / "cell.json"
     with monkeypatch.context() as patch:
@@ -348,11 +267,11 @@ def test_a_cell_killed_as_it_ends_is_not_there_before_its_notebook_is_gone(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["cell.json"]
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_a_chapter_runs(tiny, address, capsys):
+def test_a_folder_that_cannot_be_written_is_named_before_a_chapter_runs(tiny, capsys):
     tiny.ask("cells: [{}]")
     (tiny.home / "file").write_text("")
     out = tiny.home / "file" / "cells.json"
-    assert cli.main(["grid", str(tiny.file), "--out", str(out), "--address", address]) == 2
+    assert cli.main(["grid", str(tiny.file), "--out", str(out)]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(str(tiny.home / "file"))
     assert told.endswith(
@@ -372,7 +291,7 @@ def test_at_least_one_worker_is_needed(tiny, capsys):
 
 def test_a_place_without_cells_or_with_another_file_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no cell of a grid"):
-        grid.collect(tmp_path / "nowhere")
+        grid.load(tmp_path / "nowhere")
     for text in ('{"chapter": 1}', "[3]", '{"half'):
         (tmp_path / "a.json").write_text(text)
         for place in (tmp_path, tmp_path / "a.json"):
@@ -396,7 +315,7 @@ def test_the_results_of_the_book_are_the_cells_of_its_grids_in_their_order(file)
     cells = grid.load(ROOT / "book" / "results" / f"{file.stem}.json")
     if file.stem == "augmentation":
         pytest.skip("its cells are of chapter 08 as it was before its networks shipped trained")
-    assert [cell["parameters"] for cell in cells] == grid.read(file)
+    assert [cell["parameters"] for cell in cells] == list(grid.read(file)[1].values())
     assert [cell["error"] for cell in cells] == [None] * len(cells)
 
 

@@ -31,16 +31,11 @@ def refused(value, rule):
         (1, (1, 9)),
         (9, (1, 9)),
         (10**9, (1, None)),
-        (-3, (None, 0)),
         (1, (0.0, 1.0)),
         (0.5, (0.0, 1.0)),
         (1e-4, (0.0, None)),
-        (7, (None, None)),
         ("phantom", str),
         (False, bool),
-        ("isup", {"isup", "grade2"}),
-        (64, [32, 64]),
-        (None, [None, 3]),
     ],
 )
 def test_a_value_within_its_rule_passes(value, rule):
@@ -64,10 +59,6 @@ def test_a_value_within_its_rule_passes(value, rule):
         ("  ", str),
         (1, bool),
         ("no", bool),
-        ("isp", {"isup", "grade2"}),
-        (1, [True]),
-        (64.0, [32, 64]),
-        ([64], [32, 64]),
     ],
 )
 def test_an_impossible_value_is_named_with_what_is_allowed(value, rule):
@@ -77,8 +68,6 @@ def test_an_impossible_value_is_named_with_what_is_allowed(value, rule):
 def test_the_sentence_tells_the_allowed_values():
     assert refused(0, (1, 9)).endswith("a whole number from 1 to 9")
     assert refused(-1.0, (0.0, None)).endswith("a finite number of at least 0.0")
-    assert refused(2, (None, 1)).endswith("a whole number of at most 1")
-    assert refused("x", {"b", "a"}).endswith("one of 'a', 'b'")
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest_one():
@@ -96,11 +85,6 @@ def test_a_name_injected_in_small_letters_is_unknown_too():
 
 def test_imported_classes_and_small_names_are_no_parameters():
     check({"STEPS": 1, "VPSDE": Path, "In": ["x = 1"], "x": 1, "_A": 2}, STEPS=(1, 9))
-
-
-def test_a_declared_name_must_be_set():
-    with pytest.raises(UserError, match="SEED is checked but not set"):
-        check({}, SEED=(0, None))
 
 
 @pytest.mark.parametrize("rule", [3, "isup", int, (1, 2, 3)])

@@ -1,7 +1,5 @@
 """Files that users write: a value is what it looks like, or is refused in one sentence."""
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,8 +19,6 @@ MEANINGS = {
     ".5": 0.5,
     "-1_000.25": -1000.25,
     "0.5": 0.5,
-    ".inf": math.inf,
-    "-.inf": -math.inf,
     "true": True,
     "False": False,
     "null": None,
@@ -30,9 +26,8 @@ MEANINGS = {
     "": None,
 }
 NAMES = """010 00 -010 00.5 01e2 0x1F 0o17 0b11 1:04 1:04:30 190:20:30.15 yes No on OFF y n
-    2020-02-02 2020-02-02T10:00:00 1__0 _1 1_ 1e 1e5.0 inf nan = << P0001 3+4 gs>isup""".split()
-NOTHING = ["*a", "{a: &x 1, b: *x}", "!!int 010", "!!binary aGk=", "!!set {a}", "! a"]
-NOTHING += ["!!timestamp 2020-02-02", "[" * 30 + "]" * 30, "a: 1\n--- \nb: 2", "{[1]: 2}"]
+    2020-02-02 2020-02-02T10:00:00 1__0 _1 1_ 1e 1e5.0 .inf .nan nan = << P0001 gs>isup""".split()
+NOTHING = ["*a", "!!python/name:os.getcwd", "[" * 9999, "a: 1\n--- \nb: 2", "{[1]: 2}"]
 
 
 @pytest.mark.parametrize("text", MEANINGS)
@@ -54,8 +49,7 @@ def test_a_number_is_the_one_that_python_reads_and_all_else_is_the_text(text):
     except UserError:
         return  # punctuation of YAML
     if isinstance(value, int | float):
-        number = type(value)(text.replace(".inf", "inf").replace(".nan", "nan"))
-        assert value == number or math.isnan(value) and math.isnan(number)
+        assert value == type(value)(text)
     elif isinstance(value, str):
         assert value == text
 
