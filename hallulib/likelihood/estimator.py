@@ -16,7 +16,6 @@ filter_bank           logistic regression on fixed features that nobody trained
 """
 
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,9 +65,8 @@ class ScoreClassifier(calibration.ImageClassifier):
         steps, batch_size, lr: of Adam; 0 steps take a pretrained model as it is.
         class_rate: rate of the class vectors, as a multiple of ``lr``.
         width: of a new network, see :func:`hallulib.diffusion.unet.build`.
-        method: ``"decide"``, adaptive and fast; ``"bound"``; ``"exact"``, by the probability flow.
-        effort: network evaluations for each image and class, at most for ``"decide"``.
-        confidence, power: of ``"decide"``, see :func:`hallulib.likelihood.bound.decide`.
+        effort: most network evaluations for each image and class.
+        confidence, power: see :func:`hallulib.likelihood.bound.decide`, by which it answers.
         weigh: with 2 or more, only the band of noise levels counts in which labelled images that
             were held out are told apart best (:func:`hallulib.likelihood.bound.best_band`), in so
             many folds, each at the cost of a training; the model that answers learns from all.
@@ -85,9 +83,9 @@ class ScoreClassifier(calibration.ImageClassifier):
         classes_, priors_, temperature_: the labels, sorted, one number for each, and T.
         model_: the trained `ScoreModel`, on its device.
         levels_: noise levels at which its classes differ most or, with ``weigh``, the band where
-            they are told apart best, for ``"decide"``.
-        offset_: what is subtracted from the log-likelihood of each class; for ``"decide"`` from
-            its errors, pair by pair (:func:`hallulib.likelihood.bound.common_errors`).
+            they are told apart best.
+        offset_: what is subtracted from the errors of each class, pair by pair
+            (:func:`hallulib.likelihood.bound.common_errors`), if they are centred.
 
     Source: Sarker et al. 2025, https://arxiv.org/abs/2502.17727; Li et al. 2023.
 
@@ -112,8 +110,7 @@ class ScoreClassifier(calibration.ImageClassifier):
     lr: settings.Amount = 4e-4
     class_rate: settings.Amount = 25
     width: settings.Width = 32
-    method: Annotated[str, settings.one_of(("decide", "bound", "exact"))] = "decide"
-    effort: settings.Positive = 32
+    effort: settings.Several = 32
     confidence: settings.Confidence = 0.99
     power: settings.Amount = 0.5
     weigh: settings.Count = 0
@@ -134,36 +131,26 @@ class ScoreClassifier(calibration.ImageClassifier):
             ValueError: scikit-learn's own checks of X and y.
         """
         own, position = self._first(X, y)
-        decides = self.method == "decide"
-        if self.effort < 2 and not decides:
-            raise UserError(f"effort is {self.effort}; at least 2 is needed, or method 'decide'")
         labels = torch.from_numpy(position)
         self.priors_ = self._priors(labels)
         others = own[:0] if unlabelled is None else self._further(unlabelled, learns=True)
-        band = self._best_band(own, labels, others) if decides and self.weigh else None
+        band = self._best_band(own, labels, others) if self.weigh else None
         self.model_ = self._trained(own, labels, others)
-        if decides:
-            # images it cannot have remembered show where classes differ
-            some = _some(others if len(others) else own, 32, self._seed).to(self._on())
-            self.levels_ = band or bound.informative_levels(
-                self.model_, some, power=self.power, seed=self._seed, batch=self.batch
-            )
-        self.temperature_ = self.temperature
-        self.offset_ = torch.zeros((len(self.classes_), 1), dtype=torch.float64)
+        # images it cannot have remembered show where classes differ
+        some = _some(others if len(others) else own, 32, self._seed).to(self._on())
+        self.levels_ = band or bound.informative_levels(
+            self.model_, some, power=self.power, seed=self._seed, batch=self.batch
+        )
+        self.temperature_, self.offset_ = self.temperature, None
         if self.centre and len(others):
-            some = _some(others, 96, self._seed + 1)
-            if decides:
-                errors = bound.common_errors(self.model_, some.to(self._on()), **self._race())
-                self.offset_ = errors.cpu()
-            else:
-                ahead = self.log_ratio(some.numpy())
-                self.offset_ = (ahead.mean(0) - ahead.mean())[:, None]
+            some = _some(others, 96, self._seed + 1).to(self._on())
+            self.offset_ = bound.common_errors(self.model_, some, **self._race()).cpu()
         return self
 
     def _race(self) -> dict[str, Any]:
-        """The errors that ``"decide"`` compares: the same noises for all images."""
+        """The errors that are compared: the same noises for all images."""
         where = dict(levels=self.levels_, power=self.power, seed=self._seed, batch=self.batch)
-        return where | dict(pairs=max(1, self.effort // 2), antithetic=self.effort > 1)
+        return where | dict(pairs=self.effort // 2)
 
     def calibrate(self, X, y) -> "ScoreClassifier":
         """Set the temperature that makes labels of images it was not trained on most likely.
@@ -185,28 +172,16 @@ class ScoreClassifier(calibration.ImageClassifier):
     def measure(self, X) -> tuple[calibration.LogDensities, np.ndarray]:
         """`log_ratio`, and the network evaluations that each image took."""
         x = self._further(X).to(self._on())
-        if self.method == "decide":
-            race = self._race()
-            if self.offset_.any():
-                race["offsets"] = self.offset_
-                if race["pairs"] > self.offset_.shape[1]:
-                    raise UserError(
-                        f"effort is {self.effort}, more than when fit centred the classes; fit "
-                        "again with this effort"
-                    )
-            race |= {"first": min(4, race["pairs"]), "confidence": self.confidence}
-            found = bound.decide(self.model_, x, **race)
-            value, evaluations = found.log_ratio.double().cpu(), found.evaluations.cpu().numpy()
-        else:
-            x = density.dequantise(x, self._seed)
-            method = {
-                "bound": partial(bound.bound, pairs=self.effort),
-                "exact": partial(density.log_density, steps=self.effort - 1),
-            }[self.method]
-            every = method(self.model_, x, seed=self._seed, batch=self.batch)
-            value = every.value.double().cpu() - self.offset_[:, 0]
-            evaluations = np.full(len(x), len(self.classes_) * self.effort)
-        return calibration.finite(value) - value.max(1, keepdim=True).values, evaluations
+        race = self._race()
+        if self.offset_ is not None and race["pairs"] > self.offset_.shape[1]:
+            raise UserError(
+                f"effort is {self.effort}, more than when fit centred the classes; fit again with "
+                "this effort"
+            )
+        race |= dict(offsets=self.offset_, confidence=self.confidence)
+        found = bound.decide(self.model_, x, **race)
+        value = calibration.finite(found.log_ratio.cpu())
+        return value - value.max(1, keepdim=True).values, found.evaluations.cpu().numpy()
 
     def _log_posterior(self, X) -> calibration.LogDensities:
         return self.log_ratio(X) / self.temperature_ + self.priors_.log()
