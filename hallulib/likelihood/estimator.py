@@ -30,7 +30,6 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from hallulib import UserError
-from hallulib.data.changes import lightly_changed
 from hallulib.data.imageset import ImageSet, choose
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.score import ScoreModel
@@ -60,8 +59,6 @@ class ScoreClassifier(calibration.ImageClassifier):
         pretrained: score model to start from, of any labels, or its folder; ``None``: a new one.
         shift: start each class as the density of all images, moved to the mean of its own, see
             :func:`hallulib.diffusion.unet.moved_to_means`; with ``steps=0`` that is all it learns.
-        copies: moved and mirrored copies of each labelled image to train on as well; with few
-            labels they keep the model from remembering the images instead of the class.
         steps, batch_size, lr: of Adam; 0 steps take a pretrained model as it is.
         class_rate: rate of the class vectors, as a multiple of ``lr``.
         width: of a new network, see :func:`hallulib.diffusion.unet.build`.
@@ -73,14 +70,14 @@ class ScoreClassifier(calibration.ImageClassifier):
         priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
         centre: subtract from each class what it is ahead by, on the mean, on images without
             labels; for classes that are about equally frequent among them.
-        temperature: T, 1 takes densities at their word; `calibrate` finds a better one.
         batch: most pairs of image and class in the network at once.
         folder: where training keeps its checkpoint, so that it can go on after an interruption;
             one of other images or of another start is refused.
         verbose: show a progress bar.
 
     Attributes:
-        classes_, priors_, temperature_: the labels, sorted, one number for each, and T.
+        classes_, priors_, temperature_: the labels, sorted, one number for each, and T, which is 1,
+            densities taken at their word, until `calibrate` finds a better one.
         model_: the trained `ScoreModel`, on its device.
         levels_: noise levels at which its classes differ most or, with ``weigh``, the band where
             they are told apart best.
@@ -104,7 +101,6 @@ class ScoreClassifier(calibration.ImageClassifier):
         ScoreModel | Path | str | None, settings.needed("a score model or its folder is needed")
     ] = field(default=None, kw_only=False)
     shift: bool = False
-    copies: settings.Count = 0
     steps: settings.Count = 2000
     batch_size: settings.Positive = 32
     lr: settings.Amount = 4e-4
@@ -116,7 +112,6 @@ class ScoreClassifier(calibration.ImageClassifier):
     weigh: settings.Count = 0
     priors: Any = "equal"
     centre: bool = False
-    temperature: settings.Above0 = 1.0
     batch: settings.Positive = 128
     folder: settings.Folder = None
     verbose: bool | int = False
@@ -141,7 +136,7 @@ class ScoreClassifier(calibration.ImageClassifier):
         self.levels_ = band or bound.informative_levels(
             self.model_, some, power=self.power, seed=self._seed, batch=self.batch
         )
-        self.temperature_, self.offset_ = self.temperature, None
+        self.temperature_, self.offset_ = 1.0, None
         if self.centre and len(others):
             some = _some(others, 96, self._seed + 1).to(self._on())
             self.offset_ = bound.common_errors(self.model_, some, **self._race()).cpu()
@@ -204,25 +199,20 @@ class ScoreClassifier(calibration.ImageClassifier):
         return bound.best_band(model.sde, torch.cat(leads).cpu())
 
     def _trained(self, own: Images, labels: Tensor, others: Others, part: str = "") -> ScoreModel:
-        """A model that has learnt from labelled images, their copies, and those without labels."""
-        rng = torch.Generator().manual_seed(self._seed)
-        images = torch.cat([own, *(lightly_changed(own, rng) for _ in range(self.copies))])
-        labels = labels.repeat(1 + self.copies)
-        model = self._start(images, labels).to(self._on())
+        """A model that has learnt from labelled images, and from those without labels."""
+        model = self._start(own, labels).to(self._on())
         if self.steps == 0:
             return model.eval().requires_grad_(False)
         weights = 1 / torch.bincount(labels)[labels].double() / len(model.labels)
         folder, identity = None, ""
         if self.folder is not None:
             folder = Path(self.folder) / part
-            identity = checkpoint.identity(images, labels, others, *model.state_dict().values())
-        if len(others):
-            images = torch.cat([images, others])
-            labels = torch.cat([labels, labels.new_full((len(others),), -1)])
-            weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
+            identity = checkpoint.identity(own, labels, others, *model.state_dict().values())
+        labels = torch.cat([labels, labels.new_full((len(others),), -1)])
+        weights = torch.cat([weights, torch.ones(len(others)).double() / len(others)])
         loop = train.pretrain(
             model,
-            images.to(self._on()),
+            torch.cat([own, others]).to(self._on()),
             labels.to(self._on()),
             weights=weights.to(self._on()),
             steps=self.steps,
@@ -282,7 +272,7 @@ class Contest:
         pretraining, width: steps of the score model without labels, and its width.
         steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
             teach it to remember the few there are.
-        shift, copies, effort: see `ScoreClassifier`; with ``shift`` no step is taken.
+        shift, effort: see `ScoreClassifier`; with ``shift`` no step is taken.
         resnet_steps, resnet_width: of the ResNet-18 and of its first block.
         draw: of labels: it chooses them and is the seed of all training on them. The score model
             without labels is the same for all draws; `hallulib.evidence.metrics.of_contest` tells
@@ -295,7 +285,6 @@ class Contest:
     pretraining: settings.Positive = 2000
     steps: settings.Positive = 400
     shift: bool = False
-    copies: settings.Count = 0
     width: settings.Width = 24
     effort: settings.Several = 32
     resnet_steps: settings.Positive = 400
@@ -372,7 +361,6 @@ def _learner(images: ImageSet, contest: Contest, counts: Labels, folder: Path) -
     return ScoreClassifier(
         start,
         channels=images.channels,
-        copies=contest.copies,
         effort=contest.effort,
         centre=True,
         folder=folder,

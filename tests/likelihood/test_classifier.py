@@ -177,13 +177,6 @@ def test_centring_takes_from_each_class_what_it_is_ahead_by_without_labels(fitte
     np.testing.assert_allclose(moved, moved[0], atol=1e-5)
 
 
-def test_copies_are_learned_from():
-    x, y = bars(16)
-    plain = ScoreClassifier(steps=3, **TINY).fit(x, y)
-    copied = ScoreClassifier(steps=3, copies=4, **TINY).fit(x, y)
-    assert not np.array_equal(plain.predict_proba(x), copied.predict_proba(x))
-
-
 def test_it_goes_into_pipelines_cross_validation_and_calibration():
     x, y = bars(24)
     classifier = ScoreClassifier(steps=2, **TINY)
@@ -210,11 +203,9 @@ def test_training_goes_on_from_its_folder(tmp_path):
         (dict(priors=None), "2 numbers above 0 that sum to 1"),
         (dict(channels=3), "rows have 64 features; channels"),
         (dict(channels=0), "channels is 0; at least 1"),
-        (dict(temperature=-1), "temperature is -1; a number above 0"),
         (dict(effort=1), "effort is 1; at least 2"),
         (dict(steps=-1), "steps is -1; at least 0"),
         (dict(batch_size=0), "batch_size is 0; at least 1"),
-        (dict(copies=-1), "copies is -1; at least 0"),
         (dict(width=12), "width is 12; a multiple of 8"),
         (dict(random_state=None), "random_state is None; a whole number"),
     ],
@@ -341,8 +332,8 @@ def test_more_folds_than_labelled_images_are_told(weigh):
 
 def test_it_is_saved_without_pickle_and_comes_back(fitted, tmp_path):
     x, y = bars(seed=5)
-    told = dict(steps=0, effort=6, priors=(0.3, 0.7), centre=True, temperature=2.0)
-    one = ScoreClassifier(fitted.model_, **told).fit(x, y, bars(seed=6)[0])
+    told = dict(steps=0, effort=6, priors=(0.3, 0.7), centre=True)
+    one = ScoreClassifier(fitted.model_, **told).fit(x, y, bars(seed=6)[0]).calibrate(x, y)
     one.save(tmp_path / "one")
     again = ScoreClassifier.load(tmp_path / "one")
     # the layout of weights in memory is not written, and decides which kernels run

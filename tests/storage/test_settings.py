@@ -16,9 +16,9 @@ from hallulib.oneshot.joint import Fit
 BAD = ["2", None, True, 2.5, np.float64(2.5), float("nan"), float("inf"), -1, -0.5, 2**32, [1], {}]
 WHOLE, SEED = "whole", "seed"
 NUMBERS = {
-    ScoreClassifier: dict.fromkeys(["channels", "copies", "steps", "batch_size", "width"], WHOLE)
+    ScoreClassifier: dict.fromkeys(["channels", "steps", "batch_size", "width"], WHOLE)
     | dict.fromkeys(["effort", "weigh", "batch"], WHOLE)
-    | dict.fromkeys(["lr", "class_rate", "confidence", "power", "temperature"], "real")
+    | dict.fromkeys(["lr", "class_rate", "confidence", "power"], "real")
     | dict.fromkeys(["shift", "centre"], "bool")
     | {"random_state": SEED},
     OneShotClassifier: {"n_hallucinated": WHOLE, "channels": WHOLE, "random_state": SEED},
