@@ -3,10 +3,10 @@ r"""How good samples are: do they look real, do they cover the data, are they co
 `features` describes an image by about a hundred numbers from a fixed filter bank: no weights, no
 download, no random numbers. On features of real and generated images `frechet_distance` and
 `kernel_distance` compare the two distributions; `coverage` asks how much of the data has a sample
-near by, and `nearest`, in pixels, how far each sample is from a copy. Compare its distance to that
-of held-out real images. Values compare only at equal image size and numbers of
-images: the Frechet distance of finite samples is biased upwards, so quote it beside that of two
-real halves, split by patient, since slices of one patient are alike.
+near by, and `nearest`, in pixels, how far a sample is from a copy, where held-out real images tell
+what is far. Values compare only at equal image size and numbers of images: the Frechet distance of
+finite samples is biased upwards, so quote it beside that of two real halves, split by patient,
+since slices of one patient are alike.
 """
 
 import math
@@ -169,7 +169,7 @@ def kernel_distance(real: AnyFeatures, generated: AnyFeatures) -> float:
 
 
 def coverage(real: AnyFeatures, generated: AnyFeatures, *, k: int = 5) -> float:
-    r"""The share of real images that a sample is as near to as their k-th nearest other real image.
+    r"""The share of real images with a sample nearer than their k-th nearest other real image.
 
     For as many samples of the same distribution as real images it is :math:`1 - 2^{-k}` on
     average.

@@ -49,9 +49,10 @@ SCORES = "scores.csv"
 class ScoreClassifier(calibration.ImageClassifier):
     r"""Classify images by the likelihood that a class-conditional score model gives them.
 
-    .. math:: p(c \mid x) \propto p(c)\, p_\theta(x \mid c)^{1/T}
+    .. math:: p(c \mid x) \propto p_\theta(x \mid c)^{1/T}
 
-    ``fit`` trains the model, from scratch or from a pretrained one; images without labels help it
+    for classes that are equally frequent; where they are not, add the logarithm of each frequency
+    to ``log_ratio(X) / temperature_``. ``fit`` trains the model, from scratch or from a pretrained one; images without labels help it
     to learn what images look like. Forms of images, ``channels``, ``device`` and ``random_state``:
     see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads.
 
@@ -67,7 +68,6 @@ class ScoreClassifier(calibration.ImageClassifier):
         weigh: with 2 or more, only the band of noise levels counts in which labelled images that
             were held out are told apart best (:func:`hallulib.likelihood.bound.best_band`), in so
             many folds, each at the cost of a training; the model that answers learns from all.
-        priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
         centre: subtract from each class what it is ahead by, on the mean, on images without
             labels; for classes that are about equally frequent among them.
         batch: most pairs of image and class in the network at once.
@@ -76,8 +76,8 @@ class ScoreClassifier(calibration.ImageClassifier):
         verbose: show a progress bar.
 
     Attributes:
-        classes_, priors_, temperature_: the labels, sorted, one number for each, and T, which is 1,
-            densities taken at their word, until `calibrate` finds a better one.
+        classes_, temperature_: the labels, sorted, and T: 1, which takes densities at their word,
+            until `calibrate` finds a better one.
         model_: the trained `ScoreModel`, on its device.
         levels_: noise levels at which its classes differ most or, with ``weigh``, the band where
             they are told apart best.
@@ -110,7 +110,6 @@ class ScoreClassifier(calibration.ImageClassifier):
     confidence: settings.Confidence = 0.99
     power: settings.Amount = 0.5
     weigh: settings.Count = 0
-    priors: Any = "equal"
     centre: bool = False
     batch: settings.Positive = 128
     folder: settings.Folder = None
@@ -127,7 +126,6 @@ class ScoreClassifier(calibration.ImageClassifier):
         """
         own, position = self._first(X, y)
         labels = torch.from_numpy(position)
-        self.priors_ = self._priors(labels)
         others = own[:0] if unlabelled is None else self._further(unlabelled, learns=True)
         band = self._best_band(own, labels, others) if self.weigh else None
         self.model_ = self._trained(own, labels, others)
@@ -157,11 +155,11 @@ class ScoreClassifier(calibration.ImageClassifier):
         if len(np.unique(y)) < 2:
             raise OneClass("images of 1 class found; a temperature needs those of at least 2")
         position = torch.from_numpy(np.searchsorted(self.classes_, y))
-        self.temperature_ = calibration.fit_temperature(self.log_ratio(X), position, self.priors_)
+        self.temperature_ = calibration.fit_temperature(self.log_ratio(X), position)
         return self
 
     def log_ratio(self, X) -> calibration.LogDensities:
-        """Log-likelihood of each class against the most likely one, before priors, in nats."""
+        """Log-likelihood of each class against the most likely one, in nats."""
         return self.measure(X)[0]
 
     def measure(self, X) -> tuple[calibration.LogDensities, np.ndarray]:
@@ -179,7 +177,7 @@ class ScoreClassifier(calibration.ImageClassifier):
         return value - value.max(1, keepdim=True).values, found.evaluations.cpu().numpy()
 
     def _log_posterior(self, X) -> calibration.LogDensities:
-        return self.log_ratio(X) / self.temperature_ + self.priors_.log()
+        return self.log_ratio(X) / self.temperature_
 
     def _best_band(self, own: Images, labels: Tensor, others: Others) -> bound.Levels:
         """The band of noise levels that tells most about images that a training did not see."""
@@ -240,20 +238,6 @@ class ScoreClassifier(calibration.ImageClassifier):
             model = unet.relabelled(start, names).requires_grad_()
             must_suit(images, model.network.shape, "the score model was trained on")
         return unet.moved_to_means(model, images, labels) if self.shift else model
-
-    def _priors(self, labels: Tensor) -> Tensor:
-        counts = torch.bincount(labels).double()
-        known = {"equal": torch.ones_like(counts), "observed": counts}
-        if isinstance(self.priors, str) and self.priors in known:
-            return known[self.priors] / known[self.priors].sum()
-        given = np.ravel(self.priors)
-        numbers = given.dtype.kind in "fiu" and len(given) == len(counts)
-        if not (numbers and given.min() > 0 and abs(given.sum() - 1) < 1e-6):
-            raise UserError(
-                f"priors is {self.priors!r}; 'equal', 'observed' or {len(counts)} numbers above 0 "
-                "that sum to 1 are needed"
-            )
-        return torch.from_numpy(given.astype(float))
 
 
 def _some(images: Others, n: int, seed: int) -> Tensor:

@@ -157,14 +157,6 @@ def test_a_temperature_makes_it_less_sure_and_leaves_its_order(fitted):
     np.testing.assert_array_equal(calibrated.decision_function(x).argsort(), order)
 
 
-def test_priors_shift_the_odds_by_their_logarithm(fitted):
-    x, y = bars()
-    told = dict(steps=0, effort=16)
-    even = ScoreClassifier(fitted.model_, **told).fit(x, y).decision_function(x)
-    odd = ScoreClassifier(fitted.model_, priors=(0.2, 0.8), **told).fit(x, y).decision_function(x)
-    np.testing.assert_allclose(odd - even, np.log(4), rtol=1e-5, atol=1e-3)
-
-
 def test_centring_takes_from_each_class_what_it_is_ahead_by_without_labels(fitted):
     (x, y), (others, _) = bars(), bars(seed=4)
     told = dict(steps=0, effort=16, confidence=1)
@@ -197,10 +189,6 @@ def test_training_goes_on_from_its_folder(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(priors="mine"), "priors is 'mine'"),
-        (dict(priors=(0.5, 0.6)), "2 numbers above 0 that sum to 1"),
-        (dict(priors=(np.nan, 0.5)), "2 numbers above 0 that sum to 1"),
-        (dict(priors=None), "2 numbers above 0 that sum to 1"),
         (dict(channels=3), "rows have 64 features; channels"),
         (dict(channels=0), "channels is 0; at least 1"),
         (dict(effort=1), "effort is 1; at least 2"),
@@ -332,7 +320,7 @@ def test_more_folds_than_labelled_images_are_told(weigh):
 
 def test_it_is_saved_without_pickle_and_comes_back(fitted, tmp_path):
     x, y = bars(seed=5)
-    told = dict(steps=0, effort=6, priors=(0.3, 0.7), centre=True)
+    told = dict(steps=0, effort=6, centre=True)
     one = ScoreClassifier(fitted.model_, **told).fit(x, y, bars(seed=6)[0]).calibrate(x, y)
     one.save(tmp_path / "one")
     again = ScoreClassifier.load(tmp_path / "one")
