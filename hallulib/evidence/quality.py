@@ -10,8 +10,8 @@ since slices of one patient are alike.
 """
 
 import math
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ Features = Float[Tensor, "batch features"]
 AnyFeatures = Float[Tensor, "_ features"]  # two sets that are compared differ in length
 
 
-class Nearest(NamedTuple):
+@dataclass(frozen=True)
+class Nearest:
     """Position of the nearest training image of each sample, and its distance."""
 
     index: Int[Tensor, " batch"]

@@ -52,9 +52,10 @@ class ScoreClassifier(calibration.ImageClassifier):
     .. math:: p(c \mid x) \propto p_\theta(x \mid c)^{1/T}
 
     for classes that are equally frequent; where they are not, add the logarithm of each frequency
-    to ``log_ratio(X) / temperature_``. ``fit`` trains the model, from scratch or from a pretrained one; images without labels help it
-    to learn what images look like. Forms of images, ``channels``, ``device`` and ``random_state``:
-    see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads.
+    to ``log_ratio(X) / temperature_``. ``fit`` trains the model, from scratch or from a pretrained
+    one; images without labels help it to learn what images look like. Forms of images,
+    ``channels``, ``device`` and ``random_state``: see
+    :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads.
 
     Args:
         pretrained: score model to start from, of any labels, or its folder; ``None``: a new one.
