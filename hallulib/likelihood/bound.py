@@ -143,21 +143,14 @@ def bound(
 class Decision:
     """What `decide` found.
 
-    ``log_ratio``, with its standard ``error``, is the log-likelihood of each class against the
-    winner's, in nats where ``power`` is 0; of a class that was dropped, as it stood then. The
-    network ``evaluations`` of an image are over all classes. It is ``sure`` if one class is left;
-    if not, it used up its pairs.
+    ``log_ratio`` is the log-likelihood of each class against the winner's, in nats where ``power``
+    is 0; of a class that was dropped, as it stood then. The network ``evaluations`` of an image
+    are over all classes. It is ``sure`` if one class is left; if not, it used up its pairs.
     """
 
     log_ratio: PerClass
-    error: PerClass
     evaluations: Int[Tensor, " batch"]
     sure: Bool[Tensor, " batch"]
-
-    @property
-    def winner(self) -> Labels:
-        """The class in front."""
-        return self.log_ratio.argmax(1)
 
 
 def decide(
@@ -196,21 +189,21 @@ def decide(
     errors, k = Errors(model, x, levels, pairs, seed, batch, power, antithetic), len(model.labels)
     cost = torch.full((len(x), k, pairs), math.nan, dtype=torch.float64, device=x.device)
     racing = torch.ones((len(x), k), dtype=torch.bool, device=x.device)
-    mean, error = cost.new_zeros((2, len(x), k))
+    behind = cost.new_zeros((len(x), k))
     for r in range(pairs):
         cost[..., r] = errors(r, racing)
         if offsets is not None:
             cost[..., r] -= offsets[:, r].to(cost)
         if r + 1 >= min(first, pairs):
             # a class that was dropped keeps what it was dropped for
-            now, spread = _behind(cost[..., : r + 1])
-            mean, error = torch.where(racing, now, mean), torch.where(racing, spread, error)
-            racing &= ~(mean > float(stats.t.ppf(confidence, max(r, 1))) * error)
+            now, error = _behind(cost[..., : r + 1])
+            behind = torch.where(racing, now, behind)
+            racing &= ~(now > float(stats.t.ppf(confidence, max(r, 1))) * error)
         racing &= racing.sum(1, keepdim=True) > 1
         if not racing.any():
             break
     evaluations = len(errors.signs) * cost.isfinite().sum((1, 2))
-    return Decision(-mean, error, evaluations, ~racing.any(1))
+    return Decision(-behind, evaluations, ~racing.any(1))
 
 
 def _behind(cost: Pairs) -> tuple[PerClass, PerClass]:

@@ -115,7 +115,7 @@ def decision_against_exact(model, x, y, patients, known, band):
         offsets = common_errors(model, known, **race)
         told = dict(first=first, confidence=confidence, offsets=offsets)
         seconds, found = _timed(decide, model, x, **told, **race)
-        right = [(d == y).numpy().astype(float) for d in (found.winner, exact)]
+        right = [(d == y).numpy().astype(float) for d in (found.log_ratio.argmax(1), exact)]
         gap = metrics.bootstrap(lambda a, b: float((a - b).mean()), *right, groups=patients)
         signs = "both signs" if both else "one sign"
         print(

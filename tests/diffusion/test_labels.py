@@ -85,7 +85,7 @@ def test_moved_gaussians_are_fishers_linear_discriminant():
     linear = asked.flatten(1) @ inverse @ means.T - 0.5 * ((means @ inverse) * means).sum(1)
     gap, expected = found - found[:, :1], linear - linear[:, :1]
     torch.testing.assert_close(gap, expected, rtol=2e-3, atol=5e-3)
-    decided = decide(model, asked, pairs=40, confidence=1, power=0).winner
+    decided = decide(model, asked, pairs=40, confidence=1, power=0).log_ratio.argmax(1)
     clear = expected.sort(1).values.diff()[:, -1] > 1
     assert torch.equal(decided[clear], expected.argmax(1)[clear])
 

@@ -162,9 +162,6 @@ def test_with_full_confidence_nothing_is_dropped_and_a_plain_loop_agrees(power, 
     ratio = -cost.mean(2)
     ratio = ratio - ratio.max(1, keepdim=True).values
     torch.testing.assert_close(found.log_ratio, ratio)
-    assert torch.equal(found.winner, cost.mean(2).argmin(1))
-    gaps = cost - cost.gather(1, found.winner[:, None, None].expand(-1, 1, 10))
-    torch.testing.assert_close(found.error, gaps.std(2) / 10**0.5)
 
 
 def test_differences_of_the_bound_are_those_of_a_decision_without_weights():
@@ -187,7 +184,7 @@ def test_dropping_classes_finds_the_winner_of_the_exact_posterior_with_less_work
     model, x = apart()
     counting = Counting(model)
     found = decide(counting, x, pairs=48, first=8, antithetic=False)
-    assert torch.equal(found.winner, model.posterior(x).argmax(1))
+    assert torch.equal(found.log_ratio.argmax(1), model.posterior(x).argmax(1))
     assert found.sure.all()
     assert found.evaluations.double().mean() < 0.5 * 48 * 4
     assert found.evaluations.min() >= 8 * 4
@@ -205,7 +202,7 @@ def test_a_class_that_was_dropped_never_wins():
         found = decide(model_seen, x, pairs=24, first=2, confidence=0.7, seed=seed)
         assert (found.log_ratio.max(1).values == 0).all()
         alone = decide(model_seen.model, x, pairs=24, first=2, confidence=0.7, seed=seed)
-        assert torch.equal(found.winner, alone.winner)
+        assert torch.equal(found.log_ratio.argmax(1), alone.log_ratio.argmax(1))
     racing = decide(model, x, pairs=24, first=24, confidence=0.7).log_ratio
     whole = decide(model, x, pairs=24, first=24, confidence=1).log_ratio
     torch.testing.assert_close(racing, whole)  # dropped at the last pair: all have seen all
@@ -217,7 +214,6 @@ def test_a_decision_depends_neither_on_companions_nor_on_the_batch():
     for batch in (128, 2):
         part = decide(model, x[3:7], pairs=24, first=4, batch=batch)
         torch.testing.assert_close(part.log_ratio, whole.log_ratio[3:7])
-        torch.testing.assert_close(part.error, whole.error[3:7])
         assert torch.equal(part.evaluations, whole.evaluations[3:7])
         assert torch.equal(part.sure, whole.sure[3:7])
 
@@ -289,4 +285,4 @@ def test_a_single_class_wins_without_a_race():
 
 def test_no_image_is_no_row():
     assert bound(classes(), images()[:0], pairs=2).value.shape == (0, 3)
-    assert decide(classes(), images()[:0]).winner.shape == (0,)
+    assert decide(classes(), images()[:0]).log_ratio.shape == (0, 3)
