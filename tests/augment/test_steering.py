@@ -29,10 +29,8 @@ def model():
 
 
 def classifier(model, steps=120, **settings):
-    found = NoisyClassifier(model, 2)
-    for _ in steering.train(found, *squares(), steps=steps, batch_size=32, lr=2e-3, **settings):
-        pass
-    return found
+    told = dict(steps=steps, batch_size=32, lr=2e-3, **settings)
+    return steering.train(NoisyClassifier(model, 2), *squares(), **told)
 
 
 @pytest.fixture(scope="module")

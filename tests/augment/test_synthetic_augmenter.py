@@ -62,7 +62,7 @@ def test_it_goes_on_from_what_the_experiment_pretrained(images, tmp_path, monkey
     monkeypatch.setenv("HALLULIB_RUNS", str(tmp_path))
     whole = imageset.open("phantom", 16)
     whole = whole.select(rows=range(0, len(whole), 20))  # the rest would only take time
-    trial = estimator.Trial("grade2", encoding=2, encoder_width=8, pretraining=2, width=8)
+    trial = estimator.Trial("grade2", encoding=2, pretraining=2, width=8)
     folders = estimator.pretrained(whole, trial).folders
     x, y, _ = images
     found = SyntheticAugmenter([str(f) for f in folders], **TINY).fit(x, y)
