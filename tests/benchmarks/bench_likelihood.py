@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ from hallulib.likelihood.bound import (
 )
 from hallulib.likelihood.density import LogDensity, dequantise, directions, log_density
 from hallulib.storage.store import SHIPPED
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "likelihood"))
+from test_density import by_torchdiffeq
 
 CURVE = [("adams", n) for n in (8, 12, 16, 20, 24, 28, 32, 48, 64)]
 # pairs, pairs before a class may be dropped, confidence, noise with both signs
@@ -72,8 +76,8 @@ def error_against_evaluations(model, x):
     print("solver          evaluations  seconds  bits/dim: mean off, largest  same decision")
     for solver, steps in [("RK45 in t", 0), *CURVE]:
         if steps:
-            settings = dict(steps=steps, solver=solver)
-            seconds, found = _timed(log_density, model, x, **settings)
+            by = None if solver == "adams" else by_torchdiffeq(solver)
+            seconds, found = _timed(log_density, model, x, steps=steps, solver=by)
         else:
             seconds, found = _timed(by_standard_recipe, model, x)
         off = (found.value - finest.value) / (x[0].numel() * math.log(2))
