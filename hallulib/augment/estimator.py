@@ -2,10 +2,10 @@ r"""Synthetic training images where labels are few: the steps, an estimator, and
 
 An autoencoder and an unconditional score model of its latents learn from images without labels
 (`pretrained`). A noise-aware classifier of the latents of a few labelled images steers the score
-model to their classes (`synthesise`), and a network trained on these images judges what comes out
-(`judged`). `SyntheticAugmenter` adds what was admitted, in the way of imbalanced-learn. Does that
-help? In every fold of the experiment (`run`) a small share of the training images gets its labels
-back, and a ResNet-18 is trained for the same number of steps on
+model to their classes, and a network trained on these images judges what comes out (`judged`).
+`SyntheticAugmenter` adds what was admitted, in the way of imbalanced-learn. Does that help? In
+every fold of the experiment (`run`) a small share of the training images gets its labels back, and
+a ResNet-18 is trained for the same number of steps on
 
 ==============  ===========================================================================
 real            the labelled images as they are
@@ -27,10 +27,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from sklearn.utils import check_consistent_length
-from torch import Tensor, nn
+from torch import nn
 
 from hallulib import UserError
 from hallulib.augment import autoencoder, steering
@@ -220,32 +219,21 @@ def classifier(
     return guide.eval().requires_grad_(False), folder
 
 
-def synthesise(
-    prior: Pretrained, trial: Trial, x: Images, y: Labels, n: int, seed: int
-) -> tuple[AnyImages, Int[Tensor, " _made"]]:
-    """Synthetic images in [-1, 1], n of every class, and the class each was made for.
-
-    The arguments are those of a classifier that `steers`.
-    """
-    guide = steers(prior, trial, x, y, seed)
-    classes = torch.arange(int(y.max()) + 1, device=next(guide.parameters()).device)
-    wanted = classes.repeat_interleave(n)
-    how = dict(steps=trial.sampler_steps, clip=False, seed=seed)
-    made = steering.steered(prior.model, guide, wanted, gradient_scale=trial.gradient_scale, **how)
-    return prior.autoencoder.decode(made).cpu(), wanted.cpu()
-
-
 def judged(
     prior: Pretrained, trial: Trial, x: Images, y: Labels, copy_distance: float, seed: int
 ) -> tuple[nn.Module, AnyImages, pd.DataFrame]:
     """Synthetic images, and what a network trained on the labelled ones says of them.
 
-    Arguments are as of `synthesise` and :class:`hallulib.augment.selection.FeatureSpace`. Given
-    are the network, the images and, for each of these, the row of ``FeatureSpace.judge``.
+    Arguments are as of `steers` and :class:`hallulib.augment.selection.FeatureSpace`. Given are
+    the network, the images in [-1, 1], equally many of each class, and for each of these the row
+    of ``FeatureSpace.judge``.
     """
-    judge = _network(trial, x, y, seed, "classical")
-    n = per_class(trial.ratio, len(x), int(y.max()) + 1) * trial.candidates
-    made, wanted = synthesise(prior, trial, x, y, n, seed)
+    judge, classes = _network(trial, x, y, seed, "classical"), int(y.max()) + 1
+    n = per_class(trial.ratio, len(x), classes) * trial.candidates
+    guide, wanted = steers(prior, trial, x, y, seed), torch.arange(classes).repeat_interleave(n)
+    how: dict[str, Any] = dict(steps=trial.sampler_steps, clip=False, seed=seed)
+    z = steering.steered(prior.model, guide, wanted, gradient_scale=trial.gradient_scale, **how)
+    made = prior.autoencoder.decode(z).cpu()
     space = FeatureSpace.fit(judge, x, y, copy_distance)
     return judge, made, space.judge(made, wanted, trial.confidence)
 
@@ -253,7 +241,7 @@ def judged(
 def _network(trial: Trial, x: Images, y: Labels, seed: int, arm: str) -> nn.Module:
     change = None if arm == "real" else changed
     how: dict[str, Any] = dict(steps=trial.resnet_steps, width=trial.resnet_width, seed=seed)
-    return train_resnet(x, y, change=change, told=arm, **how)
+    return train_resnet(x, y, change=change, **how)
 
 
 def _check_two_of_each(y: Labels, classes: str) -> None:

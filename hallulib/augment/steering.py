@@ -12,7 +12,7 @@ code trains on clean latents only.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -97,21 +97,6 @@ def train(
         optimizer.step()
         schedule.step()
     return classifier.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def accuracy_at(
-    classifier: NoisyClassifier, x: Images, y: Labels, times: Sequence[float], seed: int = 0
-) -> list[float]:
-    """Share of images whose class is recognised at each of several times, noised once each."""
-    rng = torch.Generator(x.device).manual_seed(seed)
-    shares = []
-    for time in times:
-        eps = torch.randn(x.shape, generator=rng, device=x.device)
-        t = torch.full((len(x),), float(time), device=x.device)
-        answers = classifier(classifier.sde.diffuse(x, t, eps), t).argmax(1)
-        shares.append(float((answers == y).double().mean()))
-    return shares
 
 
 def steered(
