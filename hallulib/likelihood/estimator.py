@@ -138,13 +138,12 @@ class ScoreClassifier(calibration.ImageClassifier):
         self.temperature_, self.offset_ = 1.0, None
         if self.centre and len(others):
             some = _some(others, 96, self._seed + 1).to(self._on())
-            self.offset_ = bound.common_errors(self.model_, some, **self._race()).cpu()
+            self.offset_ = bound.common_errors(self.model_, some, self._noises(), self.batch).cpu()
         return self
 
-    def _race(self) -> dict[str, Any]:
-        """The errors that are compared: the same noises for all images."""
-        where = dict(levels=self.levels_, power=self.power, seed=self._seed, batch=self.batch)
-        return where | dict(pairs=self.effort // 2)
+    def _noises(self) -> bound.Noises:
+        """The same for all images."""
+        return bound.Noises(self.effort // 2, self.levels_, self.power, seed=self._seed)
 
     def calibrate(self, X, y) -> "ScoreClassifier":
         """Set the temperature that makes labels of images it was not trained on most likely.
@@ -166,14 +165,14 @@ class ScoreClassifier(calibration.ImageClassifier):
     def measure(self, X) -> tuple[calibration.LogDensities, np.ndarray]:
         """`log_ratio`, and the network evaluations that each image took."""
         x = self._further(X).to(self._on())
-        race = self._race()
-        if self.offset_ is not None and race["pairs"] > self.offset_.shape[1]:
+        noises = self._noises()
+        if self.offset_ is not None and noises.pairs > self.offset_.shape[1]:
             raise UserError(
                 f"effort is {self.effort}, more than when fit centred the classes; fit again with "
                 "this effort"
             )
-        race |= dict(offsets=self.offset_, confidence=self.confidence)
-        found = bound.decide(self.model_, x, **race)
+        how: dict[str, Any] = dict(confidence=self.confidence, batch=self.batch)
+        found = bound.decide(self.model_, x, noises, offsets=self.offset_, **how)
         value = calibration.finite(found.log_ratio.cpu())
         return value - value.max(1, keepdim=True).values, found.evaluations.cpu().numpy()
 

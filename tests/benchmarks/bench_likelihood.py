@@ -29,6 +29,7 @@ from hallulib.diffusion import unet
 from hallulib.diffusion.sde import per_image
 from hallulib.evidence import metrics
 from hallulib.likelihood.bound import (
+    Noises,
     best_band,
     common_errors,
     decide,
@@ -114,11 +115,11 @@ def decision_against_exact(model, x, y, patients, known, band):
     )
     levels = informative_levels(model, known)
     for pairs, first, confidence, both in RACES:
-        race = dict(pairs=pairs, antithetic=both)
-        race["levels"] = band if pairs < 3 else levels  # one band says most at once
-        offsets = common_errors(model, known, **race)
+        # one band says most at once
+        noises = Noises(pairs, band if pairs < 3 else levels, antithetic=both)
+        offsets = common_errors(model, known, noises)
         told = dict(first=first, confidence=confidence, offsets=offsets)
-        seconds, found = _timed(decide, model, x, **told, **race)
+        seconds, found = _timed(decide, model, x, noises, **told)
         right = [(d == y).numpy().astype(float) for d in (found.log_ratio.argmax(1), exact)]
         gap = metrics.bootstrap(lambda a, b: float((a - b).mean()), *right, groups=patients)
         signs = "both signs" if both else "one sign"

@@ -17,7 +17,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from hallulib import ScoreClassifier, UserError
 from hallulib.diffusion import unet
 from hallulib.diffusion.unet import moved_to_means
-from hallulib.likelihood.bound import Levels, bound, decide, leads
+from hallulib.likelihood.bound import Levels, Noises, bound, decide, leads
 from hallulib.likelihood.density import log_density
 
 TINY = dict(width=8, batch_size=8, effort=6)
@@ -247,7 +247,7 @@ def test_a_model_of_single_precision_takes_double_images_and_none(fitted, method
     x = torch.from_numpy(bars(4)[0])[:, None]
     model = fitted.model_
     score = {
-        "decide": lambda x: decide(model, x).log_ratio,
+        "decide": lambda x: decide(model, x, Noises()).log_ratio,
         "bound": lambda x: bound(model, x, pairs=2).value,
         "exact": lambda x: log_density(model, x, steps=2).value,
     }[method]
