@@ -4,6 +4,5 @@ from hallulib import lazily
 
 __getattr__ = lazily(
     __name__,
-    estimator="Trial Pretrained pretrained classifier synthesise per_class changed ARMS"
-    " SyntheticAugmenter run read_fold",
+    estimator="Trial pretrained classifier ARMS SyntheticAugmenter run",
 )

@@ -2,10 +2,10 @@ r"""Synthetic training images where labels are few: the steps, an estimator, and
 
 An autoencoder and an unconditional score model of its latents learn from images without labels
 (`pretrained`). A noise-aware classifier of the latents of a few labelled images steers the score
-model to their classes (`synthesise`), and a network trained on these images judges what comes out
-(`judged`). `SyntheticAugmenter` adds what was admitted, in the way of imbalanced-learn. Does that
-help? In every fold of the experiment (`run`) a small share of the training images gets its labels
-back, and a ResNet-18 is trained for the same number of steps on
+model to their classes, and a network trained on these images judges what comes out (`judged`).
+`SyntheticAugmenter` adds what was admitted, in the way of imbalanced-learn. Does that help? In
+every fold of the experiment (`run`) a small share of the training images gets its labels back, and
+a ResNet-18 is trained for the same number of steps on
 
 ==============  ===========================================================================
 real            the labelled images as they are
@@ -22,16 +22,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from sklearn.utils import check_consistent_length
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from hallulib import UserError
 from hallulib.augment import autoencoder, steering
@@ -40,7 +38,6 @@ from hallulib.augment.selection import FeatureSpace, copy_threshold, take
 from hallulib.data.changes import augmented
 from hallulib.data.imageset import ImageSet, choose
 from hallulib.diffusion import train, unet
-from hallulib.diffusion.sample import SAMPLERS
 from hallulib.diffusion.score import ScoreModel
 from hallulib.evidence.metrics import read_scores
 from hallulib.evidence.resnet import read, train_resnet
@@ -52,7 +49,7 @@ ENCODING: dict[str, Any] = dict(batch_size=16, lr=1e-3)
 PRETRAINING: dict[str, Any] = dict(batch_size=16, lr=1e-3, warmup=100)
 VERSIONS = 8  # of each labelled image, that the noise-aware classifier learns from besides
 ARMS = ("real", "classical", "unselected", "selected")
-SCORES, VERDICTS, SYNTHETIC = "scores.csv", "verdicts.csv", "synthetic.safetensors"
+SCORES, VERDICTS = "scores.csv", "verdicts.csv"
 CLASSIFIER = "classifier.safetensors"
 
 
@@ -64,13 +61,14 @@ class Trial:
         scheme: label column.
         share: of the labels of the split ``train`` that are kept in a fold.
         folds: draws of those labels, each with networks of its own.
-        encoding, encoder_width: steps of the autoencoder, and width of its first block.
+        encoding: steps of the autoencoder.
         factor: pixels along each side of a position of its latents: 4 as in the paper suits 64
             pixels and more; of 32 pixels it leaves too little for nuclei to be told apart.
-        pretraining, width: steps of the score model of its latents, and its width.
+        pretraining: steps of the score model of its latents.
+        width: of both networks.
         steering: steps of the noise-aware classifier, with the labels.
         gradient_scale: of its gradient; the paper takes 10.
-        sampler, sampler_steps: see :func:`hallulib.diffusion.sample.draw`.
+        sampler_steps: see :func:`hallulib.diffusion.sample.draw`.
         ratio: synthetic images learnt from, for each labelled real one.
         candidates: synthetic images made for each one that is learnt from.
         confidence: least probability of its class, see :mod:`hallulib.augment.selection`.
@@ -86,10 +84,8 @@ class Trial:
     factor: settings.Positive = 4
     pretraining: settings.Positive = 3000
     width: settings.Width = 32
-    encoder_width: settings.Width = 32
     steering: settings.Positive = 300
     gradient_scale: settings.Amount = 2.0
-    sampler: Annotated[str, settings.one_of(SAMPLERS)] = "dpm_solver"
     sampler_steps: settings.Positive = 20
     ratio: settings.Above0 = 1.0
     candidates: settings.Positive = 4
@@ -125,7 +121,7 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
 
     told: dict[str, Any] = dict(seed=trial.seed, from_scratch=from_scratch)
     asked: dict[str, Any] = dict(data=images.identity, size=images.size, factor=trial.factor)
-    asked |= dict(width=trial.encoder_width, latent_channels=LATENT_CHANNELS) | told | ENCODING
+    asked |= dict(width=trial.width, latent_channels=LATENT_CHANNELS) | told | ENCODING
     asked |= dict(weights=WEIGHTS)
     first = store.kept(
         f"autoencoder-{images.name}",
@@ -150,7 +146,7 @@ def pretrained(images: ImageSet, trial: Trial, from_scratch: bool = False) -> Pr
 
 def _encoding(x: Images, trial: Trial, folder: Path | None = None) -> Iterator[autoencoder.State]:
     """The training of an autoencoder of images."""
-    shape = dict(width=trial.encoder_width, factor=trial.factor, seed=trial.seed)
+    shape = dict(width=trial.width, factor=trial.factor, seed=trial.seed)
     model = autoencoder.build(size=x.shape[2], channels=x.shape[1], **shape).to(x.device)
     how: dict[str, Any] = dict(steps=trial.encoding, seed=trial.seed, folder=folder)
     return autoencoder.train(model, x, **how, **ENCODING)
@@ -185,10 +181,7 @@ def steers(
     latents, labels = prior.autoencoder.encode(several.to(device)), y.repeat(VERSIONS + 1)
     guide = steering.NoisyClassifier(prior.model, int(y.max()) + 1, seed=seed)
     how: dict[str, Any] = dict(steps=trial.steering, noised=noised, seed=seed)
-    loop = steering.train(guide, latents, labels.to(device), **how)
-    for _ in tqdm(loop, total=trial.steering, desc="noise-aware classifier"):
-        pass
-    return guide
+    return steering.train(guide, latents, labels.to(device), **how)
 
 
 def classifier(
@@ -204,7 +197,8 @@ def classifier(
     """
 
     def learn(folder: Path, **_) -> None:
-        guide = steers(prior, trial, *_labelled(images, trial, 0), trial.seed, noised)
+        x, y, _names = _labelled(images, trial, 0)
+        guide = steers(prior, trial, x, y, trial.seed, noised)
         halves = {k: v.half().contiguous() for k, v in guide.state_dict().items()}
         with disk.whole_files(folder) as new:
             save_file(halves, new / CLASSIFIER)
@@ -225,32 +219,21 @@ def classifier(
     return guide.eval().requires_grad_(False), folder
 
 
-def synthesise(
-    prior: Pretrained, trial: Trial, x: Images, y: Labels, n: int, seed: int
-) -> tuple[AnyImages, Int[Tensor, " _made"]]:
-    """Synthetic images in [-1, 1], n of every class, and the class each was made for.
-
-    The arguments are those of a classifier that `steers`.
-    """
-    guide = steers(prior, trial, x, y, seed)
-    classes = torch.arange(int(y.max()) + 1, device=next(guide.parameters()).device)
-    wanted = classes.repeat_interleave(n)
-    how = dict(sampler=trial.sampler, steps=trial.sampler_steps, clip=False, seed=seed)
-    made = steering.steered(prior.model, guide, wanted, gradient_scale=trial.gradient_scale, **how)
-    return prior.autoencoder.decode(made).cpu(), wanted.cpu()
-
-
 def judged(
     prior: Pretrained, trial: Trial, x: Images, y: Labels, copy_distance: float, seed: int
 ) -> tuple[nn.Module, AnyImages, pd.DataFrame]:
     """Synthetic images, and what a network trained on the labelled ones says of them.
 
-    Arguments are as of `synthesise` and :class:`hallulib.augment.selection.FeatureSpace`. Given
-    are the network, the images and, for each of these, the row of ``FeatureSpace.judge``.
+    Arguments are as of `steers` and :class:`hallulib.augment.selection.FeatureSpace`. Given are
+    the network, the images in [-1, 1], equally many of each class, and for each of these the row
+    of ``FeatureSpace.judge``.
     """
-    judge = _network(trial, x, y, seed, "classical")
-    n = per_class(trial.ratio, len(x), int(y.max()) + 1) * trial.candidates
-    made, wanted = synthesise(prior, trial, x, y, n, seed)
+    judge, classes = _network(trial, x, y, seed, "classical"), int(y.max()) + 1
+    n = per_class(trial.ratio, len(x), classes) * trial.candidates
+    guide, wanted = steers(prior, trial, x, y, seed), torch.arange(classes).repeat_interleave(n)
+    how: dict[str, Any] = dict(steps=trial.sampler_steps, clip=False, seed=seed)
+    z = steering.steered(prior.model, guide, wanted, gradient_scale=trial.gradient_scale, **how)
+    made = prior.autoencoder.decode(z).cpu()
     space = FeatureSpace.fit(judge, x, y, copy_distance)
     return judge, made, space.judge(made, wanted, trial.confidence)
 
@@ -258,7 +241,7 @@ def judged(
 def _network(trial: Trial, x: Images, y: Labels, seed: int, arm: str) -> nn.Module:
     change = None if arm == "real" else changed
     steps, width = trial.resnet_steps, trial.resnet_width
-    return train_resnet(x, y, steps=steps, width=width, change=change, seed=seed, told=arm)
+    return train_resnet(x, y, steps=steps, width=width, change=change, seed=seed)
 
 
 def _check_two_of_each(y: Labels, classes: str) -> None:
@@ -371,7 +354,7 @@ class SyntheticAugmenter(ImageEstimator):
         """The parameters that are settings of an experiment, as these."""
         shared = {f.name for f in fields(Trial)} & self.get_params().keys()
         values = {name: getattr(self, name) for name in shared}
-        return Trial("y", encoder_width=self.width, seed=self._seed, **values)
+        return Trial("y", seed=self._seed, **values)
 
     def _given(self, x: Images) -> Pretrained:
         """The autoencoder and the score model that ``pretrained`` names, if they suit images."""
@@ -399,19 +382,20 @@ class SyntheticAugmenter(ImageEstimator):
 
 def run(
     images: ImageSet, trial: Trial, *, from_scratch: bool = False
-) -> tuple[pd.DataFrame, list[Path]]:
-    """Scores of every arm in every fold, found by the settings or measured now.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of every arm in every fold, found by the settings or measured now, and the verdicts.
 
     Each fold is a run of its own: an interrupted experiment goes on with the fold it was in. The
-    table has one row per fold and test image: ``fold``, ``patient``, ``label`` (index of the
-    class), and for each arm and class ``<arm> <class>``, the probability. The folders are those of
-    the folds, with ``verdicts.csv`` (one row per synthetic image) and the images in them.
+    first table has one row per fold and test image: ``fold``, ``patient``, ``label`` (index of the
+    class), and for each arm and class ``<arm> <class>``, the probability. The second has one row
+    per synthetic image, as :meth:`hallulib.augment.selection.FeatureSpace.judge` gives it, with
+    ``fold`` and whether the arms ``selected`` and ``unselected`` learnt from it.
 
     Raises:
         UserError: an empty split, fewer than two classes or images of one, or none admitted.
     """
     prior = pretrained(images, trial, from_scratch)
-    scores, folders = [], []
+    tables = []
     for fold in range(trial.folds):
         folder = store.load_or_train(
             f"augmented-{images.name}",
@@ -423,58 +407,49 @@ def run(
             fold=fold,
             **{k: v for k, v in asdict(trial).items() if k != "folds"},
         )
-        scores.append(read_scores(folder / SCORES).assign(fold=fold))
-        folders.append(folder)
-    return pd.concat(scores, ignore_index=True), folders
+        both = read_scores(folder / SCORES), pd.read_csv(folder / VERDICTS)
+        tables.append([table.assign(fold=fold) for table in both])
+    scores, verdicts = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))
+    return scores, verdicts
 
 
 def _measure(
     images: ImageSet, trial: Trial, prior: Pretrained, folder: Path, fold: int, **_
 ) -> None:
-    known, test, held_out = (
-        images.select(split, labelled=trial.scheme) for split in ("train", "test", "val")
-    )
-    names, _known, y_test = _classes(known, test, trial.scheme)
-    x, y = _labelled(images, trial, fold)
+    test, held_out = (images.select(split, labelled=trial.scheme) for split in ("test", "val"))
+    x, y, names = _labelled(images, trial, fold)
     distance = copy_threshold(x, held_out.tensor())
-    networks, made, verdicts = _arms(prior, trial, x, y, distance, trial.seed + fold)
+    networks, verdicts = _arms(prior, trial, x, y, distance, trial.seed + fold)
 
     asked = np.sort(np.random.default_rng(0).permutation(len(test))[: trial.n_test])
+    scores = test.table[["patient"]].iloc[asked].reset_index(drop=True)
+    scores["label"] = pd.Index(names).get_indexer(test.table[trial.scheme].iloc[asked])
     x_test = test.tensor(asked)
-    patients = test.table["patient"].iloc[asked].to_numpy()
-    scores = pd.DataFrame({"patient": patients, "label": y_test[asked].numpy()})
     for arm in ARMS:
         scores[[f"{arm} {name}" for name in names]] = read(networks[arm], x_test)[1]
-    real, synthetic = (((part + 1) * 127.5).round().to(torch.uint8) for part in (x, made))
     with disk.whole_files(folder) as new:
-        save_file({"real": real, "labels": y, "synthetic": synthetic}, new / SYNTHETIC)
         verdicts.to_csv(new / VERDICTS, index=False)
         scores.to_csv(new / SCORES, index=False)
 
 
-def _labelled(images: ImageSet, trial: Trial, fold: int) -> tuple[Images, Labels]:
-    """The training images that keep their label in a fold, and their classes."""
+def _labelled(images: ImageSet, trial: Trial, fold: int) -> tuple[Images, Labels, list[str]]:
+    """The training images that keep their label in a fold, their classes, and the names of all
+    classes with training images.
+    """
     known = images.select("train", labelled=trial.scheme)
-    _, y, _ = _classes(known, known, trial.scheme)
-    rows = choose(y, 0, trial.seed + fold, trial.share)
-    return known.tensor(rows), y[rows]
-
-
-def _classes(known: ImageSet, test: ImageSet, scheme: str) -> tuple[list[str], Tensor, Tensor]:
-    """Classes with training images, and the position among them of every label, or -1."""
-    names = [c for c in known.classes(scheme) if c in set(known.table[scheme])]
-    position = {name: i for i, name in enumerate(names)}
-    y, y_test = (
-        torch.tensor([position.get(c, -1) for c in part.table[scheme]]) for part in (known, test)
+    present, y = known.labels(trial.scheme).unique(return_inverse=True)
+    names = [known.classes(trial.scheme)[c] for c in present]
+    _check_two_of_each(
+        y, f"{known.name}: {len(names)} classes of {trial.scheme} in the split train"
     )
-    _check_two_of_each(y, f"{known.name}: {len(names)} classes of {scheme} in the split train")
-    return names, y, y_test
+    rows = choose(y, 0, trial.seed + fold, trial.share)
+    return known.tensor(rows), y[rows], names
 
 
 def _arms(
     prior: Pretrained, trial: Trial, x: Images, y: Labels, copy_distance: float, seed: int
-) -> tuple[dict[str, nn.Module], AnyImages, pd.DataFrame]:
-    """A network for each arm, the synthetic images, and which of them two arms learnt from."""
+) -> tuple[dict[str, nn.Module], pd.DataFrame]:
+    """A network for each arm, and of the synthetic images which of them two arms learnt from."""
     networks = {"real": _network(trial, x, y, seed, "real")}
     networks["classical"], made, verdicts = judged(prior, trial, x, y, copy_distance, seed)
     verdicts["selected"] = take(verdicts, per_class(trial.ratio, len(x), int(y.max()) + 1))
@@ -484,7 +459,7 @@ def _arms(
         learnt = torch.tensor(verdicts[arm].to_numpy())
         both = torch.cat([x, made[learnt]]), torch.cat([y, wanted[learnt]])
         networks[arm] = _network(trial, *both, seed, arm)
-    return networks, made, verdicts
+    return networks, verdicts
 
 
 def _at_random(verdicts: pd.DataFrame, seed: int) -> np.ndarray:
@@ -493,10 +468,3 @@ def _at_random(verdicts: pd.DataFrame, seed: int) -> np.ndarray:
     for _, of_class in verdicts.groupby("wanted"):
         taken[rng.permutation(of_class.index.to_numpy())[: of_class["selected"].sum()]] = True
     return taken
-
-
-def read_fold(folder: Path) -> tuple[Images, Labels, AnyImages, pd.DataFrame]:
-    """Labelled images of a fold and their classes, its synthetic images and their verdicts."""
-    pixels = load_file(folder / SYNTHETIC)
-    real, made = (pixels[k].float() / 127.5 - 1 for k in ("real", "synthetic"))
-    return real, pixels["labels"], made, pd.read_csv(folder / VERDICTS)

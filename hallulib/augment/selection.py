@@ -13,7 +13,6 @@ section 2.3. Their released code computes the centroids with the synthetic image
 ones; here no synthetic image has a say in what is admitted.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,6 @@ from hallulib.evidence.resnet import read
 from hallulib.shapes import AnyImages, Images, Labels
 
 ADMITTED = "admitted"
-REASONS = (ADMITTED, "other class nearer", "not confident", "copy")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class FeatureSpace:
 
         Its columns are the class ``wanted``, ``nearest`` centroid, ``distance`` to the wanted one
         (mean square over features), ``probability`` of the wanted class, ``copy_of`` (the nearest
-        training image), ``copy_distance`` and ``verdict``, one of `REASONS`.
+        training image), ``copy_distance`` and ``verdict``, `ADMITTED` or what is wrong.
         """
         pooled, probabilities = read(self.network, samples)
         gaps = normalised(pooled)[:, None] - self.centroids
@@ -106,12 +104,3 @@ def take(verdicts: pd.DataFrame, per_class: int) -> Bool[np.ndarray, " samples"]
         )
     rows = passed.sort_values("distance").groupby("wanted").head(per_class).index
     return np.isin(np.arange(len(verdicts)), rows)
-
-
-def rates(verdicts: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """How many samples of each class met which verdict, and the rate of the admitted."""
-    counts = pd.crosstab(verdicts["wanted"], verdicts["verdict"])
-    counts = counts.reindex(index=range(len(labels)), columns=list(REASONS), fill_value=0)
-    counts.index = pd.Index(labels, name="class")
-    counts["rate"] = counts[ADMITTED] / counts.sum(axis=1)
-    return counts

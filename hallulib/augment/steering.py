@@ -12,12 +12,13 @@ code trains on clean latents only.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hallulib.diffusion.sample import draw
 from hallulib.diffusion.score import EpsFn, ScoreModel, classifier_guided, stratified_times
@@ -74,8 +75,8 @@ def train(
     lr: float = 5e-4,
     noised: bool = True,
     seed: int = 0,
-) -> Iterator[float]:
-    """Train on noised images, every class drawn equally often, one yielded loss per step.
+) -> NoisyClassifier:
+    """The classifier, trained on noised images, every class drawn equally often.
 
     The rate falls from ``lr`` to 0 along a cosine. Without ``noised`` it repeats the fault of the
     published code, which trains on clean images and asks at all times.
@@ -85,7 +86,7 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng = torch.Generator(x.device).manual_seed(seed)
     weights = 1 / torch.bincount(y)[y].double()
-    for _ in range(steps):
+    for _ in tqdm(range(steps), desc="noise-aware classifier"):
         rows = torch.multinomial(weights, batch_size, replacement=True, generator=rng)
         t = stratified_times(batch_size, classifier.sde.t_train, rng)
         t = t if noised else torch.full_like(t, classifier.sde.t_train)
@@ -95,23 +96,7 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
-        yield float(loss.detach())
-    classifier.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def accuracy_at(
-    classifier: NoisyClassifier, x: Images, y: Labels, times: Sequence[float], seed: int = 0
-) -> list[float]:
-    """Share of images whose class is recognised at each of several times, noised once each."""
-    rng = torch.Generator(x.device).manual_seed(seed)
-    shares = []
-    for time in times:
-        eps = torch.randn(x.shape, generator=rng, device=x.device)
-        t = torch.full((len(x),), float(time), device=x.device)
-        answers = classifier(classifier.sde.diffuse(x, t, eps), t).argmax(1)
-        shares.append(float((answers == y).double().mean()))
-    return shares
+    return classifier.eval().requires_grad_(False)
 
 
 def steered(
@@ -129,8 +114,6 @@ def steered(
     """
 
     def steer(eps: EpsFn, rows: Labels) -> EpsFn:
-        if not gradient_scale:
-            return eps
         wanted = classifier.log_prob(y.to(rows.device)[rows])
         return classifier_guided(model.sde, eps, wanted, gradient_scale)
 

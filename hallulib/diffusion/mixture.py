@@ -6,7 +6,7 @@ has to learn for images is a formula here, for teaching and for tests alike.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -70,20 +70,10 @@ class GaussianMixture:
 
 
 class ClassMixture:
-    """Classes that are mixtures themselves: a score model without network, in closed form.
+    """Classes that are mixtures themselves: a score model without network, in closed form."""
 
-    ``priors``, how frequent the classes are, are normalised here, and equal unless given.
-    """
-
-    def __init__(
-        self,
-        sde: SDE,
-        classes: Mapping[str, GaussianMixture],
-        priors: Sequence[float] | None = None,
-    ):
+    def __init__(self, sde: SDE, classes: Mapping[str, GaussianMixture]):
         self.sde, self.labels, self.parts = sde, tuple(classes), tuple(classes.values())
-        frequencies = torch.tensor(priors or [1.0] * len(classes), dtype=torch.float64)
-        self.priors = frequencies / frequencies.sum()
 
     index = ScoreModel.index  # of label strings
 
@@ -98,5 +88,5 @@ class ClassMixture:
         return torch.stack([part.log_prob(self.sde, x, times) for part in self.parts], 1)
 
     def posterior(self, x: Images, t: float = 0.0) -> Float[Tensor, "batch classes"]:
-        """Exact probability of each class given ``x_t``."""
-        return (self.log_prob(x, t) + self.priors.log().to(x)).softmax(1)
+        """Exact probability of each class given ``x_t``, if all are equally frequent."""
+        return self.log_prob(x, t).softmax(1)

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hallulib.diffusion.score import Condition, EpsFn, ScoreModel, clipped, guided, score_of_eps
-from hallulib.diffusion.sde import SDE
+from hallulib.diffusion.sde import SDE, per_image
 from hallulib.shapes import Images, Labels
 
 Levels = Float[Tensor, " levels"]
@@ -88,33 +88,35 @@ def _noise(like: Images, rng: Rng) -> Images:
     return torch.randn(like.shape, generator=rng, device=like.device, dtype=like.dtype)
 
 
-def _given_image(y: Images, x_0: Images, s: Tensor, r: Tensor, rng: Rng) -> Images:
-    """A draw at level ``r`` given ``y`` at ``s`` and the image at 0."""
-    share = float((r / s) ** 2)
-    return x_0 + share * (y - x_0) + float(r) * (1 - share) ** 0.5 * _noise(y, rng)
-
-
 @torch.no_grad()
-def ancestral(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> States:
+def ancestral(
+    sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng, corrected: bool = False
+) -> States:
     r"""DDPM's ancestral sampling: draw each level from its law given the next and the image.
 
-    Exact for all three diffusions, were the image known.
+    Exact for all three diffusions, were the image known; ``corrected`` by `predictor_corrector`.
 
     Source: Ho et al. 2020, eqs. (6)-(7), written for :math:`y = x / \alpha`.
     """
     walk = _Walk(sde, eps)
     y = x / walk.at(levels[0])[1]
     for s, r in pairwise(levels):
-        x_0 = walk.denoised(y, s)
-        y = _given_image(y, x_0, s, r, rng)
+        if corrected:
+            step = 2 * (0.16 * float(s)) ** 2
+            y = y - step * (walk.eps(y, s) / float(s)) + (2 * step) ** 0.5 * _noise(y, rng)
+        x_0, share = walk.denoised(y, s), float((r / s) ** 2)
+        y = x_0 + share * (y - x_0) + float(r) * (1 - share) ** 0.5 * _noise(y, rng)
         yield walk.state(y, x_0, r)
 
 
 @torch.no_grad()
 def euler_maruyama(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> States:
-    """The reverse SDE by the Euler-Maruyama rule, as in Pachetti & Colantonio 2024.
+    r"""The reverse SDE by the Euler-Maruyama rule, as in Pachetti & Colantonio 2024.
 
-    Source: Song et al. 2021, eq. (6); the last step removes the noise at once (appendix G).
+    .. math:: dx = (f - g^2 \nabla\log p_t)\,dt + g\,dw, \qquad dt < 0
+
+    Source: Anderson 1982; Song et al. 2021, eq. (6), and appendix G: the last step removes the
+    noise at once.
     """
     walk = _Walk(sde, eps)
     for s, r in pairwise(levels):
@@ -122,17 +124,16 @@ def euler_maruyama(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) ->
         times = x.new_full((len(x),), t)
         noise = walk.eps(x / alpha, s)
         x_0 = x / alpha - float(s) * noise
-        score = score_of_eps(sde, noise, times)
-        drift, g = sde.reverse(lambda *_: score, x, times)  # noqa: B023  # called at once
+        drift, g = sde.drift_diffusion(x, times)
+        drift = drift - per_image(g**2, x) * score_of_eps(sde, noise, times)
         dt = t_next - t
         if r > 0:
-            x = x + drift * dt + g.view(-1, 1, 1, 1) * (-dt) ** 0.5 * _noise(x, rng)
+            x = x + drift * dt + per_image(g, x) * (-dt) ** 0.5 * _noise(x, rng)
         else:
             x = x_0
         yield State(x, x_0, t_next)
 
 
-@torch.no_grad()
 def predictor_corrector(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rng) -> States:
     r"""At each level, a Langevin step that mends the sample, then an ancestral step.
 
@@ -141,14 +142,7 @@ def predictor_corrector(sde: SDE, eps: EpsFn, x: Images, levels: Levels, rng: Rn
 
     Source: Song et al. 2021, algorithms 2-5.
     """
-    walk = _Walk(sde, eps)
-    y = x / walk.at(levels[0])[1]
-    for s, r in pairwise(levels):
-        step = 2 * (0.16 * float(s)) ** 2
-        y = y - step * (walk.eps(y, s) / float(s)) + (2 * step) ** 0.5 * _noise(y, rng)
-        x_0 = walk.denoised(y, s)
-        y = _given_image(y, x_0, s, r, rng)
-        yield walk.state(y, x_0, r)
+    return ancestral(sde, eps, x, levels, rng, corrected=True)
 
 
 @torch.no_grad()

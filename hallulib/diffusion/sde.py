@@ -71,14 +71,6 @@ class SDE(ABC):
         alpha, sigma = self.alpha_sigma(t)
         return per_image(alpha, x_0) * x_0 + per_image(sigma, x_0) * eps
 
-    def reverse(self, score: ScoreFn, x: Images, t: Times) -> tuple[Images, Times]:
-        r"""Drift :math:`f - g^2 \nabla\log p_t` and diffusion of the reverse SDE (``dt < 0``).
-
-        Source: Anderson 1982; Song et al. 2021, eq. (6).
-        """
-        drift, g = self.drift_diffusion(x, t)
-        return drift - per_image(g**2, x) * score(x, t), g
-
     def probability_flow(self, score: ScoreFn, x: Images, t: Times) -> Images:
         r"""Velocity :math:`f - \tfrac12 g^2 \nabla\log p_t` of the ODE with the same marginals.
 

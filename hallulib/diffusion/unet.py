@@ -26,7 +26,7 @@ from torch import nn
 
 from hallulib import UserError
 from hallulib.diffusion.score import Condition, ScoreModel
-from hallulib.diffusion.sde import SDE, SDES, VPSDE
+from hallulib.diffusion.sde import SDES, VPSDE
 from hallulib.shapes import Images, Labels, Times, seeded
 from hallulib.storage import disk
 
@@ -61,7 +61,6 @@ class ClassUNet(nn.Module):
 
 
 def build(
-    sde: SDE | None = None,
     *,
     size: int,
     channels: int = 1,
@@ -74,7 +73,7 @@ def build(
     The image is halved until its side is 8 pixels or odd; the resolutions have once, twice, and
     from the third on three times ``width`` channels, with self-attention at the coarsest. A width
     of 32 suits a CPU at 32 pixels (1.8 M weights), 128 a GPU. Without labels the model is
-    unconditional, without ``sde`` it is VP.
+    unconditional; its diffusion is VP.
 
     Raises:
         UserError: a width that is no multiple of 8, or a size that leaves more than 16 pixels a
@@ -103,7 +102,7 @@ def build(
             norm_num_groups=min(8, width // 2),
             class_embed_type="identity",
         )
-        return ScoreModel(sde or VPSDE(), ClassUNet(unet, len(labels)), labels)
+        return ScoreModel(VPSDE(), ClassUNet(unet, len(labels)), labels)
 
 
 def relabelled(model: ScoreModel, labels: Sequence[str], forget: bool = False) -> ScoreModel:

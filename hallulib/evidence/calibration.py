@@ -8,7 +8,7 @@ of them by chance, so the order of the classes never matters.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +28,6 @@ COLDEST, HOTTEST = 1e-2, 1e4
 
 LogDensities = Float[Tensor, "batch k"]
 Probabilities = Float[Tensor, "batch k"]
-Priors = Sequence[float] | Float[Tensor, " k"]
 
 
 @dataclass(frozen=True)
@@ -53,26 +52,22 @@ class RiskCoverage(NamedTuple):
     area: float
 
 
-def posterior(
-    log_density: LogDensities, priors: Priors | None = None, temperature: float | int = 1.0
-) -> Probabilities:
-    r"""Probability of each class, by Bayes' rule with softened densities.
+def posterior(log_density: LogDensities, *, temperature: float | int = 1.0) -> Probabilities:
+    r"""Probability of each class, by Bayes' rule with equal priors and softened densities.
 
-    .. math:: p(c \mid x) = \frac{p(c)\, p(x \mid c)^{1/T}}{\sum_b p(b)\, p(x \mid b)^{1/T}}
+    .. math:: p(c \mid x) = \frac{p(x \mid c)^{1/T}}{\sum_b p(x \mid b)^{1/T}}
 
-    Args:
-        log_density: nats, or log-ratios to any one class: what is added to a row does not matter.
-        priors: probability of each class before the image is seen, equal unless given.
-        temperature: T, above 0; 1 takes the densities at their word, more is less sure.
+    Densities are in nats, or ratios to any one class: what is added to a row does not matter. T is
+    above 0; 1 takes the densities at their word, more is less sure.
 
     Example:
-        >>> posterior(torch.tensor([[0.0, 0.0]]), priors=[0.25, 0.75])
-        tensor([[0.2500, 0.7500]], dtype=torch.float64)
+        >>> posterior(torch.tensor([[0.0, 0.0]]))
+        tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
-    return (log_density.double() / temperature + _log_priors(log_density, priors)).softmax(1)
+    return (finite(log_density).double() / temperature).softmax(1)
 
 
-def fit_temperature(log_density: LogDensities, y: Labels, priors: Priors | None = None) -> float:
+def fit_temperature(log_density: LogDensities, y: Labels) -> float:
     r"""The temperature that makes the true classes most likely.
 
     .. math:: \min_T \; -\frac1n \sum_i \log p_T(y_i \mid x_i)
@@ -81,21 +76,20 @@ def fit_temperature(log_density: LogDensities, y: Labels, priors: Priors | None 
     reach from 0.01 to 10000 times the mean distance of a log-density from the mean of its row. The
     lowest is returned where all classes are told apart without error, the highest where the true
     class is the least likely on average, and 1 where log-densities are equal. They are nats or
-    log-ratios of images that were *not* trained on; ``priors``, as in `posterior`, are above 0 for
-    each class that occurs.
+    log-ratios of images that were *not* trained on.
 
     Source: Guo et al., *On Calibration of Modern Neural Networks*, 2017, section 4.2.
     https://arxiv.org/abs/1706.04599
     """
-    log_priors = _log_priors(log_density, priors)
-    centred = log_density.double() - log_density.double().mean(1, keepdim=True)
+    log_density = finite(log_density).double()
+    centred = log_density - log_density.mean(1, keepdim=True)
     scale = float(centred.abs().mean())
     if scale == 0:
         return 1.0
     true = centred.gather(1, y[:, None]).mean()
 
     def slope(log_t: float) -> float:
-        p = (centred / (scale * math.exp(log_t)) + log_priors).softmax(1)
+        p = (centred / (scale * math.exp(log_t))).softmax(1)
         return float(true - (p * centred).sum(1).mean())
 
     return scale * math.exp(_root(slope, math.log(COLDEST), math.log(HOTTEST)))
@@ -168,12 +162,6 @@ def finite(log_density: LogDensities) -> LogDensities:
     if not torch.isfinite(log_density).all():
         raise UserError("a log-density is not finite; all must be finite numbers")
     return log_density
-
-
-def _log_priors(log_density: LogDensities, priors: Priors | None) -> Float[Tensor, " k"]:
-    k = finite(log_density).shape[1]
-    priors = torch.as_tensor([1 / k] * k if priors is None else priors, dtype=torch.float64)
-    return priors.log().to(log_density.device)
 
 
 def _answers(p: Probabilities, y: Labels) -> tuple[PerImage, PerImage]:

@@ -196,7 +196,8 @@ def over_patients(values: ArrayLike, groups: int) -> Interval:
         >>> print(over_patients([[0.5, 0.6, 0.7, 0.6], [0.5, 0.7, 0.8, 0.6]], groups=2))
         0.625 [0.307, 0.943], n = 2 in 2 trainings
     """
-    table = _by_group(values, groups)
+    values = np.atleast_2d(_array(values).astype(float))
+    table = np.stack([values[:, g::groups].mean(1) for g in range(groups)], 1)
     (trainings, groups), mean = table.shape, table.mean()
     squares = [  # mean squares of trainings and of groups, with their degrees of freedom
         (table.size / n * ((table.mean(1 - axis) - mean) ** 2).sum() / (n - 1), n - 1)
@@ -209,12 +210,6 @@ def over_patients(values: ArrayLike, groups: int) -> Interval:
     freedom = total**2 / sum(square**2 / df for square, df in squares) if total else 1.0
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(total / table.size))
     return Interval(float(mean), float(mean) - half, float(mean) + half, groups, trainings)
-
-
-def _by_group(values: ArrayLike, groups: int) -> np.ndarray:
-    """Mean of the episodes of each group, (trainings, groups)."""
-    values = np.atleast_2d(_array(values).astype(float))
-    return np.stack([values[:, g::groups].mean(1) for g in range(groups)], 1)
 
 
 def of_episodes(
@@ -349,34 +344,26 @@ def of_folds(
     Folds and, within them, test patients are drawn with replacement: folds share test images, so
     neither alone would tell how much another experiment might differ. ``scores`` have one row per
     fold and test image, as :func:`hallulib.augment.run` gives. One row per arm; gains are over the
-    arm ``against``, on the same folds and patients, and the AUROC is the mean over folds of the
-    macro mean over classes.
+    arm ``against``, on the same folds and patients.
     """
-    fold, folds = pd.factorize(scores["fold"])
-    who, patients = pd.factorize(scores["patient"])
+    at = [pd.factorize(scores[name])[0] for name in ("fold", "patient")]
     rng = np.random.default_rng(seed)
-    sizes = len(folds), len(patients)
-    drawn = [np.ix_(*(rng.integers(size, size=size) for size in sizes)) for _ in range(resamples)]
-
-    def cells(values: np.ndarray | int) -> np.ndarray:
-        sums = np.zeros(sizes)
-        np.add.at(sums, (fold, who), values)
-        return sums
+    cells = lambda values: pd.crosstab(*at, values, aggfunc="sum").fillna(0).to_numpy()
+    n = cells(np.ones(len(scores)))
+    drawn = [np.ix_(*(rng.integers(k, size=k) for k in n.shape)) for _ in range(resamples)]
 
     def interval(sums: np.ndarray) -> list[float]:
         means = [sums[cell].sum() / n[cell].sum() for cell in drawn]
         return [sums.sum() / n.sum(), *np.quantile(means, (0.025, 0.975))]
 
-    y, n = scores["label"].to_numpy(), cells(1)
+    y = scores["label"].to_numpy()
     right = {arm: cells(columns(scores, arm).argmax(1) == y) for arm in arms}
     rows = []
     for arm in arms:
-        accuracy, low, high = interval(right[arm])
-        areas = [float(auroc(p["label"], columns(p, arm))) for _, p in scores.groupby("fold")]
-        row = {"arm": arm, "accuracy": accuracy, "low": low, "high": high, "AUROC": np.mean(areas)}
+        row = dict(zip(("accuracy", "low", "high"), interval(right[arm]), strict=True))
         if arm != against:
             row |= _gain(*interval(right[arm] - right[against]))
-        rows.append(row)
+        rows.append({"arm": arm, **row})
     return pd.DataFrame(rows)
 
 

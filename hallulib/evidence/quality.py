@@ -2,18 +2,16 @@ r"""How good samples are: do they look real, do they cover the data, are they co
 
 `features` describes an image by about a hundred numbers from a fixed filter bank: no weights, no
 download, no random numbers. On features of real and generated images `frechet_distance` and
-`kernel_distance` compare the two distributions, and `density_coverage` tells realistic from
-complete. `memorisation` compares pixels: the `nearest` training image of every sample, against the
-same distance for held-out real images. Values compare only at equal image size and numbers of
-images: the Frechet distance of finite samples is biased upwards, so quote it beside that of two
-real halves, split by patient, since slices of one patient are alike.
+`kernel_distance` compare the two distributions; `coverage` asks how much of the data has a sample
+near by, and `nearest`, in pixels, how far a sample is from a copy, where held-out real images tell
+what is far. Values compare only at equal image size and numbers of images: the Frechet distance of
+finite samples is biased upwards, so quote it beside that of two real halves, split by patient,
+since slices of one patient are alike.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -27,34 +25,12 @@ Features = Float[Tensor, "batch features"]
 AnyFeatures = Float[Tensor, "_ features"]  # two sets that are compared differ in length
 
 
-class Estimate(NamedTuple):
-    """A value and its standard error."""
-
-    value: float
-    error: float
-
-
-class DensityCoverage(NamedTuple):
-    """Mean number of real neighbourhoods around a sample, and share of those that hold one."""
-
-    density: float
-    coverage: float
-
-
 @dataclass(frozen=True)
 class Nearest:
     """Position of the nearest training image of each sample, and its distance."""
 
     index: Int[Tensor, " batch"]
     distance: PerImage
-
-
-class Memorisation(NamedTuple):
-    """Share of samples nearer to training images than ``threshold``."""
-
-    share: float
-    threshold: float
-    nearest: Nearest
 
 
 def features(images: Images) -> Features:
@@ -172,76 +148,41 @@ def _moments(x):
     return mean, torch.linalg.qr((x - mean) / math.sqrt(len(x) - 1), mode="r").R
 
 
-def kernel_distance(real: AnyFeatures, generated: AnyFeatures, *, blocks: int = 10) -> Estimate:
+def kernel_distance(real: AnyFeatures, generated: AnyFeatures) -> float:
     r"""Unbiased squared maximum mean discrepancy under the kernel (x.y / features + 1)^3.
 
     .. math:: \frac{\sum_{i \ne j} k(r_i, r_j)}{n(n-1)} + \frac{\sum_{i \ne j} k(g_i, g_j)}{m(m-1)}
               - \frac{2 \sum_{ij} k(r_i, g_j)}{nm}
 
-    Zero on average for two samples of one distribution, however few (so it may be negative). The
-    standard error is the jackknife's over so many ``blocks`` of neighbouring rows, at least two
-    each; rows sorted by patient keep slices of one patient together and the error honest.
+    Zero on average for two samples of one distribution, however few (so it may be negative).
 
     Source: Gretton et al. 2012, eq. 3, https://jmlr.org/papers/v13/gretton12a.html; the kernel:
     Binkowski et al. 2018, https://arxiv.org/abs/1801.01401.
     """
-    real, generated = _pair(real, generated)
-    r, g = real.tensor_split(blocks), generated.tensor_split(blocks)
-    within_r, within_g, between = _kernel_sums(r, r), _kernel_sums(g, g), _kernel_sums(r, g)
-    n, m = (torch.tensor([len(b) for b in x], dtype=torch.double) for x in (r, g))
-
-    def distance(among):
-        rows_r, rows_g = among @ n, among @ m
-        return (
-            among @ within_r @ among / (rows_r * (rows_r - 1))
-            + among @ within_g @ among / (rows_g * (rows_g - 1))
-            - 2 * (among @ between @ among) / (rows_r * rows_g)
-        )
-
-    left_out = torch.stack([distance(rest) for rest in 1 - torch.eye(blocks, dtype=torch.double)])
-    error = math.sqrt((blocks - 1) * left_out.var(correction=0))
-    return Estimate(float(distance(torch.ones_like(n))), error)
+    r, g = _pair(real, generated)
+    within_r, within_g, between = (
+        (x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((r, r), (g, g), (r, g))
+    )
+    distance = -2 * between.mean()
+    for kernel in (within_r, within_g):
+        distance += (kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1))
+    return float(distance)
 
 
-def _kernel_sums(a, b):
-    """Sum of the kernel over each pair of blocks, images with themselves left out."""
+def coverage(real: AnyFeatures, generated: AnyFeatures, *, k: int = 5) -> float:
+    r"""The share of real images with a sample nearer than their k-th nearest other real image.
 
-    def total(x, y):
-        kernel = (x @ y.T / x.shape[1] + 1) ** 3
-        return kernel.sum() - (kernel.trace() if x is y else 0)
+    For as many samples of the same distribution as real images it is :math:`1 - 2^{-k}` on
+    average.
 
-    return torch.tensor([[total(x, y) for y in b] for x in a], dtype=torch.double)
-
-
-def density_coverage(real: AnyFeatures, generated: AnyFeatures, *, k: int = 5) -> DensityCoverage:
-    r"""How densely samples lie among real images, and the share of real images they cover.
-
-    With the ball of each real image :math:`r_i` reaching its k-th nearest other real image,
-
-    .. math:: \mathrm{density} = \frac{1}{k\,m} \sum_{j=1}^{m} \#\{i : g_j \in B_k(r_i)\},
-              \qquad \mathrm{coverage} = \frac1n \#\{i : \exists j,\ g_j \in B_k(r_i)\}.
-
-    Density is 1 on average for samples of the same distribution and may exceed it; coverage then
-    is :math:`1 - 2^{-k}` for as many samples as real images.
-
-    Source: Naeem et al. 2020, https://arxiv.org/abs/2002.09797.
+    Source: Naeem et al. 2020, eq. 5. https://arxiv.org/abs/2002.09797
     """
     real, generated = _pair(real, generated)
-    # of each real image to its k-th nearest other one; the image itself is the first
-    radii = torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(real, real)])
-    covered, hits = torch.zeros(len(real), dtype=torch.bool, device=real.device), 0
-    for distances in _distances(generated, real):
-        inside = distances <= radii
-        covered |= inside.any(0)
-        hits += int(inside.sum())
-    return DensityCoverage(hits / (k * len(generated)), float(covered.double().mean()))
-
-
-def _distances(a, b) -> Iterator[Tensor]:
-    """Exact distances of rows, in chunks of ``a`` that fit 2^24 of them."""
-    for chunk in a.split(max(1, 2**24 // len(b))):
-        # the product form |a|^2 + |b|^2 - 2ab would not give 0 for equal rows
-        yield torch.cdist(chunk, b, compute_mode="donot_use_mm_for_euclid_dist")
+    # the product form |a|^2 + |b|^2 - 2ab would not give 0 for equal rows
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    # the nearest real image of each is the image itself
+    radii = distances(real, real).kthvalue(k + 1, dim=1).values
+    return float((distances(real, generated).amin(1) <= radii).double().mean())
 
 
 def nearest(train: AnyImages, samples: AnyImages) -> Nearest:
@@ -252,26 +193,9 @@ def nearest(train: AnyImages, samples: AnyImages) -> Nearest:
     """
     train, samples = train.flatten(1), samples.flatten(1).to(train.device)
     centre = train.mean(0)  # the squares below then lose fewer digits
-    squares = [(t - centre).square().sum(1) for t in train.split(1024)]
-    index, distance = [], []
+    centred = train - centre
+    squares, index, distance = centred.square().sum(1), [], []
     for chunk in samples.split(256):
-        pairs = zip(squares, train.split(1024), strict=True)
-        gaps = [square - 2 * (chunk - centre) @ (t - centre).T for square, t in pairs]
-        index.append(torch.cat(gaps, 1).argmin(1))
+        index.append((squares - 2 * (chunk - centre) @ centred.T).argmin(1))
         distance.append((chunk - train[index[-1]]).square().mean(1).sqrt())
     return Nearest(torch.cat(index), torch.cat(distance))
-
-
-def memorisation(
-    train: AnyImages, samples: AnyImages, held_out: AnyImages, *, quantile: float = 0.05
-) -> Memorisation:
-    """Share of samples closer to the training images than real images of other patients are.
-
-    The threshold is the ``quantile`` of the distances from held-out real images to their nearest
-    training image: the share of samples as new as a new patient. ``train`` holds all images the
-    model was trained on, and ``held_out`` at least ``1 / quantile`` of other patients.
-    """
-    copied = nearest(train, samples)
-    threshold = torch.quantile(nearest(train, held_out).distance, quantile)
-    share = (copied.distance < threshold).double().mean()
-    return Memorisation(float(share), float(threshold), copied)

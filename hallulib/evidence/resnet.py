@@ -70,13 +70,12 @@ def train_resnet(
     change: Callable[[Images, torch.Generator], Images] | None = lightly_changed,
     seed: int = 0,
     batch_size: int = 32,
-    told: str = "ResNet-18",
 ) -> nn.Sequential:
     """A ResNet-18 with pooling and classifier, trained with Adam; the rate falls to 0 by a cosine.
 
     The ``pooling``, learnt along, makes a vector of each feature map; without one it is the mean
     over positions. Classes, 0 to k - 1, are drawn equally often, as for the score model. Each
-    drawn batch goes through ``change``, if there is one; ``told`` is the name of the progress bar.
+    drawn batch goes through ``change``, if there is one.
     """
     rng = torch.Generator().manual_seed(seed)
     pooling = pooling or nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -89,7 +88,7 @@ def train_resnet(
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     network.train()
-    for _ in tqdm(range(steps), desc=told):
+    for _ in tqdm(range(steps), desc="ResNet-18"):
         rows = torch.multinomial(weights, batch_size, replacement=True, generator=rng)
         seen = x[rows] if change is None else change(x[rows], rng)
         loss = F.cross_entropy(network(seen), y[rows])

@@ -72,31 +72,43 @@ class Levels:
         return s, s**power * width / shares[band]
 
 
-class Errors:
-    r"""Weighted squared errors of the noise, pair by pair, the same pairs for all classes.
+@dataclass(frozen=True)
+class Noises:
+    r"""The noises that all images show to all classes.
 
-    With ``antithetic`` each is the mean over :math:`\epsilon` and :math:`-\epsilon`, where what is
-    linear cancels (Hammersley & Morton 1956). Arguments: see `decide`.
+    Attributes:
+        pairs: of noise and level, at most.
+        levels: where to look; `informative_levels` finds the best, all evenly unless given.
+        power: errors are weighted by ``s ** power``; 0 is the likelihood, more favours the coarse.
+        antithetic: every pair uses its noise with both signs, for two evaluations of each class;
+            what is linear in it cancels in the mean (Hammersley & Morton 1956).
+        seed: of the noises and the levels.
     """
+
+    pairs: int = 24
+    levels: Levels | None = None
+    power: float | int = 0.5
+    antithetic: bool = True
+    seed: int = 0
+
+
+class Errors:
+    """Weighted squared errors of the noise, pair by pair, the same pairs for all classes."""
 
     def __init__(
         self,
         model: ClassModel,
         x: Images,
-        levels: Levels | None,
-        pairs: int,
-        seed: int,
+        noises: Noises,
         batch: int,
-        power: float | int = 0,
-        antithetic: bool = False,
         classes: Sequence[str] | None = None,
     ):
         self.model, self.x, self.batch = model, in_type_of(model, x), batch
         self.y = model.index(model.labels if classes is None else classes).to(x.device)
-        self.levels = levels or Levels.even(model.sde)
-        self.rng = torch.Generator().manual_seed(seed)
-        self.s, weight = self.levels.draw(pairs, self.rng, power)
-        self.weight, self.signs = weight.tolist(), (1, -1) if antithetic else (1,)
+        self.levels = noises.levels or Levels.even(model.sde)
+        self.rng = torch.Generator().manual_seed(noises.seed)
+        self.s, weight = self.levels.draw(noises.pairs, self.rng, noises.power)
+        self.weight, self.signs = weight.tolist(), (1, -1) if noises.antithetic else (1,)
 
     @torch.no_grad()
     def __call__(self, r: int, wanted: Bool[Tensor, "batch classes"] | None = None) -> PerClass:
@@ -131,7 +143,8 @@ def bound(
     Each pair of noise and level is one sample; its level is not independent, so the error is less
     than stated. Other arguments are those of :func:`hallulib.likelihood.density.log_density`.
     """
-    errors = Errors(model, x, None, pairs, seed, batch, classes=classes)
+    noises = Noises(pairs, power=0, antithetic=False, seed=seed)
+    errors = Errors(model, x, noises, batch, classes)
     cost = torch.stack([errors(r) for r in range(pairs)], 2)
     d, s_1 = math.prod(x.shape[1:]), math.exp(errors.levels.last)
     blurred = 0.5 * d * (math.log(2 * math.pi * math.e) + 2 * errors.levels.first)
@@ -143,35 +156,24 @@ def bound(
 class Decision:
     """What `decide` found.
 
-    ``log_ratio``, with its standard ``error``, is the log-likelihood of each class against the
-    winner's, in nats where ``power`` is 0; of a class that was dropped, as it stood then. The
-    network ``evaluations`` of an image are over all classes. It is ``sure`` if one class is left;
-    if not, it used up its pairs.
+    ``log_ratio`` is the log-likelihood of each class against the winner's, in nats where ``power``
+    is 0; of a class that was dropped, as it stood then. The network ``evaluations`` of an image
+    are over all classes. It is ``sure`` if one class is left; if not, it used up its pairs.
     """
 
     log_ratio: PerClass
-    error: PerClass
     evaluations: Int[Tensor, " batch"]
     sure: Bool[Tensor, " batch"]
-
-    @property
-    def winner(self) -> Labels:
-        """The class in front."""
-        return self.log_ratio.argmax(1)
 
 
 def decide(
     model: ClassModel,
     x: Images,
+    noises: Noises,
     *,
-    pairs: int = 24,
     first: int = 4,
     confidence: float | int = 0.99,
-    antithetic: bool = True,
-    levels: Levels | None = None,
-    power: float | int = 0.5,
     offsets: Offsets | None = None,
-    seed: int = 0,
     batch: int = 128,
 ) -> Decision:
     r"""The class that denoises each image best, with as few evaluations as its decision takes.
@@ -183,34 +185,30 @@ def decide(
     Args:
         model: never guided.
         x: images in [-1, 1].
-        pairs: most pairs of noise and level, all of which a doubtful decision uses.
+        noises: all of which a doubtful decision uses.
         first: pairs before the first class may be dropped; a single pair drops none.
         confidence: of each comparison that drops a class, 0.5 to 1; with 1 none is dropped.
-        antithetic: every pair uses its noise with both signs, for two evaluations of each class.
-        levels: where to look; `informative_levels` finds the best, all evenly unless given.
-        power: errors are weighted by ``s ** power``; 0 is the likelihood, more favours the coarse.
         offsets: subtracted from the errors, see `common_errors`.
-        seed: of the noise and the levels.
         batch: most pairs of image and class in the network at once, which bounds the memory.
     """
-    errors, k = Errors(model, x, levels, pairs, seed, batch, power, antithetic), len(model.labels)
+    errors, k, pairs = Errors(model, x, noises, batch), len(model.labels), noises.pairs
     cost = torch.full((len(x), k, pairs), math.nan, dtype=torch.float64, device=x.device)
     racing = torch.ones((len(x), k), dtype=torch.bool, device=x.device)
-    mean, error = cost.new_zeros((2, len(x), k))
+    behind = cost.new_zeros((len(x), k))
     for r in range(pairs):
         cost[..., r] = errors(r, racing)
         if offsets is not None:
             cost[..., r] -= offsets[:, r].to(cost)
         if r + 1 >= min(first, pairs):
             # a class that was dropped keeps what it was dropped for
-            now, spread = _behind(cost[..., : r + 1])
-            mean, error = torch.where(racing, now, mean), torch.where(racing, spread, error)
-            racing &= ~(mean > float(stats.t.ppf(confidence, max(r, 1))) * error)
+            now, error = _behind(cost[..., : r + 1])
+            behind = torch.where(racing, now, behind)
+            racing &= ~(now > float(stats.t.ppf(confidence, max(r, 1))) * error)
         racing &= racing.sum(1, keepdim=True) > 1
         if not racing.any():
             break
     evaluations = len(errors.signs) * cost.isfinite().sum((1, 2))
-    return Decision(-mean, error, evaluations, ~racing.any(1))
+    return Decision(-behind, evaluations, ~racing.any(1))
 
 
 def _behind(cost: Pairs) -> tuple[PerClass, PerClass]:
@@ -223,25 +221,15 @@ def _behind(cost: Pairs) -> tuple[PerClass, PerClass]:
     return gap.mean(2), spread / n**0.5
 
 
-def common_errors(
-    model: ClassModel,
-    x: Images,
-    *,
-    pairs: int = 24,
-    antithetic: bool = True,
-    levels: Levels | None = None,
-    power: float | int = 0.5,
-    seed: int = 0,
-    batch: int = 128,
-) -> Offsets:
+def common_errors(model: ClassModel, x: Images, noises: Noises, batch: int = 128) -> Offsets:
     """By how much each class is worse than the others on all images together, pair by pair.
 
-    They are for ``offsets`` of a `decide` with the same arguments, which draws the same noises:
-    what a noise does to a class, whatever the image, is measured here on other images. Classes
-    should be about equally frequent; no label is needed.
+    They are for ``offsets`` of a `decide` with the same noises: what a noise does to a class,
+    whatever the image, is measured here on other images. Classes should be about equally frequent;
+    no label is needed.
     """
-    errors = Errors(model, x, levels, pairs, seed, batch, power, antithetic)
-    mean = torch.stack([errors(r).mean(0) for r in range(pairs)], 1)
+    errors = Errors(model, x, noises, batch)
+    mean = torch.stack([errors(r).mean(0) for r in range(noises.pairs)], 1)
     return mean - mean.mean(0)
 
 
@@ -261,7 +249,7 @@ def informative_levels(
     of the draws stays even. Images that the model was trained on will do. Each of the `BANDS`
     costs ``per_band`` pairs, of two evaluations per class.
     """
-    errors = Errors(model, x, None, BANDS * per_band, seed, batch, power, antithetic=True)
+    errors = Errors(model, x, Noises(BANDS * per_band, power=power, seed=seed), batch)
     # what all images have in common tells nothing about any of them
     shares = _by_band(errors, lambda error: (error - error.mean(0)).var(1).mean()).sqrt()
     shares = 0.9 * shares / shares.sum().clamp(min=1e-300) + 0.1 / BANDS  # all 0: same classes
@@ -289,7 +277,7 @@ def leads(
     The model, of two classes or more, must not have been trained on the images; their classes
     should be about equally frequent.
     """
-    errors = Errors(model, x, None, 2 * BANDS, seed, batch, antithetic=True)
+    errors = Errors(model, x, Noises(2 * BANDS, power=0, seed=seed), batch)
     error = _by_band(errors, lambda error: error)
     error = error - error.mean(0)
     own = error.gather(1, y.cpu()[:, None, None].expand(-1, 1, BANDS))[:, 0]

@@ -24,7 +24,7 @@ generalises Salimans & Ho 2022, appendix D.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
-from torchdiffeq import odeint
 
 from hallulib.diffusion.score import ScoreModel
 from hallulib.diffusion.sde import SDE
@@ -104,8 +103,7 @@ def log_density(
     *,
     steps: int = 32,
     probes: int | Literal["full"] = 1,
-    solver: str = "adams",
-    tolerance: float = 1e-5,
+    solver: Callable[..., Iterator[State]] | None = None,
     seed: int = 0,
     batch: int = 128,
 ) -> LogDensity:
@@ -121,9 +119,7 @@ def log_density(
         steps: of the solver; n cost n + 1 evaluations, and errors fall with the third power.
         probes: random directions of the trace estimate, or ``"full"``: every direction, exact,
             for images of a few hundred pixels at most.
-        solver: ``"adams"``, or a ``torchdiffeq`` method: ``"rk4"`` on the same grid, or the
-            adaptive ``"dopri5"``.
-        tolerance: relative and absolute, of an adaptive method.
+        solver: another one than `adams`, with its arguments; its last state counts.
         seed: of the probes.
         batch: most pairs of image and class in the network at once, which bounds the memory.
     """
@@ -137,10 +133,7 @@ def log_density(
     for rows in torch.arange(len(x) * len(y), device=x.device).split(batch):
         field = _Field(model, y[rows % len(y)], z)
         start = x[rows // len(y)] / _scale(nodes[0])
-        if solver == "adams":
-            *_, (_, u, divergence) = adams(field, start, nodes)
-        else:
-            u, divergence = _solved(field, start, nodes, solver, tolerance)
+        *_, (_, u, divergence) = (solver or adams)(field, start, nodes)
         if probes == "full":  # one direction each: their sum is the trace
             divergence = divergence.sum(0, keepdim=True)
         samples.append(model.sde.prior_log_prob((to_end * u).double()) + stretch + divergence)
@@ -247,20 +240,6 @@ def _integrate(slopes: list[State], a: float, b: float) -> Slope:
     weights = np.linalg.solve(z[None] ** powers[:, None], 1 / (powers + 1)).tolist()
     total = lambda values: sum(w * (b - a) * v for w, v in zip(weights, values, strict=True))
     return total(f), total(divergence)
-
-
-def _solved(field: _Field, u: Images, nodes: np.ndarray, solver: str, tolerance: float) -> Slope:
-    """The same integral by torchdiffeq; adaptive methods choose steps of their own."""
-
-    def slope(psi, state):
-        f, divergence = field(state[0].to(u), float(psi))
-        return f.to(state[0]), divergence.to(state[1])
-
-    start = (u, u.new_zeros(len(field.z), len(u)))
-    with torch.no_grad():
-        grid = torch.tensor(nodes, dtype=torch.float64)
-        path = odeint(slope, start, grid, method=solver, rtol=tolerance, atol=tolerance)
-    return path[0][-1], path[1][-1].double()
 
 
 def dequantise(x: Images, seed: int = 0) -> Images:

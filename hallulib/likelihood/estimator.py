@@ -16,7 +16,6 @@ filter_bank           logistic regression on fixed features that nobody trained
 """
 
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +30,6 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from hallulib import UserError
-from hallulib.data.changes import lightly_changed
 from hallulib.data.imageset import ImageSet, choose
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.score import ScoreModel
@@ -51,43 +49,41 @@ SCORES = "scores.csv"
 class ScoreClassifier(calibration.ImageClassifier):
     r"""Classify images by the likelihood that a class-conditional score model gives them.
 
-    .. math:: p(c \mid x) \propto p(c)\, p_\theta(x \mid c)^{1/T}
+    .. math:: p(c \mid x) \propto p_\theta(x \mid c)^{1/T}
 
-    ``fit`` trains the model, from scratch or from a pretrained one; images without labels help it
-    to learn what images look like. Forms of images, ``channels``, ``device`` and ``random_state``:
-    see :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads.
+    for classes that are equally frequent; where they are not, add the logarithm of each frequency
+    to ``log_ratio(X) / temperature_``. ``fit`` trains the model, from scratch or from a pretrained
+    one; images without labels help it to learn what images look like. Forms of images,
+    ``channels``, ``device`` and ``random_state``: see
+    :class:`hallulib.storage.estimator.ImageEstimator`, which also saves and loads.
 
     Args:
         pretrained: score model to start from, of any labels, or its folder; ``None``: a new one.
         shift: start each class as the density of all images, moved to the mean of its own, see
             :func:`hallulib.diffusion.unet.moved_to_means`; with ``steps=0`` that is all it learns.
-        copies: moved and mirrored copies of each labelled image to train on as well; with few
-            labels they keep the model from remembering the images instead of the class.
         steps, batch_size, lr: of Adam; 0 steps take a pretrained model as it is.
         class_rate: rate of the class vectors, as a multiple of ``lr``.
         width: of a new network, see :func:`hallulib.diffusion.unet.build`.
-        method: ``"decide"``, adaptive and fast; ``"bound"``; ``"exact"``, by the probability flow.
-        effort: network evaluations for each image and class, at most for ``"decide"``.
-        confidence, power: of ``"decide"``, see :func:`hallulib.likelihood.bound.decide`.
+        effort: most network evaluations for each image and class.
+        confidence, power: see :func:`hallulib.likelihood.bound.decide`, by which it answers.
         weigh: with 2 or more, only the band of noise levels counts in which labelled images that
             were held out are told apart best (:func:`hallulib.likelihood.bound.best_band`), in so
             many folds, each at the cost of a training; the model that answers learns from all.
-        priors: ``"equal"``, ``"observed"`` frequencies of the labels, or one number per class.
         centre: subtract from each class what it is ahead by, on the mean, on images without
             labels; for classes that are about equally frequent among them.
-        temperature: T, 1 takes densities at their word; `calibrate` finds a better one.
         batch: most pairs of image and class in the network at once.
         folder: where training keeps its checkpoint, so that it can go on after an interruption;
             one of other images or of another start is refused.
         verbose: show a progress bar.
 
     Attributes:
-        classes_, priors_, temperature_: the labels, sorted, one number for each, and T.
+        classes_, temperature_: the labels, sorted, and T: 1, which takes densities at their word,
+            until `calibrate` finds a better one.
         model_: the trained `ScoreModel`, on its device.
         levels_: noise levels at which its classes differ most or, with ``weigh``, the band where
-            they are told apart best, for ``"decide"``.
-        offset_: what is subtracted from the log-likelihood of each class; for ``"decide"`` from
-            its errors, pair by pair (:func:`hallulib.likelihood.bound.common_errors`).
+            they are told apart best.
+        offset_: what is subtracted from the errors of each class, pair by pair
+            (:func:`hallulib.likelihood.bound.common_errors`), if they are centred.
 
     Source: Sarker et al. 2025, https://arxiv.org/abs/2502.17727; Li et al. 2023.
 
@@ -106,20 +102,16 @@ class ScoreClassifier(calibration.ImageClassifier):
         ScoreModel | Path | str | None, settings.needed("a score model or its folder is needed")
     ] = field(default=None, kw_only=False)
     shift: bool = False
-    copies: settings.Count = 0
     steps: settings.Count = 2000
     batch_size: settings.Positive = 32
     lr: settings.Amount = 4e-4
     class_rate: settings.Amount = 25
     width: settings.Width = 32
-    method: Annotated[str, settings.one_of(("decide", "bound", "exact"))] = "decide"
-    effort: settings.Positive = 32
+    effort: settings.Several = 32
     confidence: settings.Confidence = 0.99
     power: settings.Amount = 0.5
     weigh: settings.Count = 0
-    priors: Any = "equal"
     centre: bool = False
-    temperature: settings.Above0 = 1.0
     batch: settings.Positive = 128
     folder: settings.Folder = None
     verbose: bool | int = False
@@ -134,36 +126,24 @@ class ScoreClassifier(calibration.ImageClassifier):
             ValueError: scikit-learn's own checks of X and y.
         """
         own, position = self._first(X, y)
-        decides = self.method == "decide"
-        if self.effort < 2 and not decides:
-            raise UserError(f"effort is {self.effort}; at least 2 is needed, or method 'decide'")
         labels = torch.from_numpy(position)
-        self.priors_ = self._priors(labels)
         others = own[:0] if unlabelled is None else self._further(unlabelled, learns=True)
-        band = self._best_band(own, labels, others) if decides and self.weigh else None
+        band = self._best_band(own, labels, others) if self.weigh else None
         self.model_ = self._trained(own, labels, others)
-        if decides:
-            # images it cannot have remembered show where classes differ
-            some = _some(others if len(others) else own, 32, self._seed).to(self._on())
-            self.levels_ = band or bound.informative_levels(
-                self.model_, some, power=self.power, seed=self._seed, batch=self.batch
-            )
-        self.temperature_ = self.temperature
-        self.offset_ = torch.zeros((len(self.classes_), 1), dtype=torch.float64)
+        # images it cannot have remembered show where classes differ
+        some = _some(others if len(others) else own, 32, self._seed).to(self._on())
+        self.levels_ = band or bound.informative_levels(
+            self.model_, some, power=self.power, seed=self._seed, batch=self.batch
+        )
+        self.temperature_, self.offset_ = 1.0, None
         if self.centre and len(others):
-            some = _some(others, 96, self._seed + 1)
-            if decides:
-                errors = bound.common_errors(self.model_, some.to(self._on()), **self._race())
-                self.offset_ = errors.cpu()
-            else:
-                ahead = self.log_ratio(some.numpy())
-                self.offset_ = (ahead.mean(0) - ahead.mean())[:, None]
+            some = _some(others, 96, self._seed + 1).to(self._on())
+            self.offset_ = bound.common_errors(self.model_, some, self._noises(), self.batch).cpu()
         return self
 
-    def _race(self) -> dict[str, Any]:
-        """The errors that ``"decide"`` compares: the same noises for all images."""
-        where = dict(levels=self.levels_, power=self.power, seed=self._seed, batch=self.batch)
-        return where | dict(pairs=max(1, self.effort // 2), antithetic=self.effort > 1)
+    def _noises(self) -> bound.Noises:
+        """The same for all images."""
+        return bound.Noises(self.effort // 2, self.levels_, self.power, seed=self._seed)
 
     def calibrate(self, X, y) -> "ScoreClassifier":
         """Set the temperature that makes labels of images it was not trained on most likely.
@@ -175,41 +155,29 @@ class ScoreClassifier(calibration.ImageClassifier):
         if len(np.unique(y)) < 2:
             raise OneClass("images of 1 class found; a temperature needs those of at least 2")
         position = torch.from_numpy(np.searchsorted(self.classes_, y))
-        self.temperature_ = calibration.fit_temperature(self.log_ratio(X), position, self.priors_)
+        self.temperature_ = calibration.fit_temperature(self.log_ratio(X), position)
         return self
 
     def log_ratio(self, X) -> calibration.LogDensities:
-        """Log-likelihood of each class against the most likely one, before priors, in nats."""
+        """Log-likelihood of each class against the most likely one, in nats."""
         return self.measure(X)[0]
 
     def measure(self, X) -> tuple[calibration.LogDensities, np.ndarray]:
         """`log_ratio`, and the network evaluations that each image took."""
         x = self._further(X).to(self._on())
-        if self.method == "decide":
-            race = self._race()
-            if self.offset_.any():
-                race["offsets"] = self.offset_
-                if race["pairs"] > self.offset_.shape[1]:
-                    raise UserError(
-                        f"effort is {self.effort}, more than when fit centred the classes; fit "
-                        "again with this effort"
-                    )
-            race |= {"first": min(4, race["pairs"]), "confidence": self.confidence}
-            found = bound.decide(self.model_, x, **race)
-            value, evaluations = found.log_ratio.double().cpu(), found.evaluations.cpu().numpy()
-        else:
-            x = density.dequantise(x, self._seed)
-            method = {
-                "bound": partial(bound.bound, pairs=self.effort),
-                "exact": partial(density.log_density, steps=self.effort - 1),
-            }[self.method]
-            every = method(self.model_, x, seed=self._seed, batch=self.batch)
-            value = every.value.double().cpu() - self.offset_[:, 0]
-            evaluations = np.full(len(x), len(self.classes_) * self.effort)
-        return calibration.finite(value) - value.max(1, keepdim=True).values, evaluations
+        noises = self._noises()
+        if self.offset_ is not None and noises.pairs > self.offset_.shape[1]:
+            raise UserError(
+                f"effort is {self.effort}, more than when fit centred the classes; fit again with "
+                "this effort"
+            )
+        how: dict[str, Any] = dict(confidence=self.confidence, batch=self.batch)
+        found = bound.decide(self.model_, x, noises, offsets=self.offset_, **how)
+        value = calibration.finite(found.log_ratio.cpu())
+        return value - value.max(1, keepdim=True).values, found.evaluations.cpu().numpy()
 
     def _log_posterior(self, X) -> calibration.LogDensities:
-        return self.log_ratio(X) / self.temperature_ + self.priors_.log()
+        return self.log_ratio(X) / self.temperature_
 
     def _best_band(self, own: Images, labels: Tensor, others: Others) -> bound.Levels:
         """The band of noise levels that tells most about images that a training did not see."""
@@ -229,25 +197,20 @@ class ScoreClassifier(calibration.ImageClassifier):
         return bound.best_band(model.sde, torch.cat(leads).cpu())
 
     def _trained(self, own: Images, labels: Tensor, others: Others, part: str = "") -> ScoreModel:
-        """A model that has learnt from labelled images, their copies, and those without labels."""
-        rng = torch.Generator().manual_seed(self._seed)
-        images = torch.cat([own, *(lightly_changed(own, rng) for _ in range(self.copies))])
-        labels = labels.repeat(1 + self.copies)
-        model = self._start(images, labels).to(self._on())
+        """A model that has learnt from labelled images, and from those without labels."""
+        model = self._start(own, labels).to(self._on())
         if self.steps == 0:
             return model.eval().requires_grad_(False)
         weights = 1 / torch.bincount(labels)[labels].double() / len(model.labels)
         folder, identity = None, ""
         if self.folder is not None:
             folder = Path(self.folder) / part
-            identity = checkpoint.identity(images, labels, others, *model.state_dict().values())
-        if len(others):
-            images = torch.cat([images, others])
-            labels = torch.cat([labels, labels.new_full((len(others),), -1)])
-            weights = torch.cat([weights, weights.new_full((len(others),), 1 / len(others))])
+            identity = checkpoint.identity(own, labels, others, *model.state_dict().values())
+        labels = torch.cat([labels, labels.new_full((len(others),), -1)])
+        weights = torch.cat([weights, torch.ones(len(others)).double() / len(others)])
         loop = train.pretrain(
             model,
-            images.to(self._on()),
+            torch.cat([own, others]).to(self._on()),
             labels.to(self._on()),
             weights=weights.to(self._on()),
             steps=self.steps,
@@ -276,20 +239,6 @@ class ScoreClassifier(calibration.ImageClassifier):
             must_suit(images, model.network.shape, "the score model was trained on")
         return unet.moved_to_means(model, images, labels) if self.shift else model
 
-    def _priors(self, labels: Tensor) -> Tensor:
-        counts = torch.bincount(labels).double()
-        known = {"equal": torch.ones_like(counts), "observed": counts}
-        if isinstance(self.priors, str) and self.priors in known:
-            return known[self.priors] / known[self.priors].sum()
-        given = np.ravel(self.priors)
-        numbers = given.dtype.kind in "fiu" and len(given) == len(counts)
-        if not (numbers and given.min() > 0 and abs(given.sum() - 1) < 1e-6):
-            raise UserError(
-                f"priors is {self.priors!r}; 'equal', 'observed' or {len(counts)} numbers above 0 "
-                "that sum to 1 are needed"
-            )
-        return torch.from_numpy(given.astype(float))
-
 
 def _some(images: Others, n: int, seed: int) -> Tensor:
     """At most n images, drawn at random."""
@@ -307,7 +256,7 @@ class Contest:
         pretraining, width: steps of the score model without labels, and its width.
         steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
             teach it to remember the few there are.
-        shift, copies, effort: see `ScoreClassifier`; with ``shift`` no step is taken.
+        shift, effort: see `ScoreClassifier`; with ``shift`` no step is taken.
         resnet_steps, resnet_width: of the ResNet-18 and of its first block.
         draw: of labels: it chooses them and is the seed of all training on them. The score model
             without labels is the same for all draws; `hallulib.evidence.metrics.of_contest` tells
@@ -320,7 +269,6 @@ class Contest:
     pretraining: settings.Positive = 2000
     steps: settings.Positive = 400
     shift: bool = False
-    copies: settings.Count = 0
     width: settings.Width = 24
     effort: settings.Several = 32
     resnet_steps: settings.Positive = 400
@@ -397,7 +345,6 @@ def _learner(images: ImageSet, contest: Contest, counts: Labels, folder: Path) -
     return ScoreClassifier(
         start,
         channels=images.channels,
-        copies=contest.copies,
         effort=contest.effort,
         centre=True,
         folder=folder,

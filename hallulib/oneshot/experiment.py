@@ -333,7 +333,7 @@ def _supervised(images: ImageSet, trial: Trial, scheme: str) -> nn.Sequential:
     known, steps = images.select("train", labelled=scheme), trial.supervised or trial.steps
     x, y, width = known.tensor(), known.labels(scheme), trial.width
     pooling = _fresh(trial, images.channels, "cpu")[0].embedding
-    how: dict[str, Any] = dict(steps=max(1, steps), seed=trial.seed, told="supervised")
+    how: dict[str, Any] = dict(steps=max(1, steps), seed=trial.seed)
     return train_resnet(x, y, width=width, pooling=pooling, **how)
 
 

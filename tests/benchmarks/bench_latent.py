@@ -107,7 +107,6 @@ def admission(images, pretraining, training, n, factor):
         scheme,
         factor=factor,
         encoding=pretraining // 2,
-        encoder_width=16,
         width=24,
         pretraining=pretraining,
         steering=training,
@@ -119,8 +118,7 @@ def admission(images, pretraining, training, n, factor):
     rows = choose(labels, 0, 0, trial.share)
     x, y, names = known.tensor(rows), labels[rows], images.classes(scheme)
     judge = steering.NoisyClassifier(found.model, len(names))
-    for _ in steering.train(judge, found.autoencoder.encode(x), y, steps=training):
-        pass
+    steering.train(judge, found.autoencoder.encode(x), y, steps=training)
     network = train_resnet(x, y, steps=training, width=trial.resnet_width)
     space = selection.FeatureSpace.fit(
         network, x, y, selection.copy_threshold(x, images.select("val").tensor())

@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from hallulib.diffusion import unet
 from hallulib.diffusion.sde import per_image
 from hallulib.evidence import metrics
 from hallulib.likelihood.bound import (
+    Noises,
     best_band,
     common_errors,
     decide,
@@ -36,6 +38,9 @@ from hallulib.likelihood.bound import (
 )
 from hallulib.likelihood.density import LogDensity, dequantise, directions, log_density
 from hallulib.storage.store import SHIPPED
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "likelihood"))
+from test_density import by_torchdiffeq
 
 CURVE = [("adams", n) for n in (8, 12, 16, 20, 24, 28, 32, 48, 64)]
 # pairs, pairs before a class may be dropped, confidence, noise with both signs
@@ -72,8 +77,8 @@ def error_against_evaluations(model, x):
     print("solver          evaluations  seconds  bits/dim: mean off, largest  same decision")
     for solver, steps in [("RK45 in t", 0), *CURVE]:
         if steps:
-            settings = dict(steps=steps, solver=solver)
-            seconds, found = _timed(log_density, model, x, **settings)
+            by = None if solver == "adams" else by_torchdiffeq(solver)
+            seconds, found = _timed(log_density, model, x, steps=steps, solver=by)
         else:
             seconds, found = _timed(by_standard_recipe, model, x)
         off = (found.value - finest.value) / (x[0].numel() * math.log(2))
@@ -110,12 +115,12 @@ def decision_against_exact(model, x, y, patients, known, band):
     )
     levels = informative_levels(model, known)
     for pairs, first, confidence, both in RACES:
-        race = dict(pairs=pairs, antithetic=both)
-        race["levels"] = band if pairs < 3 else levels  # one band says most at once
-        offsets = common_errors(model, known, **race)
+        # one band says most at once
+        noises = Noises(pairs, band if pairs < 3 else levels, antithetic=both)
+        offsets = common_errors(model, known, noises)
         told = dict(first=first, confidence=confidence, offsets=offsets)
-        seconds, found = _timed(decide, model, x, **told, **race)
-        right = [(d == y).numpy().astype(float) for d in (found.winner, exact)]
+        seconds, found = _timed(decide, model, x, noises, **told)
+        right = [(d == y).numpy().astype(float) for d in (found.log_ratio.argmax(1), exact)]
         gap = metrics.bootstrap(lambda a, b: float((a - b).mean()), *right, groups=patients)
         signs = "both signs" if both else "one sign"
         print(

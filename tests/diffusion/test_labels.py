@@ -13,7 +13,7 @@ from hallulib.diffusion.sample import draw
 from hallulib.diffusion.score import ScoreModel, denoising_loss
 from hallulib.diffusion.sde import SDES, VPSDE, per_image
 from hallulib.diffusion.unet import moved_to_means, relabelled
-from hallulib.likelihood.bound import decide
+from hallulib.likelihood.bound import Noises, decide
 from hallulib.likelihood.density import log_density
 
 all_sdes = pytest.mark.parametrize("sde", [sde() for sde in SDES.values()], ids=list(SDES))
@@ -85,7 +85,7 @@ def test_moved_gaussians_are_fishers_linear_discriminant():
     linear = asked.flatten(1) @ inverse @ means.T - 0.5 * ((means @ inverse) * means).sum(1)
     gap, expected = found - found[:, :1], linear - linear[:, :1]
     torch.testing.assert_close(gap, expected, rtol=2e-3, atol=5e-3)
-    decided = decide(model, asked, pairs=40, confidence=1, power=0).winner
+    decided = decide(model, asked, Noises(40, power=0), confidence=1).log_ratio.argmax(1)
     clear = expected.sort(1).values.diff()[:, -1] > 1
     assert torch.equal(decided[clear], expected.argmax(1)[clear])
 

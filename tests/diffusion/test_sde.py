@@ -97,7 +97,7 @@ def test_simulating_the_forward_sde_gives_the_closed_form_marginals(sde):
 
 
 @all_sdes
-def test_reverse_and_flow_share_the_forward_marginals_of_gaussian_data(sde):
+def test_the_flow_has_the_forward_marginals_of_gaussian_data(sde):
     """Fokker-Planck for Gaussian data: the flow's velocity is x times d log(std) / dt."""
     t = torch.full((3,), 0.4, dtype=torch.float64, requires_grad=True)
     alpha, sigma = sde.alpha_sigma(t)
@@ -107,8 +107,6 @@ def test_reverse_and_flow_share_the_forward_marginals_of_gaussian_data(sde):
     score = lambda x, t: -x / (std.detach() ** 2).view(-1, 1, 1, 1)
     flow = sde.probability_flow(score, x, t.detach())
     torch.testing.assert_close(flow, rate.view(-1, 1, 1, 1) * x)
-    drift, g = sde.reverse(score, x, t.detach())
-    torch.testing.assert_close(drift, flow - 0.5 * (g**2).view(-1, 1, 1, 1) * score(x, t))
 
 
 @all_sdes

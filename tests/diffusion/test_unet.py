@@ -14,7 +14,9 @@ from hallulib.diffusion.sde import VESDE, VPSDE, SubVPSDE
 
 
 def small(sde=None, labels=("2", "3"), **kw):
-    return unet.build(sde, **{"size": 16, "labels": labels, "width": 8, **kw})
+    model = unet.build(**{"size": 16, "labels": labels, "width": 8, **kw})
+    model.sde = sde or model.sde
+    return model
 
 
 @pytest.fixture

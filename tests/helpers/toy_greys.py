@@ -9,7 +9,5 @@ ANSWERS = np.array(["dark", "light"])[np.arange(6) % 2]
 
 
 def moved(x, **told):
-    """The fastest fit there is: no step, and the bound of a network of a seed."""
-    return ScoreClassifier(steps=0, method="bound", effort=2, width=8, shift=True, **told).fit(
-        x, ANSWERS
-    )
+    """The fastest fit there is: no step, and one pair of noise and level."""
+    return ScoreClassifier(steps=0, effort=2, width=8, shift=True, **told).fit(x, ANSWERS)

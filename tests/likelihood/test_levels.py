@@ -12,6 +12,7 @@ from hallulib.diffusion.sde import VPSDE
 from hallulib.likelihood.bound import (
     Errors,
     Levels,
+    Noises,
     best_band,
     decide,
     informative_levels,
@@ -28,10 +29,11 @@ def test_levels_are_looked_for_where_classes_differ():
     assert (informed.first, informed.last) == (even.first, even.last)
 
     def spread(levels):
-        options = {"pairs": 16, "first": 2, "confidence": 1.0, "levels": levels}
         gaps = []
         for seed in range(25):
-            ratio = decide(model, x, seed=seed, **options).log_ratio
+            ratio = decide(
+                model, x, Noises(16, levels, seed=seed), first=2, confidence=1
+            ).log_ratio
             gaps.append(ratio - ratio.mean(1, keepdim=True))
         return torch.stack(gaps).var(0).mean()
 
@@ -48,7 +50,7 @@ def spread_of_differences(model, x, antithetic):
     gaps = []
     for seed in range(20):
         level = Levels(-1.0, -1.0 + 1e-9)
-        cost = Errors(model, x, level, 1, seed, batch=128, antithetic=antithetic)(0)
+        cost = Errors(model, x, Noises(1, level, 0, antithetic, seed), 128)(0)
         gaps.append(1e9 * (cost[:, 0] - cost[:, 1]))  # as of a band of width 1
     return torch.stack(gaps).std(0).mean()
 

@@ -16,9 +16,9 @@ from hallulib.oneshot.joint import Fit
 BAD = ["2", None, True, 2.5, np.float64(2.5), float("nan"), float("inf"), -1, -0.5, 2**32, [1], {}]
 WHOLE, SEED = "whole", "seed"
 NUMBERS = {
-    ScoreClassifier: dict.fromkeys(["channels", "copies", "steps", "batch_size", "width"], WHOLE)
+    ScoreClassifier: dict.fromkeys(["channels", "steps", "batch_size", "width"], WHOLE)
     | dict.fromkeys(["effort", "weigh", "batch"], WHOLE)
-    | dict.fromkeys(["lr", "class_rate", "confidence", "power", "temperature"], "real")
+    | dict.fromkeys(["lr", "class_rate", "confidence", "power"], "real")
     | dict.fromkeys(["shift", "centre"], "bool")
     | {"random_state": SEED},
     OneShotClassifier: {"n_hallucinated": WHOLE, "channels": WHOLE, "random_state": SEED},
@@ -49,7 +49,7 @@ def test_every_number_of_an_estimator_is_refused_by_name(estimator, name):
 
 
 def test_every_parameter_of_an_estimator_is_checked():
-    others = {"pretrained", "method", "priors", "folder", "device", "verbose"}
+    others = {"pretrained", "folder", "device", "verbose"}
     for estimator, names in NUMBERS.items():
         assert set(estimator().get_params()) - others == set(names)
     for name, value in {"pretrained": 3, "folder": 3, "device": "gpu", "verbose": "no"}.items():
