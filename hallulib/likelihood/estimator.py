@@ -65,7 +65,9 @@ class ScoreClassifier(calibration.ImageClassifier):
         class_rate: rate of the class vectors, as a multiple of ``lr``.
         width: of a new network, see :func:`hallulib.diffusion.unet.build`.
         effort: most network evaluations for each image and class.
-        confidence, power: see :func:`hallulib.likelihood.bound.decide`, by which it answers.
+        exact: answer by the probability flow, as the paper does, with ``effort`` evaluations for
+            each image and class; otherwise by a decision, which is adaptive and far faster.
+        confidence, power: of the decision, see :func:`hallulib.likelihood.bound.decide`.
         weigh: with 2 or more, only the band of noise levels counts in which labelled images that
             were held out are told apart best (:func:`hallulib.likelihood.bound.best_band`), in so
             many folds, each at the cost of a training; the model that answers learns from all.
@@ -108,6 +110,7 @@ class ScoreClassifier(calibration.ImageClassifier):
     class_rate: settings.Amount = 25
     width: settings.Width = 32
     effort: settings.Several = 32
+    exact: bool = False
     confidence: settings.Confidence = 0.99
     power: settings.Amount = 0.5
     weigh: settings.Count = 0
@@ -126,6 +129,8 @@ class ScoreClassifier(calibration.ImageClassifier):
             ValueError: scikit-learn's own checks of X and y.
         """
         own, position = self._first(X, y)
+        if self.exact and (self.centre or self.weigh):
+            raise UserError("exact is True, and centre and weigh are of decisions; one is needed")
         labels = torch.from_numpy(position)
         others = own[:0] if unlabelled is None else self._further(unlabelled, learns=True)
         band = self._best_band(own, labels, others) if self.weigh else None
@@ -165,13 +170,19 @@ class ScoreClassifier(calibration.ImageClassifier):
     def measure(self, X) -> tuple[calibration.LogDensities, np.ndarray]:
         """`log_ratio`, and the network evaluations that each image took."""
         x = self._further(X).to(self._on())
+        if self.exact:
+            how: dict[str, Any] = dict(steps=self.effort - 1, seed=self._seed, batch=self.batch)
+            x = density.dequantise(x, self._seed)
+            value = calibration.finite(density.log_density(self.model_, x, **how).value.cpu())
+            evaluations = np.full(len(x), self.effort * len(self.classes_))
+            return value - value.max(1, keepdim=True).values, evaluations
         noises = self._noises()
         if self.offset_ is not None and noises.pairs > self.offset_.shape[1]:
             raise UserError(
                 f"effort is {self.effort}, more than when fit centred the classes; fit again with "
                 "this effort"
             )
-        how: dict[str, Any] = dict(confidence=self.confidence, batch=self.batch)
+        how = dict(confidence=self.confidence, batch=self.batch)
         found = bound.decide(self.model_, x, noises, offsets=self.offset_, **how)
         value = calibration.finite(found.log_ratio.cpu())
         return value - value.max(1, keepdim=True).values, found.evaluations.cpu().numpy()

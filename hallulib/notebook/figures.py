@@ -20,6 +20,7 @@ from PIL import Image
 from plotly.io.base_renderers import PlotlyRenderer
 from plotly.io.json import to_json_plotly
 
+from hallulib import UserError
 from hallulib.shapes import Images
 
 # The modebar of Plotly offers to upload the figure: not with patients' images.
@@ -120,10 +121,11 @@ def images(
 def explore(view: Callable[..., go.Figure], /, **grid: Any) -> None:
     """Show ``view(**values)`` with one slider for each parameter, live and in the published page.
 
-    They choose among the figures of all combinations, computed here; the published page needs no
-    kernel and no network. The ``grid`` gives for each parameter its values, the first shown first,
-    or ``(label, values)`` with a label for the reader that carries the unit:
-    ``t=("time t", [0, 0.25, 0.5])``.
+    In a notebook the sliders are widgets that call ``view`` with any number between the ends of
+    the grid. In the published page they choose among the figures of all combinations, computed
+    here; no kernel and no network are needed. The ``grid`` gives for each parameter its values,
+    the first shown first, or ``(label, values)`` with a label for the reader that carries the
+    unit: ``t=("time t", [0, 0.25, 0.5])``.
     """
     entries = {n: entry if isinstance(entry, tuple) else (n, entry) for n, entry in grid.items()}
     labels = {name: label for name, (label, _) in entries.items()}
@@ -133,8 +135,9 @@ def explore(view: Callable[..., go.Figure], /, **grid: Any) -> None:
     for numbered in itertools.product(*map(enumerate, values.values())):
         chosen = {name: value for name, (_, value) in zip(values, numbered, strict=True)}
         figures[",".join(str(i) for i, _ in numbered)] = view(**chosen).to_plotly_json()
+    live = _live(view, labels, values, next(iter(figures.values())))
     published = {"text/html": _published(labels, values, figures)}
-    display(_live(labels, values, figures)._repr_mimebundle_() | published, raw=True)
+    display(live._repr_mimebundle_() | published, raw=True)
 
 
 def _html(figure, **options):
@@ -167,27 +170,43 @@ def _text(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _live(labels, values, figures):
-    """The sliders as widgets above an area that shows the figure of their values."""
+def _live(view, labels, values, first):
+    """The sliders as widgets above an area that shows ``view`` of their values."""
     area = ipywidgets.Output()
-    wide = {"style": {"description_width": "initial"}, "continuous_update": False}
-    wide["layout"] = ipywidgets.Layout(width="min(100%, 32rem)")
-    options = {n: [(_text(value), i) for i, value in enumerate(v)] for n, v in values.items()}
-    sliders = [
-        ipywidgets.SelectionSlider(options=choice, description=labels[name], **wide)
-        for name, choice in options.items()
-    ]
+    sliders = {name: _slider(labels[name], v) for name, v in values.items()}
 
     # Outputs are assigned, never captured (`with area:`, interact): nbclient may hang on those.
-    def show(_=None):
-        figure = figures[",".join(str(slider.value) for slider in sliders)]
-        data = PlotlyRenderer(config=CONFIG).to_mimebundle(figure)
+    def show(data):
         area.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
-    show()
-    for slider in sliders:
-        slider.observe(show, "value")
-    return ipywidgets.VBox([*sliders, area])
+    def redraw(_):
+        try:
+            figure = view(**{name: slider.value for name, slider in sliders.items()})
+        except UserError as error:
+            return show({"text/plain": str(error)})
+        show(PlotlyRenderer(config=CONFIG).to_mimebundle(figure.to_plotly_json()))
+
+    show(PlotlyRenderer(config=CONFIG).to_mimebundle(first))
+    for slider in sliders.values():
+        slider.observe(redraw, "value")
+    return ipywidgets.VBox([*sliders.values(), area])
+
+
+def _slider(label, values):
+    look = {
+        "description": label,
+        "continuous_update": False,
+        "style": {"description_width": "initial"},
+        "layout": ipywidgets.Layout(width="min(100%, 32rem)"),
+    }
+    kinds = {type(value) for value in values}
+    if not kinds <= {int, float}:
+        return ipywidgets.SelectionSlider(options=[(_text(v), v) for v in values], **look)
+    look |= {"value": values[0], "min": min(values), "max": max(values)}
+    if kinds == {int}:
+        return ipywidgets.IntSlider(**look)
+    step = (look["max"] - look["min"]) / 100 or 1.0
+    return ipywidgets.FloatSlider(step=step, readout_format=".4g", **look)
 
 
 def _published(labels, values, figures):

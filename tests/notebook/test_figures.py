@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hallulib import UserError
 from hallulib.notebook import figures
 
 
@@ -115,22 +116,32 @@ def test_no_form_of_a_figure_asks_another_host(shown):
         assert not re.search(r"(src|href)\s*=|https?://(?!www\.w3\.org)", html)
 
 
-def test_live_sliders_choose_the_same_figures(shown, widgets):
+def test_live_sliders_recompute_at_values_that_are_in_no_grid(shown, widgets):
     figures.explore(line, rate=[1.0, 4.0], shift=[0, 10])
     rate, shift, area = widgets[0].children
+    rate.value, shift.value = 2.5, 7
     drawn = area.outputs[0]["data"]["application/vnd.plotly.v1+json"]
-    assert list(drawn["data"][0]["y"]) == [0, 1]
-    rate.index, shift.index = 1, 1
-    drawn = area.outputs[0]["data"]["application/vnd.plotly.v1+json"]
-    assert list(drawn["data"][0]["y"]) == [10, 14]
+    assert list(drawn["data"][0]["y"]) == [7, 9.5]
 
 
-def test_values_that_are_no_numbers_are_chosen_by_their_names(shown, widgets):
+def test_values_that_are_no_numbers_are_chosen_from_a_list(shown, widgets):
     figures.explore(lambda scheme: line().update_layout(title=scheme), scheme=["isup", "grade2"])
     slider, area = widgets[0].children
-    slider.label = "grade2"
+    slider.value = "grade2"
     drawn = area.outputs[0]["data"]["application/vnd.plotly.v1+json"]
     assert drawn["layout"]["title"]["text"] == "grade2"
+
+
+def test_a_view_that_refuses_a_value_says_so_below_the_slider(shown, widgets):
+    def view(rate):
+        if rate == 3:
+            raise UserError("no model for rate 3")
+        return line(rate)
+
+    figures.explore(view, rate=[1, 4])
+    slider, area = widgets[0].children
+    slider.value = 3
+    assert area.outputs[0]["data"] == {"text/plain": "no model for rate 3"}
 
 
 def test_the_live_and_the_published_form_travel_in_one_bundle(shown):
