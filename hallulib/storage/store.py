@@ -89,9 +89,7 @@ def load_or_train(
         if from_scratch:
             disk.drop(folder / CARD)
     if not from_scratch:
-        places = folder, SHIPPED / name
-        found = lambda: next((f for f in places if is_finished(f, settings, usual)), None)
-        if there := parallel.from_main(found):
+        if there := parallel.from_main(lambda: _found(name, folder, settings, usual)):
             return there
     with contextlib.ExitStack() as until_done:
         if parallel.is_main():
@@ -108,6 +106,18 @@ def load_or_train(
                 finish(folder, settings, time.monotonic() - start, usual)
         parallel.wait()
     return folder
+
+
+def _found(name: str, folder: Path, settings: Settings, defaults: Settings) -> Path | None:
+    """Where the run is finished: under its key, shipped, or under the key of another format."""
+    for place in (folder, SHIPPED / name):
+        if is_finished(place, settings, defaults):
+            return place
+    for other in sorted(runs_folder().glob(f"{name}-{'[0-9a-f]' * 12}")):
+        with contextlib.suppress(UserError):  # what is damaged there is no concern of this run
+            if is_finished(other, settings, defaults):
+                return other
+    return None
 
 
 def kept(

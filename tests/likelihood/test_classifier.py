@@ -75,9 +75,10 @@ def test_scikit_learns_checks_pass_on_tables_made_into_images():
     assert sum(c["status"] == "passed" for c in found) > 50
 
 
-def test_it_learns_what_tells_two_classes_apart(fitted):
+@pytest.mark.parametrize("exact", [False, True])
+def test_it_learns_what_tells_two_classes_apart(fitted, exact):
     x, y = bars(seed=1)
-    fitted = ScoreClassifier(fitted.model_, steps=0, effort=16).fit(*bars())
+    fitted = ScoreClassifier(fitted.model_, steps=0, exact=exact, effort=16).fit(*bars())
     assert fitted.score(x, y) > 0.9
     p = fitted.predict_proba(x)
     np.testing.assert_allclose(p.sum(1), 1)
@@ -192,6 +193,7 @@ def test_training_goes_on_from_its_folder(tmp_path):
         (dict(channels=3), "rows have 64 features; channels"),
         (dict(channels=0), "channels is 0; at least 1"),
         (dict(effort=1), "effort is 1; at least 2"),
+        (dict(exact=True, weigh=2), "centre and weigh are of decisions"),
         (dict(steps=-1), "steps is -1; at least 0"),
         (dict(batch_size=0), "batch_size is 0; at least 1"),
         (dict(width=12), "width is 12; a multiple of 8"),
@@ -358,9 +360,10 @@ def test_what_was_saved_on_a_gpu_can_be_read_where_there_is_none(fitted, tmp_pat
     assert again.predict(bars(4)[0]).shape == (4,)
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_model_that_gives_no_number_gives_no_answer(fitted, value):
-    broken = copy.deepcopy(fitted)
+def test_a_model_that_gives_no_number_gives_no_answer(fitted, exact, value):
+    broken = copy.deepcopy(fitted).set_params(exact=exact)
     with torch.no_grad():
         broken.model_.network.unet.conv_out.bias.fill_(value)
     for answer in (broken.predict, broken.predict_proba, broken.decision_function):

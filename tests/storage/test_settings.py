@@ -49,7 +49,7 @@ def test_every_number_of_an_estimator_is_refused_by_name(estimator, name):
 
 
 def test_every_parameter_of_an_estimator_is_checked():
-    others = {"pretrained", "folder", "device", "verbose"}
+    others = {"pretrained", "exact", "folder", "device", "verbose"}
     for estimator, names in NUMBERS.items():
         assert set(estimator().get_params()) - others == set(names)
     for name, value in {"pretrained": 3, "folder": 3, "device": "gpu", "verbose": "no"}.items():

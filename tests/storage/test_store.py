@@ -183,6 +183,18 @@ def test_a_run_trained_with_a_default_is_found_by_who_names_it():
     assert training.calls == 2
 
 
+def test_a_run_of_another_format_is_found_and_what_is_damaged_there_is_passed(runs, monkeypatch):
+    training, asked = Training(), asdict(Outer("a")) | {"data": "toy"}
+    (runs / "net-0123456789ab").mkdir(parents=True)
+    (runs / "net-0123456789ab" / "run.json").write_text("damaged")
+    old = store.load_or_train("net", training, defaults=Outer, **asked)
+    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    assert store.load_or_train("net", training, defaults=Outer, **asked) == old
+    assert training.calls == 1
+    store.load_or_train("net", training, defaults=Outer, **(asked | {"data": "other"}))
+    assert training.calls == 2
+
+
 def test_a_name_cannot_leave_the_folder_of_the_runs(runs):
     folder = store.load_or_train("../../net of/mine", Training(), steps=3)
     assert folder.parent == runs
