@@ -35,7 +35,7 @@ chapters: $(READY)  ## only the chapters at test size
 grid: $(READY)  ## run a chapter with each cell of a grid (GRID=book/grids/NAME.yaml)
 	@exec $(BIN)/python -m hallulib grid "$(GRID)" $(if $(WORKERS),--workers $(WORKERS))
 
-doctor: $(READY)  ## what is installed, and what is wrong with it
+doctor: $(READY)  ## what is installed, what is wrong with it, what chapters took here
 	@exec $(BIN)/python -m hallulib doctor
 
 weights: $(READY)  ## train the weights that ship with the library anew (three hours or more)

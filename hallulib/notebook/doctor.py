@@ -1,4 +1,4 @@
-"""The doctor: whether packages are as pinned, shipped weights are whole, runs can be written.
+"""The doctor: what is installed here, what is wrong with it, and what each chapter took.
 
 ``python -m hallulib doctor`` ends with status 1 if something is wrong.
 """
@@ -6,8 +6,10 @@
 import importlib.metadata
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
+import nbformat
 from packaging.requirements import Requirement
 
 from hallulib import UserError
@@ -52,10 +54,24 @@ def faults() -> Iterator[str]:
         yield f"{error}; HALLULIB_RUNS names another"
 
 
+def costs() -> Iterator[tuple[str, float | None]]:
+    """Chapter, and the seconds that it took when `make book` last executed it here."""
+    for chapter in parameters.chapters(parameters.ROOT / "book"):
+        page = parameters.ROOT / "_build" / "book" / chapter.name
+        built = nbformat.read(page, 4).metadata if page.exists() else {}
+        yield chapter.stem, built.get("seconds")
+
+
 def report() -> int:
-    """Print what is installed and what is wrong with it; returns 1 if anything is."""
+    """Print what is installed, what is wrong, what chapters cost; returns 1 if anything is."""
     for name, value in (store.provenance() | {"runs": store.runs_folder().absolute()}).items():
         print(f"{name:10} {value}")
     wrong = list(faults())
     print(f"\n{len(wrong)} faults found" if wrong else "\nno fault found", *wrong, sep="\n  ")
+    print(
+        "\nwhat chapters took when the book was last made here; shipped and kept runs cost nothing"
+    )
+    for chapter, seconds in costs():
+        took = "not made yet" if seconds is None else str(timedelta(seconds=round(seconds)))
+        print(f"{chapter:24} {took:>12}")
     return int(bool(wrong))

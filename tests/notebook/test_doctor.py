@@ -3,6 +3,7 @@
 import shutil
 from importlib.metadata import version
 
+import nbformat
 import pytest
 
 from conftest import ROOT
@@ -61,3 +62,18 @@ def test_a_lock_that_is_not_there_is_one_sentence(places, capsys):
     (places / "lock").unlink()
     assert cli.main(["doctor"]) == 2
     assert "cannot read the pinned versions in" in capsys.readouterr().err
+
+
+def test_what_chapters_took_is_told_and_what_was_not_made_is_said(places, monkeypatch, capsys):
+    """The build wrote it into the executed chapter."""
+    monkeypatch.setattr(doctor.parameters, "ROOT", places)
+    for name in ("01_one", "02_two"):
+        made = nbformat.v4.new_notebook(metadata={"seconds": 200} if name == "01_one" else {})
+        for folder in ("book", "_build/book")[: 1 + (name == "01_one")]:
+            (places / folder).mkdir(parents=True, exist_ok=True)
+            nbformat.write(made, places / folder / f"{name}.ipynb")
+    assert list(doctor.costs()) == [("01_one", 200), ("02_two", None)]
+    doctor.report()
+    told = capsys.readouterr().out
+    assert "01_one                        0:03:20" in told
+    assert "02_two                   not made yet" in told
