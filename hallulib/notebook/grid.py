@@ -120,17 +120,23 @@ def execute(
     # the kernel warns at each start that it talks to us over TCP on this machine
     arguments = ["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={before}"]
     settings |= {"progress_bar": False, "extra_arguments": arguments}
-    try:
-        return papermill.execute_notebook(chapter, out, values, **settings | options)
-    except papermill.PapermillExecutionError as error:
-        if error.ename == "UserError":
-            raise UserError(f"{chapter.stem}: {error.evalue}") from None
-        raise
-    except DeadKernelError as error:
-        raise UserError(
-            f"{chapter.stem}: its process was killed, most likely for lack of memory; smaller "
-            "parameters or more memory are needed"
-        ) from error
+    tries = 3
+    while True:
+        try:
+            return papermill.execute_notebook(chapter, out, values, **settings | options)
+        except papermill.PapermillExecutionError as error:
+            if error.ename == "UserError":
+                raise UserError(f"{chapter.stem}: {error.evalue}") from None
+            raise
+        except DeadKernelError as error:
+            raise UserError(
+                f"{chapter.stem}: its process was killed, most likely for lack of memory; smaller "
+                "parameters or more memory are needed"
+            ) from error
+        except RuntimeError:  # another program took a port that was just found free
+            tries -= 1
+            if not tries:
+                raise
 
 
 def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> Cell:
