@@ -82,7 +82,7 @@ def execute(chapter: Path, out: Path, chosen: dict, title: str | None = None) ->
         papermill.PapermillExecutionError: if it failed otherwise.
     """
     mark = fingerprint(chapter, chosen)  # before: the library may be edited while this runs
-    running = out.parent.parent / "running" / chapter.name
+    running, start = out.parent.parent / "running" / chapter.name, time.monotonic()
     with disk.writing(out):
         running.parent.mkdir(parents=True, exist_ok=True)
         notebook = grid.execute(
@@ -95,6 +95,7 @@ def execute(chapter: Path, out: Path, chosen: dict, title: str | None = None) ->
         # widgets of a stopped kernel: the page would ask another host for their scripts
         notebook.metadata.pop("widgets", None)
         notebook.metadata["fingerprint"] = mark
+        notebook.metadata["seconds"] = round(time.monotonic() - start, 1)  # the doctor tells them
         nbformat.write(notebook, running)
         os.replace(running, out)
 
