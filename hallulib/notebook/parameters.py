@@ -173,14 +173,17 @@ def read_yaml(file: Path) -> dict:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a text of YAML that sets no name twice; else, and of an unreadable text, a
-    `UserError`. ``where`` tells the user which text.
+    """The value of a text of YAML that sets no name twice and has no alias; else, and of an
+    unreadable text, a `UserError`. ``where`` tells the user which text.
 
     Example:
         >>> parse_yaml("{STEPS: 1_000, RATE: 1e-3, DATASET: 010, AT: 1:04}", "here")
         {'STEPS': 1000, 'RATE': 0.001, 'DATASET': '010', 'AT': '1:04'}
     """
     try:
+        # sixty lines of aliases of aliases stand for more values than any memory holds
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("an alias, *NAME, found; plain values are needed")
         return _Loader(text).get_single_data()
     except Exception as error:  # PyYAML and int throw nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -273,8 +273,8 @@ def test_a_user_error_stops_the_build_with_one_sentence(book, capsys):
         ("STEPS: 0", "01_one: parameter STEPS = 0 must be a whole number from 1 to 10000"),
         ("STEPS: '20'", "01_one: parameter STEPS = '20' must be a whole number from 1 to 10000"),
         (
-            "02_two: {SCHEME: isp}",
-            "02_two: parameter SCHEME = 'isp' must be one of 'grade2', 'isup'",
+            "02_two: {RATE: -1}",
+            "02_two: parameter RATE = -1 must be a finite number of at least 0.0",
         ),
         ("02_two: {STPES: 1}", "unknown parameter STPES; did you mean STEPS?"),
         ("03_three: {STEPS: 1}", "has settings for 03_three; the chapters are 01_one, 02_two"),
