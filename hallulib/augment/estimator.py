@@ -172,12 +172,12 @@ def steers(
 ) -> steering.NoisyClassifier:
     """A noise-aware classifier of labelled images, x in [-1, 1] of the classes y, 0 to k - 1.
 
-    It learns from each image and from `VERSIONS` of it, `changed`; ``noised`` is as for
+    It learns from each image and from `VERSIONS` of it, augmented; ``noised`` is as for
     :func:`hallulib.augment.steering.train`. It is on the device of the pretrained models.
     """
     device = next(prior.model.parameters()).device
     rng = torch.Generator().manual_seed(seed)
-    several = torch.cat([x, *(changed(x, rng) for _ in range(VERSIONS))])
+    several = torch.cat([x, *(augmented(x, rng) for _ in range(VERSIONS))])
     latents, labels = prior.autoencoder.encode(several.to(device)), y.repeat(VERSIONS + 1)
     guide = steering.NoisyClassifier(prior.model, int(y.max()) + 1, seed=seed)
     how: dict[str, Any] = dict(steps=trial.steering, noised=noised, seed=seed)
@@ -239,7 +239,7 @@ def judged(
 
 
 def _network(trial: Trial, x: Images, y: Labels, seed: int, arm: str) -> nn.Module:
-    change = None if arm == "real" else changed
+    change = None if arm == "real" else augmented
     steps, width = trial.resnet_steps, trial.resnet_width
     return train_resnet(x, y, steps=steps, width=width, change=change, seed=seed)
 
@@ -256,11 +256,6 @@ def _check_two_of_each(y: Labels, classes: str) -> None:
 def per_class(ratio: float | int, n: int, classes: int) -> int:
     """Synthetic images learnt from of each class, for n labelled ones of all; at least one."""
     return max(1, math.ceil(round(ratio * n) / classes))
-
-
-def changed(x: Images, rng: torch.Generator) -> Images:
-    """Shifted, mirrored and of other contrast: the classical way."""
-    return augmented(x, rng)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
