@@ -20,7 +20,8 @@ from hallulib.storage import checkpoint, parallel, store
 Loss = Callable[..., PerImage]  # `denoising_loss`, compiled or not
 P_UNCOND = 0.1  # chance that a label is dropped, which trains the null class as well
 MAX_NORM = 1.0  # of the gradient, which is scaled down to it
-NEW_CLASSES = 25  # rate of class vectors that a trained model has yet to learn, see `pretrain`
+CLASS_RATE = 10  # of class vectors, see `pretrain`: at 1 samples show their class less surely
+NEW_CLASSES = 25  # of those that a trained model has yet to learn
 
 
 @dataclass
@@ -203,16 +204,16 @@ def pretrained(
     model = unet.build(
         size=images.size, channels=images.channels, labels=labels, width=width, seed=seed
     )
-    rates: dict[str, Any] = dict(lr=4e-4)
+    if labels:
+        settings["class_rate"] = CLASS_RATE if begin == "nothing" else NEW_CLASSES
     if begin != "nothing":
         origin = store.trained(begin)
         model, begin = _taught(model, origin), store.contents(origin)
-        rates["class_rate"] = NEW_CLASSES
 
     def start(folder: Path) -> Iterator[State]:
         x, y, weights = (part.to(device) for part in images.for_training(scheme))
         return pretrain(
-            model.to(device), x, y, weights=weights, folder=folder, **rates, **settings
+            model.to(device), x, y, weights=weights, lr=4e-4, folder=folder, **settings
         )
 
     folder = store.kept(

@@ -42,7 +42,7 @@ TABLE, PART, GENERATOR = "auroc.csv", ".part.csv", "generator.safetensors"
 PERMUTED = "permuted patients"  # the control whose test patients swap their labels
 PERMUTATIONS = 20  # of them
 OF_RUN = ("data", "size", "protocol", "origin")  # settings of a run that are none of its trial
-PROTOCOL = 3  # raised where a trial starts, is trained or is measured in another way
+PROTOCOL = 4  # raised where a trial starts, is trained or is measured in another way
 Classifiers = dict[int, PrototypeClassifier]  # by the number of extra supports
 Measurement = tuple[dict[str, Method], Source, Tasks]  # the columns that share a source
 
