@@ -44,6 +44,10 @@ class Interval(NamedTuple):
         several = f" in {self.trainings} trainings" * (self.trainings > 1)
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}{several}"
 
+    def of_share(self) -> "Interval":
+        """The same where the estimate is a share or an AUROC: limits end at 0 and 1."""
+        return self._replace(low=np.clip(self.low, 0, 1), high=np.clip(self.high, 0, 1))
+
 
 def auroc(y: ArrayLike, scores: ArrayLike) -> float | np.ndarray:
     r"""Area under the ROC curve; for several classes the macro mean of one against the rest.
@@ -231,7 +235,7 @@ def of_episodes(
     rows = {}
     for name in auroc[0]:
         values, ten = np.stack([of[name] for of in auroc]), auroc[0][name][:10]
-        mean = over_patients(values, groups)
+        mean = over_patients(values, groups).of_share()
         row = {"ten": ten.mean(), "ten_sd": ten.std(ddof=0)}
         row |= {"mean": mean.value, "low": mean.low, "high": mean.high}
         if name != "baseline":

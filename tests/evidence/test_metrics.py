@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from hallulib import UserError
 from hallulib.evidence.metrics import (
+    Interval,
     auroc,
     bootstrap,
     mean_interval,
@@ -167,3 +170,17 @@ def test_right_or_wrong_in_any_type_makes_the_same_difference():
         torches = isinstance(kind, torch.dtype)
         pair = [torch.tensor(v, dtype=kind) if torches else np.array(v, kind) for v in (a, b)]
         assert paired_difference(*pair) == pytest.approx(expected)
+
+
+@given(st.floats(0, 1), st.floats(0, 3), st.booleans())
+def test_the_interval_of_a_share_ends_at_0_and_1_and_loses_nothing_between(value, half, known):
+    low, high = (value - half, value + half) if known else (np.nan, np.nan)
+    whole = Interval(value, low, high, 5, 3)
+    share = whole.of_share()
+    assert (share.value, share.n, share.trainings) == (value, 5, 3)
+    if not known:
+        assert np.isnan([share.low, share.high]).all()
+        return
+    assert 0 <= share.low <= value <= share.high <= 1
+    for point in (0.0, value, 1.0):
+        assert covers(share, point) == covers(whole, point)
