@@ -15,7 +15,7 @@ import papermill
 import psutil
 import pytest
 import torch
-from dask.system import CPU_COUNT
+from joblib import cpu_count
 
 ROOT = Path(__file__).parent
 CHAPTERS = sorted(path.stem for path in (ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """One more than there are cores: tests that start processes wait for them."""
-    return min(CPU_COUNT + 1, 8)
+    return min(cpu_count() + 1, 8)
 
 
 @pytest.hookimpl(optionalhook=True)

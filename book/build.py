@@ -25,7 +25,7 @@ import nbformat
 import papermill
 import psutil
 import torch
-from dask.system import CPU_COUNT
+from joblib import cpu_count
 
 from hallulib import UserError
 from hallulib.__main__ import run
@@ -206,10 +206,10 @@ def build(source: Path, target: Path, chosen: dict[str, dict], workers: int = 1)
 def side_by_side(workers: int | None) -> int:
     """How many chapters to run at once, each on its share of the threads of this machine."""
     if workers is None:
-        workers = 1 if torch.cuda.is_available() else min(CPU_COUNT, 4)
+        workers = 1 if torch.cuda.is_available() else min(cpu_count(), 4)
     if workers < 1:
         raise UserError(f"--workers is {workers}; at least 1 is needed")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPU_COUNT // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // workers)))
     return workers
 
 

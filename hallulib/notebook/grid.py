@@ -29,7 +29,7 @@ from typing import Annotated, Any
 
 import nbformat
 from annotated_types import Len
-from dask.system import CPU_COUNT
+from joblib import cpu_count
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm.auto import tqdm
 
@@ -206,7 +206,7 @@ def run(file: Path, out: Path, workers: int = 2) -> Iterator[Cell]:
     todo = [key for key in plan if key not in cells or cells[key]["error"] is not None]
     yield from (cells[key] for key in plan if key not in todo)
     workers = max(1, min(workers, len(todo)))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPU_COUNT // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // workers)))
     # papermill changes the folder of all threads and back: none may go back to another one
     os.chdir(parameters.ROOT)
     bar = {"total": len(plan), "initial": len(plan) - len(todo), "desc": file.stem}

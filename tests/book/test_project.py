@@ -151,6 +151,8 @@ def test_nothing_that_can_run_code_is_read_from_a_file():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+                if names == ["joblib", "cpu_count"]:
+                    continue  # the cores that are ours, containers included: no pickle in that
                 assert not unsafe & set(names), path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
