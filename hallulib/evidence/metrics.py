@@ -24,7 +24,6 @@ from scipy import optimize, stats
 from hallulib import UserError
 
 LEVEL = 0.95  # of all intervals
-METHODS = ("likelihood", "gaussian", "resnet18", "linear", "filter_bank")  # of a contest
 
 
 class Interval(NamedTuple):
@@ -287,7 +286,9 @@ def share_of_oracle(auroc: Sequence[pd.DataFrame], n: int, groups: int) -> Inter
     return gain._replace(value=share, low=limit(-1), high=limit(1))
 
 
-def of_contest(scores: pd.DataFrame, own: str = "likelihood") -> pd.DataFrame:
+def of_contest(
+    scores: pd.DataFrame, methods: Sequence[str], *, own: str = "likelihood"
+) -> pd.DataFrame:
     r"""Accuracy and AUROC of every method with 95 % intervals, and against one of them.
 
     A measure :math:`\theta_d` is the mean over draws of labels, and so are gains, which are
@@ -301,8 +302,10 @@ def of_contest(scores: pd.DataFrame, own: str = "likelihood") -> pd.DataFrame:
     of both covers 88 % where ten draws differ much as a whole; this 93 %.)
 
     Args:
-        scores: those of :func:`hallulib.likelihood.estimator.run` for each draw of labels, one
-            below the other, told apart by a column ``draw``; test images are the same in all.
+        scores: for each draw of labels a row per test image, the same images in all: ``draw``,
+            ``patient``, ``label`` (index of the class) and for each method and class a column
+            ``<method> <class>``, as `book/grids/contest.ipynb` measures them.
+        methods: the names of the methods.
         own: the method that gains are of.
 
     Returns:
@@ -322,7 +325,7 @@ def of_contest(scores: pd.DataFrame, own: str = "likelihood") -> pd.DataFrame:
     y, (who, patients) = np.stack([asked["label"]] * len(draws)), pd.factorize(asked["patient"])
     accuracy = lambda y, p: (p.argmax(-1) == y).mean(-1)
     n, found = len(patients), {}
-    for method in METHODS:
+    for method in methods:
         p = np.stack([columns(draw, method) for draw in draws])
         for name, measure in (("accuracy", accuracy), ("AUROC", auroc)):
             without = np.stack([measure(y[:, who != i], p[:, who != i]) for i in range(n)], 1)

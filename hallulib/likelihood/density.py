@@ -1,4 +1,4 @@
-r"""Log-densities of images, class by class: of a score model by its flow, or in closed form.
+r"""Log-densities of images, class by class, of a score model by its flow.
 
 In :math:`y = x / \alpha` and the noise level :math:`s = \sigma / \alpha` the flow of every
 diffusion is :math:`dy/ds = \epsilon_\theta`. Much of that is predictable for images of pixel
@@ -31,14 +31,12 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from hallulib.diffusion.score import ScoreModel
 from hallulib.diffusion.sde import SDE
-from hallulib.shapes import AnyImages, Images, Labels, Times
+from hallulib.shapes import Images, Labels, Times
 
 GREY_STEP = 1 / 127.5  # distance of neighbouring grey levels in [-1, 1]
 SPREAD = 0.5  # standard deviation of the pixels of images in [-1, 1], roughly
@@ -262,67 +260,3 @@ def bits_per_dim(log_density: Tensor, n_dims: int) -> Tensor:
     Song et al. 2021 they are ``2 / 256`` apart, and it is 7.
     """
     return -log_density / (n_dims * math.log(2)) - math.log2(GREY_STEP)
-
-
-class MovedGaussian:
-    r"""The moved density in closed form: a Gaussian in place of the network.
-
-    Were images Gaussian with covariance :math:`\Sigma`, known from images without labels, then
-    :func:`hallulib.diffusion.unet.moved_to_means` would give, at noise level s and with equal
-    priors,
-
-    .. math:: \log p_s(x \mid c) = -\tfrac12 (x - m_c)^\top (\Sigma + s^2 I)^{-1} (x - m_c) + C ,
-
-    Fisher's linear discriminant, and only the means :math:`m_c` are left to learn from labels,
-    which for few images are wrong most in fine detail; s decides how much of that counts. It is
-    what a network must beat to be worth its training. ``images`` are all training images, at least
-    two, with a label or without.
-
-    Source: Fisher 1936, doi 10.1111/j.1469-1809.1936.tb02137.x; few labels: Ng & Jordan 2001.
-
-    Example:
-        >>> x, y = torch.randn(40, 1, 4, 4), torch.arange(40) % 2
-        >>> MovedGaussian(x).log_ratio(x, y, x[:3], s=1.0).shape
-        torch.Size([3, 2])
-    """
-
-    LEVELS = tuple(0.1 * 2**i for i in range(8))  # of s: from pixels' noise to whole layout
-    # where no label can be held out: layout alone; the best of `LEVELS` on labelled validation
-    # images of a set of brain MRI, so on that set a choice that one label could not have made
-    ALONE = 6.4
-
-    def __init__(self, images: Images):
-        x = images.flatten(1).double()
-        _, spread, self.axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-        self.variances = spread.square() / (len(x) - 1)
-
-    def log_ratio(
-        self, x: Images, y: Labels, new: AnyImages, s: float
-    ) -> Float[Tensor, "new classes"]:
-        """Log-density of each class for new images, in nats, up to what classes have in common.
-
-        Labelled images are of classes 0 to k - 1, none of them empty; s is in units of pixels.
-        """
-        means = torch.stack([x[y == c].flatten(1).double().mean(0) for c in y.unique()])
-        offset = new.flatten(1).double()[:, None] - means
-        along = (offset @ self.axes.T).square()
-        # pixels outside the axes, if images are fewer than pixels, have no variance but the noise
-        rest = offset.square().sum(2) - along.sum(2)
-        return -0.5 * ((along / (self.variances + s**2)).sum(2) + rest / s**2)
-
-    def noise_level(self, x: Images, y: Labels, seed: int = 0) -> float:
-        """The level of `LEVELS` that makes the labels of held-out images most likely.
-
-        Up to five times a part is held out; if a class has one image, it is `ALONE`.
-        """
-        n_folds = min(5, int(torch.bincount(y).min()))
-        if n_folds < 2:
-            return self.ALONE
-        folds = list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(y, y))
-        truth = torch.cat([y[held] for _, held in folds])
-
-        def log_loss(s: float) -> float:
-            parts = [self.log_ratio(x[seen], y[seen], x[held], s) for seen, held in folds]
-            return float(F.cross_entropy(torch.cat(parts), truth))
-
-        return min(self.LEVELS, key=log_loss)

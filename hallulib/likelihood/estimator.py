@@ -1,48 +1,23 @@
-r"""Classification by likelihood as a scikit-learn estimator, and its contest with other ones.
+"""Classification by likelihood as a scikit-learn estimator, which goes into pipelines as any."""
 
-`ScoreClassifier` goes into pipelines as any estimator. `run` gives the same task to all, with ever
-fewer labels: of the images of the training split, ``per_class`` of each class keep their label,
-and to the score model the others are images without label. All methods see the same labelled
-images and are asked about the same test images:
-
-====================  =======================================================================
-likelihood            a score model, pretrained without labels, that goes on with these, or
-                      whose density is moved to each class without any training
-gaussian              the moved density in closed form: a Gaussian in place of the network
-resnet18              a ResNet-18 trained on the labelled images alone, moved and mirrored
-linear                logistic regression on that network's pooled features
-filter_bank           logistic regression on fixed features that nobody trained
-====================  =======================================================================
-"""
-
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pandas as pd
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from hallulib import UserError
-from hallulib.data.imageset import ImageSet, choose
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.score import ScoreModel
 from hallulib.evidence import calibration
-from hallulib.evidence.metrics import METHODS, read_scores
-from hallulib.evidence.quality import features
-from hallulib.evidence.resnet import read, train_resnet
 from hallulib.likelihood import bound, density
-from hallulib.shapes import AnyImages, Images, Labels
+from hallulib.shapes import Images
 from hallulib.storage import checkpoint, settings, store
 from hallulib.storage.estimator import OneClass, Others, must_suit
-
-SCORES = "scores.csv"
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -254,126 +229,3 @@ class ScoreClassifier(calibration.ImageClassifier):
 def _some(images: Others, n: int, seed: int) -> Tensor:
     """At most n images, drawn at random."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]]
-
-
-@dataclass(frozen=True)
-class Contest:
-    """All settings of a comparison but the images; a `UserError` for an impossible number.
-
-    Attributes:
-        scheme: label column.
-        per_class: labelled images per class, or all that it has; 0 keeps every label.
-        n_test: test images, about: equally many of each class, if it has so many.
-        pretraining, width: steps of the score model without labels, and its width.
-        steps: its steps with them, at most: 40 and 3 for each labelled image, since more only
-            teach it to remember the few there are.
-        shift, effort: see `ScoreClassifier`; with ``shift`` no step is taken.
-        resnet_steps, resnet_width: of the ResNet-18 and of its first block.
-        draw: of labels: it chooses them and is the seed of all training on them. The score model
-            without labels is the same for all draws; `hallulib.evidence.metrics.of_contest` tells
-            what several draws are worth.
-    """
-
-    scheme: str
-    per_class: settings.Count = 0
-    n_test: settings.Several = 240
-    pretraining: settings.Positive = 2000
-    steps: settings.Positive = 400
-    shift: bool = False
-    width: settings.Width = 24
-    effort: settings.Several = 32
-    resnet_steps: settings.Positive = 400
-    resnet_width: settings.Positive = 24
-    draw: settings.Seed = 0
-
-    def __post_init__(self):
-        settings.check(self)
-
-
-def run(images: ImageSet, contest: Contest, *, from_scratch: bool = False) -> pd.DataFrame:
-    """Every method's scores of every test image, found by the settings or measured now.
-
-    There is one row per test image: ``patient``, ``label`` (index of the class), ``evaluations``
-    of the likelihood, and for each method and class ``<method> <class>``: log-odds for the first
-    two methods, probabilities for the others. Fewer than two classes in a split are a `UserError`.
-    """
-    folder = store.load_or_train(
-        f"few-labels-{images.name}",
-        lambda folder, **_: _measure(images, contest, folder),
-        defaults=Contest,
-        from_scratch=from_scratch,
-        data=images.identity,
-        size=images.size,
-        **asdict(contest),
-    )
-    return read_scores(folder / SCORES)
-
-
-def _measure(images: ImageSet, contest: Contest, folder: Path) -> None:
-    known = images.select(("train", "unlabelled"))
-    test = images.select("test", labelled=contest.scheme)
-    y, y_test = known.labels(contest.scheme), test.labels(contest.scheme)
-    present = y[y >= 0].unique()
-    if len(present) < 2 or not torch.isin(y_test, present).all():
-        raise UserError(
-            f"{images.name}: the split train has {len(present)} classes of {contest.scheme} and "
-            f"test {len(y_test.unique())}; the same two or more are needed"
-        )
-    labelled = choose(y, contest.per_class, contest.draw)
-    others = known.tensor(np.setdiff1d(np.arange(len(known)), labelled))
-    x, y = known.tensor(labelled), torch.searchsorted(present, y[labelled])
-    asked = choose(y_test, -(-contest.n_test // len(present)), seed=0)  # the same for all draws
-    new = test.tensor(asked)
-
-    classifier = _learner(images, contest, torch.bincount(y), folder)
-    classifier.fit(x.numpy(), y.numpy(), others.numpy() if len(others) else None)
-    log_ratio, evaluations = classifier.measure(new.numpy())
-    gaussian = density.MovedGaussian(known.tensor())
-    s = gaussian.noise_level(x, y, seed=contest.draw)
-    scores = {"likelihood": calibration.log_odds(log_ratio).numpy()}
-    scores["gaussian"] = calibration.log_odds(gaussian.log_ratio(x, y, new, s)).numpy()
-    scores |= _discriminative(contest, x, y, new)
-
-    table = test.table[["patient"]].iloc[asked].reset_index(drop=True)
-    table["label"] = torch.searchsorted(present, y_test[asked]).numpy()
-    table["evaluations"] = evaluations
-    classes = [images.classes(contest.scheme)[c] for c in present]
-    for method in METHODS:
-        table[[f"{method} {c}" for c in classes]] = scores[method]
-    store.write_table(folder / SCORES, table)
-
-
-def _learner(images: ImageSet, contest: Contest, counts: Labels, folder: Path) -> ScoreClassifier:
-    """One that will learn from so many labelled images of each class."""
-    n, least = int(counts.sum()), int(counts.min())
-    learning: dict[str, Any]
-    if contest.shift:  # folds cost no training; the power is for what leaves none to hold out
-        learning = dict(shift=True, steps=0, power=2, weigh=min(5, least) if least > 1 else 0)
-    else:  # few images are soon remembered
-        learning = dict(steps=min(contest.steps, 40 + 3 * n), class_rate=min(25, max(1, n / 3)))
-        learning["weigh"] = 2 if 2 <= least <= 20 else 0
-    start, _ = train.pretrained(images, steps=contest.pretraining, width=contest.width)
-    return ScoreClassifier(
-        start,
-        channels=images.channels,
-        effort=contest.effort,
-        centre=True,
-        folder=folder,
-        random_state=contest.draw,
-        verbose=True,
-        **learning,
-    )
-
-
-def _discriminative(
-    contest: Contest, x: Images, y: Labels, new: AnyImages
-) -> dict[str, np.ndarray]:
-    """Class probabilities of new images by what is trained on the labelled images alone."""
-    steps, width = contest.resnet_steps, contest.resnet_width
-    network = train_resnet(x, y, steps=steps, width=width, seed=contest.draw)
-    (pooled, _), (pooled_new, by_network) = read(network, x), read(network, new)
-    regression = LogisticRegression(max_iter=2000, class_weight="balanced")
-    linear = make_pipeline(StandardScaler(), regression)
-    by_features = linear.fit(pooled, y.numpy()).predict_proba(pooled_new)
-    by_filters = linear.fit(features(x).numpy(), y.numpy()).predict_proba(features(new).numpy())
-    return {"resnet18": by_network, "linear": by_features, "filter_bank": by_filters}

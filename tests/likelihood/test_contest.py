@@ -8,26 +8,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from notebook_names import defined
 
+from conftest import ROOT, size_for_tests
 from hallulib import UserError
 from hallulib.data import imageset
 from hallulib.data.imageset import choose
-from hallulib.diffusion import train
-from hallulib.evidence.metrics import METHODS, auroc, columns, mean_interval, of_contest
-from hallulib.likelihood.estimator import Contest, run
-from hallulib.storage.settings import vary
+from hallulib.evidence.metrics import auroc, columns, mean_interval, of_contest, read_scores
+from hallulib.notebook import grid, parameters
 
-TINY = Contest(
-    "isup",
-    per_class=2,
-    n_test=8,
-    pretraining=2,
-    steps=2,
-    width=8,
-    effort=8,
-    resnet_steps=2,
-    resnet_width=4,
-)
+NOTEBOOK = ROOT / "book" / "grids" / "contest.ipynb"
+METHODS = defined(NOTEBOOK)["METHODS"]
+
+
+def on(images, **values):
+    """What the notebook defines, for these images."""
+    space = defined(NOTEBOOK, SCHEME="isup", **values)
+    space["images"] = images
+    return space
+
+
+def never(folder, **_):
+    raise AssertionError("measured again")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def phantom():
 
 @pytest.fixture(scope="module")
 def scores(phantom):
-    return run(phantom, TINY)
+    return on(phantom)["contest"](0)
 
 
 @given(
@@ -69,20 +71,23 @@ def test_all_methods_answer_for_the_same_images(scores):
     assert (scores["evaluations"] <= 8 * k).all()
 
 
-def test_the_same_contest_is_found_again_and_measured_again_the_same(phantom, scores):
-    pd.testing.assert_frame_equal(run(phantom, TINY), scores)
-    again = run(phantom, TINY, from_scratch=True)
+def test_a_draw_is_found_again_and_measured_again_the_same(phantom, scores, tmp_path):
+    space = on(phantom)
+    space["measure"](tmp_path, draw=0)
+    again = read_scores(tmp_path / "scores.csv").assign(draw=0)
     pd.testing.assert_frame_equal(again, scores, rtol=1e-4)
+    space["measure"] = never
+    pd.testing.assert_frame_equal(space["contest"](0), scores)
 
 
 def test_labels_that_were_not_chosen_are_not_seen(phantom, scores):
     """Without them the set has exactly the chosen labels, and every answer stays."""
     train = phantom.table["split"].eq("train").to_numpy()
     y = phantom.labels("isup").numpy()
-    kept = np.flatnonzero(train)[choose(torch.from_numpy(y[train]), 2, TINY.draw)]
+    kept = np.flatnonzero(train)[choose(torch.from_numpy(y[train]), 2, seed=0)]
     blind = phantom.table.copy()
     blind.loc[np.setdiff1d(np.flatnonzero(train), kept), ["gs", "isup", "grade2"]] = ""
-    told = run(replace(phantom, table=blind), replace(TINY, per_class=0))
+    told = on(replace(phantom, table=blind), PER_CLASS=0)["contest"](0)
     pd.testing.assert_frame_equal(told, scores, rtol=1e-4)
 
 
@@ -99,17 +104,14 @@ def test_a_share_of_every_class_is_kept(seed, share):
 
 @pytest.fixture(scope="module")
 def draws(phantom, scores):
-    """Two draws of labels; what is trained without labels is trained once."""
-    with pytest.MonkeyPatch.context() as patch:
-        trained = train.pretrained(phantom, steps=TINY.pretraining, width=TINY.width)
-        patch.setattr(train, "pretrained", lambda *_, steps, width: trained)
-        other = run(phantom, replace(TINY, draw=1))
+    """Two draws of labels."""
+    other = on(phantom)["contest"](1)
     assert not np.allclose(columns(other, "gaussian"), columns(scores, "gaussian"))
-    return pd.concat([scores.assign(draw=0), other.assign(draw=1)])
+    return pd.concat([scores, other])
 
 
 def test_the_table_pairs_methods_and_is_over_draws_and_patients(draws):
-    found = of_contest(draws).set_index(["method", "measure"])
+    found = of_contest(draws, METHODS).set_index(["method", "measure"])
     assert len(found) == 2 * len(METHODS)
     assert (found["low"] <= found["value"]).all()
     assert (found["value"] <= found["high"]).all()
@@ -123,20 +125,20 @@ def test_the_table_pairs_methods_and_is_over_draws_and_patients(draws):
         assert found["value"][m, "accuracy"] == pytest.approx(right[m])
         assert found["value"][m, "AUROC"] == pytest.approx(area[m])
     for own in METHODS[:2]:
-        gains = of_contest(draws, own).set_index(["method", "measure"])["gain"]
+        gains = of_contest(draws, METHODS, own=own).set_index(["method", "measure"])["gain"]
         for m in METHODS:
             assert gains[m, "accuracy"] == pytest.approx(right[own] - right[m])
             assert gains[m, "AUROC"] == pytest.approx(area[own] - area[m])
     same = draws.copy()
     for c in [c for c in draws if c.startswith("resnet18 ")]:
         same[c] = draws["likelihood" + c.removeprefix("resnet18")]
-    row = of_contest(same).set_index(["method", "measure"]).loc[("resnet18", "AUROC")]
+    row = of_contest(same, METHODS).set_index(["method", "measure"]).loc[("resnet18", "AUROC")]
     assert row["gain"] == row["gain_low"] == row["gain_high"] == 0
 
 
 def test_accuracy_of_one_image_a_patient_and_one_draw_has_the_interval_of_a_mean(scores):
-    alone = scores.assign(draw=0, patient=np.arange(len(scores)).astype(str))
-    row = of_contest(alone).set_index(["method", "measure"]).loc[("resnet18", "accuracy")]
+    alone = scores.assign(patient=np.arange(len(scores)).astype(str))
+    row = of_contest(alone, METHODS).set_index(["method", "measure"]).loc[("resnet18", "accuracy")]
     expected = mean_interval(columns(alone, "resnet18").argmax(1) == alone["label"])
     assert tuple(row[["value", "low", "high"]]) == pytest.approx(expected[:3])
 
@@ -144,17 +146,43 @@ def test_accuracy_of_one_image_a_patient_and_one_draw_has_the_interval_of_a_mean
 def test_draws_with_other_test_images_are_refused(draws):
     other = draws.assign(label=draws["label"].where(draws["draw"] == 0, 0))
     with pytest.raises(UserError, match="draws of labels have different test images"):
-        of_contest(other)
+        of_contest(other, METHODS)
 
 
-def test_settings_come_as_text_and_impossible_ones_are_refused():
-    told = vary(Contest("isup"), "per_class=5 shift=True")
-    assert (told.per_class, told.shift) == (5, True)
-    with pytest.raises(UserError, match="per_class is -1; at least 0"):
-        vary(Contest("isup"), "per_class=-1")
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"PER_CLASS": -1}, "parameter PER_CLASS = -1 must be a whole number of at least 0"),
+        ({"SHIFT": 1}, "parameter SHIFT = 1 must be True or False"),
+        ({"PER_CLAS": 1}, "unknown parameter PER_CLAS; did you mean PER_CLASS"),
+    ],
+)
+def test_impossible_parameters_are_refused_before_images_are_opened(values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        defined(NOTEBOOK, DATASET="no such set", **values)
+
+
+def test_a_width_that_no_network_has_is_refused(phantom):
+    with pytest.raises(UserError, match="width is 12; a multiple of 8 is needed"):
+        on(phantom, WIDTH=12)["contest"](0)
 
 
 def test_a_set_without_two_classes_is_refused(phantom):
     alone = phantom.select(rows=np.flatnonzero(phantom.table["isup"].isin(["2"])))
     with pytest.raises(UserError, match="train has 1 classes of isup"):
-        run(alone, TINY)
+        on(alone)["contest"](0)
+
+
+def test_the_notebook_measures_the_numbers_of_the_stored_cells(tmp_path):
+    asked = parameters.own_values(NOTEBOOK) | size_for_tests(NOTEBOOK) | {"SHIFT": True}
+    cell = grid.run_cell(NOTEBOOK, asked, tmp_path / "cell.json")
+    assert cell["error"] is None
+    for stored in grid.load(ROOT / "book" / "results" / "labels.json"):
+        assert stored["measured"].keys() == cell["measured"].keys()
+    space = defined(NOTEBOOK, SHIFT=True)
+    space["measure"] = never  # what another process measured is found
+    told = of_contest(pd.concat([space["contest"](draw) for draw in (0, 1)]), METHODS)
+    for row in told.itertuples():
+        number = cell["measured"][f"{row.measure.lower()}_{row.method}"]
+        expected = {end: getattr(row, end) for end in ("value", "low", "high", "n")}
+        assert number == pytest.approx(expected)

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from notebook_names import defined
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
-from hallulib.likelihood.density import MovedGaussian
+from conftest import ROOT
+
+MovedGaussian = defined(ROOT / "book" / "grids" / "contest.ipynb")["MovedGaussian"]
 
 
 def images(n, seed=0, shape=(1, 4, 4)):

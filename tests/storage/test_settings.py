@@ -8,7 +8,6 @@ from toy_greys import ANSWERS, GREY, moved
 
 from hallulib import OneShotClassifier, ScoreClassifier, SyntheticAugmenter, UserError
 from hallulib.augment import estimator as augment
-from hallulib.likelihood.estimator import Contest
 from hallulib.oneshot import experiment as oneshot
 from hallulib.oneshot.hallucinate import Recipe
 from hallulib.oneshot.joint import Fit
@@ -61,7 +60,6 @@ SETTINGS = {
     oneshot.Trial("a", "b"): {"forget": "bool", "seed": SEED},
     Recipe(): {},
     Fit(): {},
-    Contest("a"): {"shift": "bool", "draw": SEED},
     augment.Trial("a"): {"seed": SEED},
 }
 
