@@ -1,7 +1,7 @@
 """Several prepared image sets as one, each a domain with classes and patients of its own."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -70,16 +70,7 @@ def run(args: argparse.Namespace) -> Report:
     columns = dict(map(_pair, args.sets))
     if len(columns) < len(args.sets):
         raise UserError(f"{' '.join(args.sets)}: a set is there twice; each once is needed")
-    parts = {}
-    for path, column in columns.items():
-        part = _open(path, args)
-        part.classes(column)  # refuses a column that is not there
-        if part.name in parts or ":" in part.name:
-            told = "is that of another set too" if part.name in parts else "has a colon"
-            raise UserError(
-                f"{path}: its name {part.name!r} {told}; prepare it with another --name"
-            )
-        parts[part.name] = part
+    parts = _parts(args, columns)
     colour = not args.grey and any(part.channels == 3 for part in parts.values())
     shape = Shape(args.size, 3 if colour else 1, args.margin)
     items = [
@@ -110,6 +101,21 @@ def _pair(text: str) -> tuple[str, str]:
     if not path or not column:
         raise UserError(f"{text!r} is not like SET=COLUMN, a set and one of its label columns")
     return path, column
+
+
+def _parts(args: argparse.Namespace, columns: Mapping[str, str]) -> dict:
+    """The sets by their names."""
+    parts: dict = {}
+    for path, column in columns.items():
+        part = _open(path, args)
+        part.classes(column)  # refuses a column that is not there
+        if part.name in parts or ":" in part.name:
+            told = "is that of another set too" if part.name in parts else "has a colon"
+            raise UserError(
+                f"{path}: its name {part.name!r} {told}; prepare it with another --name"
+            )
+        parts[part.name] = part
+    return parts
 
 
 def _open(path: str, args: argparse.Namespace):
@@ -167,43 +173,47 @@ def _to_size(images: np.ndarray, size: int) -> np.ndarray:
 
 def _card(args: argparse.Namespace, parts: Mapping, schemes: Mapping, shape: Shape) -> dict:
     """All that the cards of the sets say, each sentence after the name of its set."""
-    classes, domains, steps, warnings = {}, {}, [], []
+    domains = {name: _domain(part, schemes[name], shape.size) for name, part in parts.items()}
+    of_each = lambda key: "; ".join(f"{name}: {about[key]}" for name, about in domains.items())
+    (first, *others), classes = domains.values(), {}
+    common = lambda key: all(one[key] == first[key] for one in others) and first[key]
     for name, part in parts.items():
-        about, values = part.card, part.classes(schemes[name])
-        meaning = about["labels"][schemes[name]].get("meaning", {})
-        classes |= {f"{name}: {v}": f"{name}: {meaning.get(v, v)}" for v in values}
-        scale = max(1, part.size / shape.size)
-        spacing = about["spacing_mm"] and [mm * scale for mm in about["spacing_mm"]]
-        domains[name] = {
-            "scheme": schemes[name],
-            "classes": [f"{name}: {value}" for value in values],
-            "origin": about["origin"],
-            "licence": about["licence"],
-            "unit": part.unit,
-            "spacing_mm": spacing,
-            "identity": part.identity,
-        }
-        steps += [f"{name}: {step}" for step in about["processing"].get("steps", [])]
-        warnings += [f"{name}: {warning}" for warning in about.get("warnings", [])]
-    told = "smaller sets with a mirrored margin" if shape.margin else "none enlarged"
-    steps.append(
-        f"joined at {shape.size} pixels, area-averaged, {told}; {shape.channels} channels"
-    )
-    of_each = lambda key: "; ".join(f"{name}: {domains[name][key]}" for name in domains)
-    first = next(iter(domains.values()))
-    common = lambda key: all(one[key] == first[key] for one in domains.values()) and first[key]
+        about = part.card["labels"][schemes[name]]
+        told = {value: value for value in about["values"]} | about.get("meaning", {})
+        classes |= {f"{name}: {value}": f"{name}: {told[value]}" for value in about["values"]}
+    how = "smaller sets with a mirrored margin" if shape.margin else "none enlarged"
+    steps = _sentences(parts, lambda card: card["processing"].get("steps", []))
+    joined = f"joined: area-averaged to {shape.size} pixels, {how}; channels {shape.channels}"
     return {
         "name": args.name or args.out.name,
         "origin": of_each("origin"),
         "licence": of_each("licence"),
         "spacing_mm": common("spacing_mm") or None,
-        "processing": {"steps": steps},
+        "processing": {"steps": [*steps, joined]},
         "labels": {
             "class": {"values": list(classes), "meaning": classes},
             "domain": {"values": list(parts), "meaning": {name: name for name in parts}},
         },
         "unit": common("unit") or "group",
         "coordinates": ["set", "item"],
-        "warnings": warnings,
+        "warnings": _sentences(parts, lambda card: card.get("warnings", [])),
         "domains": domains,
     }
+
+
+def _domain(part, scheme: str, size: int) -> dict:
+    """What the card tells of one set at this size."""
+    spacing, reduced = part.card["spacing_mm"], max(1, part.size / size)
+    return {
+        "scheme": scheme,
+        "classes": [f"{part.name}: {value}" for value in part.classes(scheme)],
+        "origin": part.card["origin"],
+        "licence": part.card["licence"],
+        "unit": part.unit,
+        "spacing_mm": spacing and [mm * reduced for mm in spacing],
+        "identity": part.identity,
+    }
+
+
+def _sentences(parts: Mapping, of: Callable[[dict], list[str]]) -> list[str]:
+    return [f"{name}: {told}" for name, part in parts.items() for told in of(part.card)]
