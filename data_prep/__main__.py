@@ -21,6 +21,7 @@ ARCHIVES = {
     "pannuke": "PanNuke: tiles of 19 tissues, with that label or without",
     "patch_camelyon": "PatchCamelyon: lymph nodes, normal or with metastasis",
     "breakhis": "BreakHis: breast tumours, benign or malignant, of eight kinds",
+    "join": "several prepared sets as one, each a domain with classes of its own",
 }
 
 

@@ -28,14 +28,15 @@ LARGEST = 2**28  # bytes of an array with one value per image
 TRUTH = {"True": True, "False": False, "1": True, "0": False}
 HELP = """
 Arrays are named by the options; all have one entry per image, except --names. The column item of
-the table is the position in the arrays. --patient none says that images are independent.
+the table is the position in the arrays. --patient none says that images are independent; field//3
+joins the fields 0 to 2, 3 to 5 and so on, where neighbours look alike.
 
   python -m data_prep npz brain_mri_64.npz sets/brain --label label --names class_names \\
       --keep keep --test is_test_clean --patient group_near --unit near-copies \\
       --fractions train=.85,val=.15
   python -m data_prep npz chest_xray_64.npz sets/chest --names class_names --patient patient \\
       --split split
-  python -m data_prep npz crc_tiles_64.npz sets/crc --unlabelled --patient field --unit field
+  python -m data_prep npz crc_tiles_64.npz sets/crc --unlabelled --patient field//3 --unit group
   python -m data_prep npz prostatex_lesions_32.npz sets/lesions --size 32 --patient patient \\
       --keep keep --label case_isup --missing=-1
   python -m data_prep npz mias_images_128.npz sets/mias --label density --names density_names \\
@@ -57,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--names", help="name of each label, if labels are 0, 1, ...")
     names.add_argument("--unlabelled", action="store_true", help="no image has a label")
-    told = f"patient, or group, of each image, or {grouping.NOBODY}"
+    told = (
+        f"patient, or group, of each image, or {grouping.NOBODY}; or NAME//N: N numbers in a row"
+    )
     parser.add_argument("--patient", help=told)
     add_unit(parser)
     told = "true for the images to use, or NAME<=LIMIT: those of which NAME is at most LIMIT"
@@ -130,7 +133,7 @@ def _plan(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str]]
     plan = pd.DataFrame({"label": _labels(args, names), "patient": "", "split": ""}, dtype=str)
     n = len(plan)
     if args.patient not in (None, grouping.NOBODY):
-        plan["patient"] = _column(args.source, args.patient, n)
+        plan["patient"] = _patients(args.source, args.patient, n)
     if args.split:
         plan["split"] = _column(args.source, args.split, n)
     if args.test:
@@ -243,6 +246,20 @@ def _kept(file: Path, told: str, n: int) -> np.ndarray:
         return _column(file, name, n).astype(float) <= float(limit)
     except ValueError as error:
         raise UserError(f"{file}: --keep {told!r} does not compare numbers ({error})") from error
+
+
+def _patients(file: Path, told: str, n: int) -> np.ndarray:
+    """The patient of each image: an array, or of an array of numbers so many in a row."""
+    name, _, together = told.partition("//")
+    found = _column(file, name, n)
+    if not together:
+        return found
+    try:
+        return (found.astype(int) // int(together)).astype(str)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{file}: --patient {told!r} does not divide whole numbers ({error})"
+        ) from error
 
 
 def _limit(told: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from hallulib import UserError
 SPLITS = ("unlabelled", "train", "val", "test")
 UNITS = {  # what the column patient of a table names -> one of them, several
     **{one: (one, f"{one}s") for one in ("patient", "exam", "eye", "lesion")},
-    **{one: (one, f"{one}s") for one in ("specimen", "slide", "field")},
+    **{one: (one, f"{one}s") for one in ("specimen", "slide", "field", "group")},
     "near-copies": ("group of near copies", "groups of near copies"),
     "unknown": ("unknown patient", "unknown patients"),  # every image is its own
 }

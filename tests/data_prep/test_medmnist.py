@@ -53,6 +53,17 @@ def test_arrays_become_an_image_set_with_patients_kept_together(tmp_path, arrays
     assert opened.labels("label").tolist() == arrays["label"][items].tolist()
 
 
+def test_neighbouring_numbers_can_be_joined_to_one_group(tmp_path, arrays, capsys):
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ["npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--size=12"]
+    run(capsys, *command, "--patient=patient//4", "--unit=group")
+    table = imageset.open(tmp_path / "set").table
+    group = arrays["patient"][table["item"].astype(int)] // 4
+    assert len(table.groupby([group, "patient"])) == table["patient"].nunique() == 5
+    told = run(capsys, *command, "--overwrite", "--patient=patient//few", status=2)
+    assert "a.npz: --patient 'patient//few' does not divide whole numbers" in told
+
+
 def test_images_can_be_kept_by_a_limit(tmp_path, arrays, capsys):
     arrays["white"] = np.linspace(0, 1, 60).astype(np.float32)
     del arrays["patient"]

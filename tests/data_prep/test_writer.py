@@ -326,7 +326,7 @@ def test_the_card_tells_versions_counts_and_sums(tmp_path):
     assert set(card["processing"]["versions"]) >= {"python", "numpy", "hallulib"}
 
 
-ARCHIVES = "folder npz medmnist medimeta nct_crc pannuke patch_camelyon breakhis".split()
+ARCHIVES = "folder npz medmnist medimeta nct_crc pannuke patch_camelyon breakhis join".split()
 
 
 @pytest.mark.parametrize("archive", ARCHIVES)
