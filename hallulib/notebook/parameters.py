@@ -148,6 +148,12 @@ class _Loader(yaml.SafeLoader):
         None: [(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{form})\Z")) for tag, form in _FORMS]
     }
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Refuse an alias: sixty lines of them stand for more values than any memory holds."""
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("an alias, *NAME, found; plain values are needed")
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Refuse a name that is set twice."""
         names = set()
@@ -181,9 +187,6 @@ def parse_yaml(text: str, where: str) -> Any:
         {'STEPS': 1000, 'RATE': 0.001, 'DATASET': '010', 'AT': '1:04'}
     """
     try:
-        # sixty lines of aliases of aliases stand for more values than any memory holds
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("an alias, *NAME, found; plain values are needed")
         return _Loader(text).get_single_data()
     except Exception as error:  # PyYAML and int throw nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
