@@ -19,7 +19,9 @@ from hallulib.storage import parallel, store
 from hallulib.storage.checkpoint import CHECKPOINT, pack
 
 SMALL = dict(n_way=2, n_query=TASK["n_query"], counts=(0, 1), pretraining=2, pretraining_width=16)
-SMALL |= dict(kind="mean", width=4, steps=3, per_epoch=2, n_validation=1, n_episodes=22)
+SMALL |= dict(
+    kind="mean", width=4, supervised=2, steps=3, per_epoch=2, n_validation=1, n_episodes=22
+)
 TRIAL = Trial("grade", "grade", **SMALL, recipe=Recipe(sampler_steps=1, copies=3, lr=1e-3))
 STEPS, KILLED_AT = 10, 6
 

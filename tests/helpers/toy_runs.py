@@ -46,6 +46,7 @@ def joint_training(folder: Path) -> None:
         pretraining_width=8,
         kind="mean",
         width=4,
+        supervised=2,
         steps=3,
         per_epoch=1,
         n_validation=1,

@@ -28,6 +28,7 @@ TINY = experiment.Trial(
     pretraining_width=8,
     width=2,
     reduce_to=4,
+    supervised=2,
     steps=2,
     per_epoch=2,
     n_validation=0,

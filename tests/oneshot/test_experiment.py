@@ -31,7 +31,7 @@ from hallulib.storage import store
 from hallulib.storage.settings import vary
 
 SMALL = dict(n_way=2, n_query=3, counts=(0, 1), pretraining=2, pretraining_width=16, kind="mean")
-SMALL |= dict(width=4, steps=2, per_epoch=2, n_validation=1, n_episodes=22)
+SMALL |= dict(width=4, supervised=2, steps=2, per_epoch=2, n_validation=1, n_episodes=22)
 TRIAL = Trial("grade", "grade", **SMALL, recipe=Recipe(sampler_steps=1, lr=1e-2))
 CONTROLS = ["baseline", "permuted patients", "oracle +1", "memory +1", "flips +1", "shifts +1"]
 UNSUPPORTED = ["class mean", "supervised"]
