@@ -191,7 +191,7 @@ LIVES = {
 }
 
 
-@pytest.mark.parametrize("how", LIVES)
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.release), "no space"])
 def test_an_estimator_that_stops_at_any_write_is_the_old_or_the_new_one(server, tmp_path, how):
     """Every operation of a save over another one is once the one at which it ends."""
     old, new = (weights(moved(GREY, random_state=seed)) for seed in (0, 1))

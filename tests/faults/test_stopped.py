@@ -76,6 +76,7 @@ def hanging(home, *options):
     return [*command, "--rootdir", str(home), "-p", "conftest", "-o", "addopts=", *options]
 
 
+@pytest.mark.release
 def test_a_test_that_hangs_fails_by_its_name_and_the_others_run(tmp_path):
     command = hanging(tmp_path, "-o", "timeout=2", "test_hanging.py")
     path = os.environ | {"PYTHONPATH": str(ROOT)}
