@@ -63,7 +63,7 @@ def read(file: Path, grey: bool = False, notes: list[str] | None = None) -> np.n
         raise UserError(f"{file}: pixels are NaN or infinite; every pixel must be a finite number")
     if notes is not None:
         notes += odd
-    return _luminance(pixels) if grey and pixels.ndim == 3 else pixels
+    return luminance(pixels) if grey and pixels.ndim == 3 else pixels
 
 
 def to_bytes(pixels: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -174,7 +174,7 @@ def _array(file: Path) -> np.ndarray:
     return np.array(pixels, np.uint8 if pixels.dtype == np.uint8 else np.float64)
 
 
-def _luminance(pixels: np.ndarray) -> np.ndarray:
+def luminance(pixels: np.ndarray) -> np.ndarray:
     """(H, W, 3) as (H, W) by ITU-R 601; uint8 as a picture of these pixels would be."""
     if pixels.dtype == np.uint8:
         return np.array(Image.fromarray(pixels).convert("L"))

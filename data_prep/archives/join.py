@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from data_prep import arrays, plan
+from data_prep import arrays, pictures, plan
 from data_prep.staging import File, Study
 from data_prep.writer import Report, prepare
 from hallulib import UserError
@@ -22,7 +22,6 @@ item lead back to each image. Where any set has colours, grey is repeated in thr
   python -m data_prep join sets/both sets/brain=label sets/lesions=label --size 32
   python -m data_prep join sets/drawn lesions=isup histology=tissue --size 32 --grey
 """
-RED, GREEN, BLUE = 19595, 38470, 7471  # shares of grey out of 2**16, as Pillow's (ITU-R 601-2)
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ def read_block(block: Block, shape: Shape) -> Study:
     images = np.asarray(images[block.start : block.start + len(block.rows)])
     images = _to_size(images, shape.size)
     if images.shape[1] > shape.channels:
-        grey = images.astype(np.int64) * np.array([RED, GREEN, BLUE])[:, None, None]
-        images = (grey.sum(1, keepdims=True) + 2**15 >> 16).astype(np.uint8)
+        grey = [pictures.luminance(np.moveaxis(image, 0, -1)) for image in images]
+        images = np.stack(grey)[:, None]
     images = np.repeat(images, shape.channels // images.shape[1], axis=1)
     return Study(list(np.ascontiguousarray(images)), [dict(row) for row in block.rows])
 
