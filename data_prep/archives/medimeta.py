@@ -35,7 +35,9 @@ class becomes a column, "TASK: CLASS", absent or present. Tasks without classes 
 segmentation) are left out, and the report names them.
 
 Patients are the column patient_id of annotations.csv, if there is one; --patient names another, or
-"none" if images are independent. Slices of one volume share their original_filepath.
+"none" if images are independent. Slices of one volume share their original_filepath. The warnings
+of the card name the other sets that may show the same people or are of the same domain; whoever
+holds this set out keeps those from the training as well.
 
   python -m data_prep medimeta MedIMeta/cxr sets/cxr --size 64
   python -m data_prep medimeta MedIMeta/organs_axial sets/organs --patient original_filepath \\
@@ -46,6 +48,10 @@ SEVERAL = "MULTILABEL_CLASSIFICATION"
 KINDS = ("BINARY_CLASSIFICATION", "MULTICLASS_CLASSIFICATION", "ORDINAL_REGRESSION", SEVERAL)
 PRESENCE = {0: "absent", 1: "present"}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+OVERLAPS = {  # entry of info.yaml that lists other sets -> what it means
+    "subject_overlaps": "may show the same people as",
+    "domain_overlaps": "is of the same domain as",
+}
 UNKNOWN = "patients are not known: each image counts as one of its own, and splits may share some"
 
 
@@ -90,6 +96,8 @@ class _Info(BaseModel):
     input_size: tuple[Literal["1", "3"], int, int]  # channels, height, width
     splits_num_samples: dict[str, int] = {}
     original_splits_num_samples: dict[str, int] = {}
+    subject_overlaps: list[str] = []
+    domain_overlaps: list[str] = []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +141,8 @@ def run(args: argparse.Namespace) -> Report:
         )
     out = [task for task in info.tasks if task not in kept]
     warnings = [f"task {task.task_name!r} left out: {task.task_target}" for task in out]
+    others = {told: ", ".join(getattr(info, entry)) for entry, told in OVERLAPS.items()}
+    warnings += [f"{told} {sets}" for told, sets in others.items() if sets]
     warnings += [UNKNOWN] * (unit == "unknown")
     warnings += grouping.check(rows, f"column {args.patient or 'patient_id'}", where, args.unit)
     rows, notes = plan.settle(rows, args.fractions or {"train": 1.0}, args.seed, str(where), unit)

@@ -97,6 +97,8 @@ def info_of(colour: bool) -> str:
             for name, (target, classes, _) in TASKS.items()
         ],
         **{f"{name}_num_samples": numbers for name, numbers in counts.items()},
+        "subject_overlaps": [],
+        "domain_overlaps": ["fundus", "dr_uwf"],
     }
     text = yaml.safe_dump(told, sort_keys=False)
     # as the authors write them: plain words, and numbers with underscores
@@ -156,6 +158,35 @@ def test_the_card_tells_licence_origin_and_what_is_left_out(whole):
     assert "task 'age' left out: REGRESSION" in whole.card["warnings"]
     assert "published splits" in whole.card["processing"]["steps"]
     assert UNKNOWN not in whole.card["warnings"]
+
+
+def test_the_card_names_the_sets_that_leave_with_this_one(root, whole, tmp_path):
+    assert "is of the same domain as fundus, dr_uwf" in whole.card["warnings"]
+    assert "same people" not in written(whole)  # an empty list says that there is none
+    copy = shutil.copytree(root, tmp_path / "toy")
+    edit(copy / "info.yaml", "subject_overlaps: []", "subject_overlaps: [skinl_derm]")
+    other = prepare(copy, tmp_path / "set")
+    assert "may show the same people as skinl_derm" in other.card["warnings"]
+
+
+def test_several_sets_join_by_a_task_of_each(root, whole, tmp_path):
+    coloured = make(tmp_path / "toy", colour=True, group="")
+    other = prepare(coloured, tmp_path / "other", "--name=other")
+    pairs = (f"{whole.path}=findings: Mass", f"{other.path}=Image clarity")
+    joined = prepared(tmp_path / "all", "join", None, *pairs, f"--size={SIZE}")
+    assert joined.classes("domain") == ("set", "other")
+    grades = ("vessels", "some lesions", "all lesions")
+    classes = ["set: absent", "set: present", *(f"other: {grade}" for grade in grades)]
+    assert list(joined.classes("class")) == classes
+    for one, task in ((whole, "findings: Mass"), (other, "Image clarity")):
+        name = one.name
+        there = (joined.table["domain"] == name).to_numpy()
+        assert (joined.images[there] == one.images).all()  # grey is the same in three channels
+        assert list(joined.table["class"][there]) == [f"{name}: {v}" for v in one.table[task]]
+        assert list(joined.table["split"][there]) == list(one.table["split"])
+    assert "set: is of the same domain as fundus, dr_uwf" in joined.card["warnings"]
+    units = [joined.card["domains"][name]["unit"] for name in ("set", "other")]
+    assert units == ["patient", "unknown"]
 
 
 @pytest.mark.parametrize("change", ["order of lines", "pictures"])
@@ -284,6 +315,10 @@ BAD = {
     "no licence": (
         lambda r: edit(r / "info.yaml", "license:", "licence:"),
         "info.yaml: license is missing or wrong",
+    ),
+    "an overlap that is no list": (
+        lambda r: edit(r / "info.yaml", "subject_overlaps: []", "subject_overlaps: derm"),
+        "info.yaml: subject_overlaps is missing or wrong",
     ),
     "two channels": (
         lambda r: edit(r / "info.yaml", "- 1\n", "- 2\n"),
