@@ -3,11 +3,11 @@
 import json
 import sys
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 import toy_set
+from notebook_names import executed
 from safetensors.torch import save_file
 
 from conftest import ROOT, size_for_tests
@@ -19,7 +19,6 @@ from hallulib.notebook import grid, parameters
 
 NOTEBOOK = ROOT / "book" / "grids" / "unseen.ipynb"
 SMALL = dict(n_unlabelled=24, n_train=144, n_val=48, n_test=96)
-SOURCES = [c.source for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code"]
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +38,9 @@ def joined(tmp_path_factory):
     return home / "all"
 
 
-def executed(joined, n_cells=None, **given):
-    """What the first cells of the notebook leave behind, at test size."""
-    space = {"__name__": "unseen"}
-    for number, source in enumerate(SOURCES[:n_cells]):
-        exec(source, space)
-        if number == 0:
-            space |= size_for_tests(NOTEBOOK) | {"META": str(joined)} | given
-    return space
-
-
 @pytest.fixture(scope="module")
 def space(joined):
-    return executed(joined)
+    return executed(NOTEBOOK, META=str(joined))
 
 
 def test_every_method_answers_every_episode(space):
@@ -84,6 +73,8 @@ def test_nothing_of_the_held_out_domain_is_learnt_from(space):
     assert set(table["set"][space["asked"]]) == {"lesions"}
     assert (space["images"].images[space["asked"]] == test.images).all()
     assert not (table["class"][space["asked"]] == "").any()
+    assert set(table["set"].iloc[space["seen_rows"]]) == {"histology"}
+    assert set(space["training_tasks"]) == {"histology"}
 
 
 def test_vectors_that_tell_the_classes_apart_are_read_without_error_by_all(space):
@@ -109,6 +100,43 @@ def test_what_tells_patients_and_not_classes_helps_neither_neighbours_nor_templa
         assert space["measured"].pop("of patients") == pytest.approx(0.5)
 
 
+def test_copies_of_the_support_change_nothing_and_spare_images_are_the_oracle(space):
+    copies = space["x_shown"][:, None].expand(-1, 2, -1, -1, -1)
+    space["with_made"]("copied", copies, (2,))
+    spare = space["test"].tensor(space["spare"].flatten().numpy())
+    spare = spare.unflatten(0, space["spare"].shape)
+    space["with_made"]("spare", spare, (2,), of_episodes=True)
+    measured = space["measured"]  # vectors of stored files are rounded to half precision
+    assert measured.pop("filter bank, copied +2") == pytest.approx(
+        measured["filter bank"], abs=0.02
+    )
+    oracle = measured["filter bank, oracle +2"]
+    assert measured.pop("filter bank, spare +2") == pytest.approx(oracle, abs=0.02)
+
+
+def test_a_sum_of_scores_knows_no_scale_and_no_level(space):
+    a, b = torch.randn(2, 6, 5, 3, generator=torch.Generator().manual_seed(0))
+    level = torch.arange(30.0).view(6, 5, 1)  # of a query, the same for all classes
+    expected = space["summed"]([a, b])
+    assert torch.allclose(space["summed"]([7 * a + level, b]), expected, atol=1e-5)
+
+
+def test_prototypes_go_from_a_support_to_its_class(space):
+    """Of classes without spread the support is the class; of spread without classes, nothing."""
+    y, rng = space["y_base"], torch.Generator().manual_seed(0)
+    of_class = torch.randn(int(y.max()) + 1, 8, generator=rng)
+    seen = torch.randn(40, 3, 8, generator=rng)
+    pure, noise = of_class[y], torch.randn(len(y), 8, generator=rng)
+    kept, _, model = space["learnt_from"](pure)
+    lost = space["learnt_from"](noise)[0]
+    axes = torch.linalg.svd(of_class - of_class.mean(0))[2][: len(of_class) - 1]
+    between = seen @ axes.T @ axes  # what differs between the classes of the training
+    assert torch.nn.functional.cosine_similarity(between @ kept, between, dim=-1).mean() > 0.9
+    assert (seen @ lost).norm() < 0.3 * seen.norm()
+    regressed, diffused = space["prototypes"](seen, kept, 1e-6, model)
+    assert torch.allclose(diffused, regressed[..., None, :].expand_as(diffused), atol=1e-4)
+
+
 def test_the_gaussian_of_a_class_is_that_of_its_vectors(space):
     base = torch.randn(len(space["base"]), 3, generator=torch.Generator().manual_seed(0))
     means, covariances = space["gaussians"](base)
@@ -130,7 +158,7 @@ def test_the_gaussian_of_a_class_is_that_of_its_vectors(space):
 def test_a_cell_that_cannot_run_is_refused_in_one_sentence(joined, monkeypatch, given, told):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError) as stop:
-        executed(joined, 5, **given)["photographs"]()
+        executed(NOTEBOOK, 5, META=str(joined), **given)["photographs"]()
     assert told in str(stop.value)
     assert "\n" not in str(stop.value)
 
@@ -140,14 +168,15 @@ def test_an_encoder_of_timm_reads_its_weights_from_a_file(joined, tmp_path):
     network = timm.create_model("test_resnet")
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
     given = {"ENCODER": "test_resnet", "WEIGHTS": str(tmp_path / "weights.safetensors")}
-    name, embed, settings = executed(joined, 5, **given)["photographs"]()
+    given["META"] = str(joined)
+    name, embed, settings = executed(NOTEBOOK, 5, **given)["photographs"]()
     assert (name, len(settings["weights"])) == ("test_resnet", 64)
     network.reset_classifier(0)
     grey = torch.rand(2, 1, 32, 32) * 2 - 1
     assert embed(grey).shape == (2, network.num_features)
     assert torch.equal(embed(grey), embed(grey.expand(-1, 3, -1, -1)))
     with pytest.raises(UserError, match="WEIGHTS = none: no such file; it or download is needed"):
-        executed(joined, 5, **given | {"WEIGHTS": "none"})["photographs"]()
+        executed(NOTEBOOK, 5, **given | {"WEIGHTS": "none"})["photographs"]()
 
 
 @pytest.mark.chapter
