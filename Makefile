@@ -44,7 +44,10 @@ weights: $(READY)  ## train the weights that ship with the library anew (three h
 		images = data.open('lesions', 32); \
 		run = train.pretrained(images, scheme='isup', steps=4000, width=24, from_scratch=True)[1]; \
 		print(store.ship(run, 'score-lesions')); \
-		run = oneshot.run(images, oneshot.Trial('isup', 'isup'), from_scratch=True).folder; \
+		images = images.hold_out('isup', ['4', '5']); \
+		trial = oneshot.Trial('isup', 'isup', n_way=2, pretraining=2000); \
+		train.pretrained(images, scheme='isup', steps=2000, width=24, from_scratch=True); \
+		run = oneshot.run(images, trial, from_scratch=True).folder; \
 		print(store.ship(run, 'one-shot-lesions'))"
 	@exec $(BIN)/python -c "from hallulib import augment, data; from hallulib.storage import store; \
 		images, new = data.open('histology', 32), dict(from_scratch=True); \

@@ -149,6 +149,23 @@ class ImageSet:
             images = self.images[taken]
         return replace(self, images=images, table=self.table.iloc[taken].reset_index(drop=True))
 
+    def hold_out(self, scheme: str, classes: Sequence[str]) -> "ImageSet":
+        """The images for a test of ``classes`` that nothing sees before it.
+
+        The split test keeps its images of these classes, the splits train and val those with
+        another label of the scheme; the split unlabelled stays, whatever its images show. An
+        unknown scheme or class is a `UserError`.
+        """
+        known = self.classes(scheme)
+        if strange := [name for name in classes if name not in known]:
+            raise UserError(
+                f"{self.name}: no class {strange[0]!r} of scheme {scheme};"
+                f" known classes: {', '.join(known)}"
+            )
+        split, label = self.table["split"], self.table[scheme]
+        served = label.isin(known) & (label.isin(list(classes)) == (split == "test"))
+        return self.select(rows=np.flatnonzero(served | (split == "unlabelled")))
+
     def unlabelled(self) -> Images:
         """What may be learnt from without labels: that split, or ``train`` where it is empty."""
         any_unlabelled = (self.table["split"] == "unlabelled").any()

@@ -195,7 +195,8 @@ def pretrained(
     images are never seen. Without ``scheme``, the label column, it is unconditional; it is trained
     on a GPU if there is one. It can ``begin`` from a model that learnt other images, and forgets
     their classes: from one that ships, by its name, or from the folder of a run (a `UserError` if
-    size, channels or width are others). The averaged model is given, in evaluation mode, with the
+    size, channels or width are others). A class of which it sees no image has the vector of the
+    null class. The averaged model is given, in evaluation mode, with the
     folder of its run.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,6 +213,9 @@ def pretrained(
 
     def start(folder: Path) -> Iterator[State]:
         x, y, weights = (part.to(device) for part in images.for_training(scheme))
+        # the vector of a class without an image learns nothing: it is the null class's, not random
+        absent = ~torch.isin(torch.arange(len(labels)), y.cpu())
+        model.network.classes.weight.data[:-1][absent] = 0
         return pretrain(
             model.to(device), x, y, weights=weights, lr=4e-4, folder=folder, **settings
         )

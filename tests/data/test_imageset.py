@@ -15,6 +15,9 @@ from toy_set import ROWS, write
 
 from hallulib import UserError
 from hallulib.data import checks, imageset
+from hallulib.data.checks import SPLITS
+
+GRADES = [*enumerate(("low", "high"))]
 
 
 @pytest.fixture
@@ -69,12 +72,24 @@ def test_a_part_of_a_set_is_other_images_than_the_whole(toy):
     assert by_way_of.identity == parts[0]  # whatever way it was selected
 
 
+def test_classes_held_out_are_in_the_test_alone_and_no_others_are(tmp_path):
+    rows = [(f"{part}{i}", part, label, "0") for part in SPLITS[1:] for i, label in GRADES]
+    rows += [("u", "unlabelled", "", "0")]
+    toy = imageset.open(write(tmp_path / "toy", rows=rows))
+    left = toy.hold_out("grade", ["high"]).table
+    found = left.groupby("split")["grade"].unique().map(list).to_dict()
+    assert found == {"train": ["low"], "val": ["low"], "test": ["high"], "unlabelled": [""]}
+    assert len(left) == 4
+    assert toy.hold_out("grade", ["high"]).identity != toy.identity
+
+
 @pytest.mark.parametrize(
     ("ask", "told"),
     [
         (lambda s: s.labels("isup"), "known schemes: grade"),
         (lambda s: s.select("dev"), "known splits: unlabelled, train, val, test"),
         (lambda s: s.select(patients=["nobody"]), "no image"),
+        (lambda s: s.hold_out("grade", ["5"]), "no class '5' of .* known classes: low, high"),
     ],
 )
 def test_an_impossible_question_is_answered_with_what_there_is(toy, ask, told):

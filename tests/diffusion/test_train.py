@@ -199,6 +199,14 @@ def test_a_training_can_begin_from_a_run_but_for_what_its_classes_were(before, m
     assert model.get_parameter(classes)[:2].any()
 
 
+def test_a_class_without_an_image_is_to_the_model_no_class(before):
+    known, _ = before
+    rest = IMAGES.select(rows=np.flatnonzero(IMAGES.table["grade"] != IMAGES.classes("grade")[0]))
+    model, _ = train.pretrained(rest, **ASKED)
+    assert known.get_parameter("network.classes.weight")[:-1].any(1).all()
+    assert model.get_parameter("network.classes.weight").any(1).tolist() == [False, True, False]
+
+
 def test_what_began_from_a_run_is_found_until_the_run_is_another(before, tmp_path):
     _, folder = before
     _, first = train.pretrained(IMAGES, begin=str(folder), **ASKED)

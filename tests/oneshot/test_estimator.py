@@ -81,9 +81,10 @@ def test_it_answers_as_the_learner_of_the_experiment(result, images, n):
 
 
 def test_the_shipped_one_gives_the_auroc_that_its_run_has_measured():
-    images, measured = imageset.open("lesions", 32), pd.read_csv(SHIPPED / "auroc.csv")
+    images = imageset.open("lesions", 32).hold_out("isup", ["4", "5"])
+    measured = pd.read_csv(SHIPPED / "auroc.csv")
     for i in range(3):
-        support, names, query, truth = episode(images, i)
+        support, names, query, truth = episode(images, i, n_way=2)
         some = OneShotClassifier(n_hallucinated=0).fit(support, names)
         position = np.searchsorted(some.classes_, truth)
         found = auroc(position, some.predict_proba(query))
