@@ -17,6 +17,7 @@ sampler                one step from ``s`` to ``r``                        calls
 The last level may be 0: the image is then the denoised image, as all five agree.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -66,8 +67,9 @@ class _Walk:
 
     def __init__(self, sde: SDE, eps: EpsFn):
         self.sde, self.network = sde, eps
+        self.at = functools.cache(self._at)  # a level ends one step and begins the next
 
-    def at(self, s: Tensor) -> tuple[float, float]:
+    def _at(self, s: Tensor) -> tuple[float, float]:
         """Time and signal scale of a noise level."""
         t = self.sde.time_of(s) if s > 0 else torch.zeros_like(s)
         return float(t), float(self.sde.alpha_sigma(t)[0])

@@ -54,8 +54,9 @@ def main():
             centre = seen.mean(1, keepdim=True)
             if kind == "regressed":
                 return bdc.similarity(queries - centre, (seen - centre) @ learnt[0])
-            votes = space["prototypes"](seen - centre, *learnt)[1].unbind(-2)
-            return torch.stack([bdc.similarity(queries - centre, p) for p in votes]).mean(0)
+            drawn = space["prototypes"](seen - centre, *learnt)[1]
+            votes = bdc.similarity(queries - centre, drawn.flatten(1, 2))
+            return votes.unflatten(-1, drawn.shape[1:3]).mean(-1)
 
         times = {"alone": [], "regressed": [], "diffused": []}
         for kind in [*times] * (REPEATS + 1):  # in turns, the first of each to warm up
