@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> Report:
     card = npz.card_of(args, labels, "unknown")
     card["origin"] += f", {info['url' + flag]}, MD5 {md5}"
     plan = plan.reset_index(level="array").assign(file=str(file))
-    return npz.write(args, plan.assign(part=plan["array"]), "label", card, notes)
+    return npz.write(args, plan.assign(part=plan["array"]), {"label": "label"}, card, notes)
 
 
 def _info(name: str) -> dict:

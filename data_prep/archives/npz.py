@@ -3,7 +3,7 @@
 import argparse
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from data_prep.plan import (
     add_splits,
     add_unit,
     is_missing,
+    label_name,
     read_labels,
     settle,
     unit_of,
@@ -35,10 +36,10 @@ joins the fields 0 to 2, 3 to 5 and so on, where neighbours look alike.
       --keep keep --test is_test_clean --patient group_near --unit near-copies \\
       --fractions train=.85,val=.15
   python -m data_prep npz chest_xray_64.npz sets/chest --names class_names --patient patient \\
-      --split split
+      --test split=test --fractions train=.85,val=.15
   python -m data_prep npz crc_tiles_64.npz sets/crc --unlabelled --patient field//3 --unit group
   python -m data_prep npz prostatex_lesions_32.npz sets/lesions --size 32 --patient patient \\
-      --keep keep --label case_isup --missing=-1
+      --keep keep --names class_names --also zone=zone_names
   python -m data_prep npz mias_images_128.npz sets/mias --label density --names density_names \\
       --patient patient --size 64 --spacing 3.2
   python -m data_prep npz glas_tiles_64.npz sets/glas --names class_names --patient patient \\
@@ -63,10 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--patient", help=told)
     add_unit(parser)
+    told = "a further label of each image, and the array of its names if it is 0, 1, ..."
+    parser.add_argument(
+        "--also", type=_further, action="append", default=[], metavar="LABEL[=NAMES]", help=told
+    )
     told = "true for the images to use, or NAME<=LIMIT: those of which NAME is at most LIMIT"
     parser.add_argument("--keep", help=told)
     splits = parser.add_mutually_exclusive_group()
-    splits.add_argument("--test", help="true for the test images; the rest becomes train and val")
+    told = "true for the test images, or NAME=VALUE: those of which NAME is VALUE; the rest"
+    told += " becomes train and val"
+    splits.add_argument("--test", help=told)
     told = "published split of each image: train, val or test, or training, validation ..."
     splits.add_argument("--split", help=told)
     tiles.add_arguments(parser, "ignore")
@@ -82,32 +89,40 @@ def run(args: argparse.Namespace) -> Report:
     """
     where = str(args.source)
     plan, values, notes = _plan(args)
+    further = _also(args, plan)
     whose = grouping.check(plan, f"--patient {args.patient}", args.source, args.unit)
     unit = unit_of(plan["patient"], args.unit, where)
     plan, odd = settle(plan, args.fractions, args.seed, where, unit)
-    labels = {args.label: {"values": values, "meaning": {v: v for v in values}}} if values else {}
+    labels = {
+        name: {"values": known, "meaning": {value: value for value in known}}
+        for name, known in {args.label: values, **further}.items()
+        if known
+    }
     card = card_of(args, labels, unit)
     card["processing"]["steps"] += [
-        f"arrays: {args.images}, {args.label if values else 'no label'}, patient {args.patient},"
+        f"arrays: {args.images}, {', '.join(labels) or 'no label'}, patient {args.patient},"
         f" keep {args.keep}, test {args.test}, split {args.split}",
         f"splits by seed {args.seed}, {args.fractions}",
     ]
     card["warnings"] = [*args.warning, *whose]
     plan = plan.assign(part=args.images, file=where, array=args.images)
-    return write(args, plan, args.label, card, [*notes, *odd])
+    columns = {args.label: "label"} | {name: f"also {name}" for name in further}
+    return write(args, plan, columns, card, [*notes, *odd])
 
 
-def write(args: argparse.Namespace, plan: pd.DataFrame, scheme: str, card: dict, notes) -> Report:
+def write(
+    args: argparse.Namespace, plan: pd.DataFrame, labels: Mapping[str, str], card: dict, notes
+) -> Report:
     """Writes a plan, in this process: an .npz is one stream, read once from front to back.
 
     Args:
         args: of the command line.
         plan: see `data_prep.arrays.blocks`.
-        scheme: name of the labels.
+        labels: name of each label -> its column of the plan.
         card: see `data_prep.writer.prepare`.
         notes: what was odd so far.
     """
-    items = list(arrays.blocks(plan, {scheme: "label"}))
+    items = list(arrays.blocks(plan, labels))
     return arrays.write(args, items, card, notes, workers=1)
 
 
@@ -137,7 +152,11 @@ def _plan(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str]]
     if args.split:
         plan["split"] = _column(args.source, args.split, n)
     if args.test:
-        test = _mask(args.source, args.test, n)
+        name, _, value = args.test.partition("=")
+        found = _column(args.source, name, n) if value else _mask(args.source, name, n)
+        test = found == value if value else found
+        if value and not test.any():
+            raise UserError(f"{args.source}: {name} is nowhere {value!r}; --test names no image")
         plan["split"] = np.where(test, "test", "train")
     if args.keep:
         keep = _kept(args.source, args.keep, n)
@@ -151,6 +170,32 @@ def _plan(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], list[str]]
     if not (args.unlabelled or plan["label"].any()):
         raise UserError(f"{where}: no image has a label in {args.label}; or is it --unlabelled?")
     return plan, values, [*notes, *odd]
+
+
+def _further(told: str) -> tuple[str, str]:
+    """A further label, and the array of its names or ""."""
+    name, _, names = told.partition("=")
+    return label_name(name), names
+
+
+def _also(args: argparse.Namespace, plan: pd.DataFrame) -> dict[str, list[str]]:
+    """Writes further labels into the plan, and gives the values of each in order."""
+    further = {}
+    for name, of in args.also:
+        if name == args.label or name in further:
+            raise UserError(f"--also {name}: this label is taken already; each is needed once")
+        own = argparse.Namespace(source=args.source, label=name, names=of, missing=args.missing)
+        names = _names(own) if of else []
+        texts = pd.Series(_column(args.source, name, missing=True))
+        if len(texts) <= plan.index.max():
+            raise UserError(
+                f"{args.source}: array {name} is too short; one entry per image needed"
+            )
+        texts = texts.iloc[plan.index]
+        texts = _named(texts, names, own) if of else texts
+        found, values, _ = read_labels(list(texts), names, str(args.source), args.missing)
+        plan[f"also {name}"], further[name] = found.to_numpy(), values
+    return further
 
 
 def _labels(args: argparse.Namespace, names: list[str]) -> Sequence[str]:

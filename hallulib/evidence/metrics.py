@@ -287,9 +287,9 @@ def share_of_oracle(auroc: Sequence[pd.DataFrame], n: int, groups: int) -> Inter
 
 
 def of_contest(
-    scores: pd.DataFrame, methods: Sequence[str], *, own: str = "likelihood"
+    scores: pd.DataFrame, methods: Sequence[str], *, own: Sequence[str] = ("likelihood",)
 ) -> pd.DataFrame:
-    r"""Accuracy and AUROC of every method with 95 % intervals, and against one of them.
+    r"""Accuracy and AUROC of every method with 95 % intervals, and against some of them.
 
     A measure :math:`\theta_d` is the mean over draws of labels, and so are gains, which are
     positive where ``own`` is better. Its interval is over D draws and P whole patients: the
@@ -297,20 +297,22 @@ def of_contest(
 
     .. math:: \theta_d - (P - 1)(\theta_{d, -p} - \textstyle\frac1P\sum_q \theta_{d, -q}),
 
-    of each draw without each patient, are the table of which `over_patients` takes the margins. It
-    is conservative where draws differ most on single images. (By simulation a percentile bootstrap
-    of both covers 88 % where ten draws differ much as a whole; this 93 %.)
+    of each draw without each patient, are the table of which `over_patients` takes the margins.
+    Draws that share a ``seed`` of pretraining are one row of it, their mean: they share its luck.
+    It is conservative where draws differ most on single images. (By simulation a percentile
+    bootstrap of both covers 88 % where ten draws differ much as a whole; this 93 %.)
 
     Args:
         scores: for each draw of labels a row per test image, the same images in all: ``draw``,
             ``patient``, ``label`` (index of the class) and for each method and class a column
-            ``<method> <class>``, as `book/grids/contest.ipynb` measures them.
+            ``<method> <class>``, as `book/grids/contest.ipynb` measures them; and ``seed``, if
+            draws share one.
         methods: the names of the methods.
-        own: the method that gains are of.
+        own: the methods that gains are of.
 
     Returns:
-        One row per method and measure: value, low, high, ``n`` (patients), ``trainings`` (draws);
-        gain, gain_low, gain_high (of ``own`` over itself 0).
+        One row per ``own``, method and measure: value, low, high, ``n`` (patients), ``trainings``
+        (draws, or seeds); gain, gain_low, gain_high (of a method over itself 0).
 
     Raises:
         UserError: test images differ between draws, or without one patient a single class is left.
@@ -323,6 +325,7 @@ def of_contest(
     if not all(asked.equals(draw[["patient", "label"]]) for draw in draws):
         raise UserError("the draws of labels have different test images; they need the same ones")
     y, (who, patients) = np.stack([asked["label"]] * len(draws)), pd.factorize(asked["patient"])
+    seeds = np.array([draw.get("seed", draw["draw"])[0] for draw in draws])
     accuracy = lambda y, p: (p.argmax(-1) == y).mean(-1)
     n, found = len(patients), {}
     for method in methods:
@@ -330,11 +333,14 @@ def of_contest(
         for name, measure in (("accuracy", accuracy), ("AUROC", auroc)):
             without = np.stack([measure(y[:, who != i], p[:, who != i]) for i in range(n)], 1)
             off = (n - 1) * (without - without.mean(1, keepdims=True))
-            found[method, name] = np.asarray(measure(y, p))[:, None] - off
+            values = np.asarray(measure(y, p))[:, None] - off
+            found[method, name] = np.stack([values[seeds == s].mean(0) for s in np.unique(seeds)])
     rows = []
     for (method, name), values in found.items():
         row = {"method": method, "measure": name, **over_patients(values, n)._asdict()}
-        rows.append(row | _gain(*over_patients(found[own, name] - values, n)[:3]))
+        for mine in own:
+            gain = over_patients(found[mine, name] - values, n)
+            rows.append({"own": mine} | row | _gain(*gain[:3]))
     return pd.DataFrame(rows)
 
 

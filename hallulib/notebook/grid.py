@@ -7,8 +7,8 @@ A grid file names a chapter and the values of its parameters::
     grid: {STEPS: [10, 100], RATE: [1e-4, 1e-3]}    # every combination
     cells: [{STEPS: 0}]          # and single ones; they win over ``common``
 
-Each cell is one papermill run of the chapter, in a process of its own. What the chapter glued as
-the texts of JSON ``measured`` and ``series`` is kept. A finished cell never runs twice: after a
+Each cell is one papermill run of the chapter, in a process of its own. What the chapter published
+by its ledger is kept. A finished cell never runs twice: after a
 change of the library or of the chapter, give another file.
 """
 
@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from hallulib import UserError
 from hallulib.notebook import parameters
+from hallulib.notebook.ledger import MEASURED
 from hallulib.storage import disk, store
 
 Cell = dict[str, Any]
@@ -151,7 +152,7 @@ def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> Cell:
     try:
         with TemporaryDirectory() as own:  # the numbers of a cell are in its file, not the book's
             before = f"import os; os.environ['HALLULIB_RESULTS'] = {own!r}"
-            cell |= _glued(execute(notebook, executed, values, before))
+            cell |= _published(execute(notebook, executed, values, before))
     except Exception as error:  # whatever it was is the outcome of this cell; the others go on
         cell["error"] = _sentence(error)
     else:  # first this: a cell that is there is not looked at again
@@ -161,20 +162,19 @@ def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> Cell:
     return cell
 
 
-def _glued(notebook):
-    """What the chapter glued as texts of JSON, found in the outputs of its executed copy."""
-    glued = {}
+def _published(notebook):
+    """What the chapter published, found in the outputs of its executed copy."""
+    found = {}
     for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
+        data = output.get("data", {})
+        found |= data.get(MEASURED, {})
         label = output.get("metadata", {}).get("scrapbook", {})
         if label.get("name") in ("measured", "series"):
-            text = output["data"][label["mime_prefix"] + "text/plain"]
-            glued[label["name"]] = json.loads(ast.literal_eval(text))
-    if "measured" not in glued:
-        raise UserError(
-            "a chapter of a grid must glue measured, a mapping from each number to its value, "
-            "low, high and n, as a text of JSON"
-        )
-    return glued
+            text = data[label["mime_prefix"] + "text/plain"]
+            found[label["name"]] = json.loads(ast.literal_eval(text))
+    if "measured" not in found:
+        raise UserError("a chapter of a grid must end with ledger.publish(), and this one did not")
+    return found
 
 
 def _sentence(error):

@@ -18,6 +18,7 @@ from toy_task import IMAGES
 
 from hallulib.diffusion import train
 from hallulib.notebook import grid
+from hallulib.notebook.ledger import MEASURED
 from hallulib.oneshot import experiment, joint
 from hallulib.oneshot.experiment import Trial
 from hallulib.oneshot.hallucinate import Recipe
@@ -68,9 +69,7 @@ def cells(folder: Path) -> None:
 def execute(chapter: Path, out: Path, values: dict, before: str) -> nbformat.NotebookNode:
     """Writes the notebook after each of its code cells, as papermill does."""
     row = {"product": {"value": values["STEPS"] * 0.1, "low": None, "high": None, "n": 1}}
-    text = {"text/plain": repr(json.dumps(row))}
-    glued = {"scrapbook": {"name": "measured", "mime_prefix": ""}}
-    output = new_output("display_data", text, metadata=glued)
+    output = new_output("display_data", {MEASURED: {"measured": row, "series": {}}})
     sources = [new_code_cell("1", id="a"), new_code_cell("2", id="b", outputs=[output])]
     for n in (1, 2):
         notebook = new_notebook(cells=sources[:n])

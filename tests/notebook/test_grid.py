@@ -20,15 +20,14 @@ RATE = 0.1  # per step (test: 0.1)
 SCHEME = "isup"  # labels (test: "isup")"""
 CHECK = """\
 import json, os, time
-from myst_nb import glue
+from hallulib.notebook.ledger import Ledger
 from hallulib import UserError
 from hallulib.notebook import parameters
 parameters.check(globals(), STEPS=(0, 1000), RATE=(0.0, 1.0), SCHEME=str)"""
-GLUE = """\
-row = {"value": STEPS * RATE, "low": 0.0, "high": None, "n": 3}
-glue("measured", json.dumps({"product": row}), display=False)
-glue("series", json.dumps({"mine": [1.5, STEPS]}), display=False)
-glue("claim", STEPS, display=False)"""
+PUBLISH = """\
+ledger = Ledger("01_tiny", seed=0)
+ledger.keep("product", STEPS * RATE, low=0.0, n=3)
+ledger.publish(mine=[1.5, STEPS])"""
 
 
 class Tiny:
@@ -44,7 +43,7 @@ class Tiny:
         new = nbformat.v4
         mark = f"open({str(self.ran_file)!r}, 'a').write(f'{{STEPS}} ')"
         cells = [new.new_code_cell(HEAD, metadata={"tags": ["parameters"]})]
-        cells += [new.new_code_cell(source) for source in (CHECK, mark, code, GLUE)]
+        cells += [new.new_code_cell(source) for source in (CHECK, mark, code, PUBLISH)]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         notebook = new.new_notebook(cells=cells, metadata={"kernelspec": kernel})
         nbformat.write(notebook, self.chapter)
@@ -193,7 +192,7 @@ def test_a_cell_that_fails_is_reported_and_tried_again_and_the_others_are_kept(t
     [
         ("raise UserError('no such folder')", "01_tiny: no such folder"),
         ("os._exit(1)", "01_tiny: its process was killed, most likely for lack of memory"),
-        ("glue = lambda *_, **__: None", "must glue measured, a mapping from each number"),
+        ("Ledger.publish = lambda *_, **__: None", "must end with ledger.publish()"),
     ],
     ids=["user", "kernel", "none"],
 )
