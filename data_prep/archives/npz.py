@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--also", type=_further, action="append", default=[], metavar="LABEL[=NAMES]", help=told
     )
-    told = "true for the images to use, or NAME<=LIMIT: those of which NAME is at most LIMIT"
+    told = "true for the images to use, or NAME<=LIMIT: those of which NAME is at most LIMIT, or"
+    told += " NAME!=VALUE: those of which NAME is anything else"
     parser.add_argument("--keep", help=told)
     splits = parser.add_mutually_exclusive_group()
     told = "true for the test images, or NAME=VALUE: those of which NAME is VALUE; the rest"
@@ -283,8 +284,13 @@ def _mask(file: Path, name: str, n: int) -> np.ndarray:
 
 
 def _kept(file: Path, told: str, n: int) -> np.ndarray:
-    """The images to use, by an array of true and false or by a limit."""
-    name, limit = _limit(told)
+    """The images to use, by an array of true and false, by a limit or by what they are not."""
+    name, limit, value = _limit(told)
+    if value:
+        kept = _column(file, name, n) != value
+        if kept.all():
+            raise UserError(f"{file}: {name} is nowhere {value!r}; --keep leaves nothing out")
+        return kept
     if not limit:
         return _mask(file, told, n)
     try:
@@ -307,10 +313,11 @@ def _patients(file: Path, told: str, n: int) -> np.ndarray:
         ) from error
 
 
-def _limit(told: str) -> tuple[str, str]:
-    """The array that --keep names, and its limit or ""."""
-    name, _, limit = told.partition("<=")
-    return name.strip(), limit.strip()
+def _limit(told: str) -> tuple[str, str, str]:
+    """The array that --keep names, its limit, and what it must not be; "" where there is none."""
+    unequal = "!=" in told
+    name, _, value = (part.strip() for part in told.partition("!=" if unequal else "<="))
+    return name, "" if unequal else value, value if unequal else ""
 
 
 def _named(labels: np.ndarray, names: list[str], args: argparse.Namespace) -> list[str]:

@@ -4,5 +4,5 @@ from hallulib import lazily
 
 __getattr__ = lazily(
     __name__,
-    estimator="Trial pretrained classifier ARMS SyntheticAugmenter run",
+    estimator="Trial pretrained classifier SyntheticAugmenter",
 )

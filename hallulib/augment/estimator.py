@@ -1,26 +1,17 @@
-r"""Synthetic training images where labels are few: the steps, an estimator, and an experiment.
+r"""Synthetic training images where labels are few: the steps, and an estimator.
 
 An autoencoder and an unconditional score model of its latents learn from images without labels
 (`pretrained`). A noise-aware classifier of the latents of a few labelled images steers the score
-model to their classes, and a network trained on these images judges what comes out (`judged`).
-`SyntheticAugmenter` adds what was admitted, in the way of imbalanced-learn. Does that help? In
-every fold of the experiment (`run`) a small share of the training images gets its labels back, and
-a ResNet-18 is trained for the same number of steps on
-
-==============  ===========================================================================
-real            the labelled images as they are
-classical       shifted, mirrored and changed in contrast
-unselected      classical, and synthetic images drawn at random from all that were made
-selected        classical, and as many admitted by :mod:`hallulib.augment.selection`
-==============  ===========================================================================
+model to their classes (`steers`), and a network trained on these images judges what comes out
+(`judged`). `SyntheticAugmenter` adds what was admitted, in the way of imbalanced-learn. Whether
+that helps is asked in ``book/grids/augmentation.ipynb``.
 
 Source: Ye et al., *Synthetic Augmentation with Large-scale Unconditional Pre-training*, 2023.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +30,7 @@ from hallulib.data.changes import augmented
 from hallulib.data.imageset import ImageSet, choose
 from hallulib.diffusion import train, unet
 from hallulib.diffusion.score import ScoreModel
-from hallulib.evidence.metrics import read_scores
-from hallulib.evidence.resnet import read, train_resnet
+from hallulib.evidence.resnet import train_resnet
 from hallulib.shapes import AnyImages, Images, Labels
 from hallulib.storage import disk, settings, store
 from hallulib.storage.estimator import ImageEstimator, Others, must_suit
@@ -48,19 +38,16 @@ from hallulib.storage.estimator import ImageEstimator, Others, must_suit
 ENCODING: dict[str, Any] = dict(batch_size=16, lr=1e-3)
 PRETRAINING: dict[str, Any] = dict(batch_size=16, lr=1e-3, warmup=100)
 VERSIONS = 8  # of each labelled image, that the noise-aware classifier learns from besides
-ARMS = ("real", "classical", "unselected", "selected")
-SCORES, VERDICTS = "scores.csv", "verdicts.csv"
 CLASSIFIER = "classifier.safetensors"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """All settings of the experiment but the images; a `UserError` for an impossible one.
+    """All settings but the images; a `UserError` for an impossible one.
 
     Attributes:
         scheme: label column.
-        share: of the labels of the split ``train`` that are kept in a fold.
-        folds: draws of those labels, each with networks of its own.
+        share: of the labels of the split ``train`` that are kept.
         encoding: steps of the autoencoder.
         factor: pixels along each side of a position of its latents: 4 as in the paper suits 64
             pixels and more; of 32 pixels it leaves too little for nuclei to be told apart.
@@ -73,13 +60,11 @@ class Trial:
         candidates: synthetic images made for each one that is learnt from.
         confidence: least probability of its class, see :mod:`hallulib.augment.selection`.
         resnet_steps, resnet_width: of every ResNet-18 and of its first block.
-        n_test: test images, at most; classes keep their shares.
-        seed: of everything random; fold i adds i.
+        seed: of everything random.
     """
 
     scheme: str
     share: settings.ShareAbove0 = 0.05
-    folds: settings.Positive = 5
     encoding: settings.Positive = 1500
     factor: settings.Positive = 4
     pretraining: settings.Positive = 3000
@@ -92,7 +77,6 @@ class Trial:
     confidence: settings.ShareBelow1 = 0.5
     resnet_steps: settings.Positive = 300
     resnet_width: settings.Positive = 16
-    n_test: settings.Several = 600
     seed: settings.Seed = 0
 
     def __post_init__(self):
@@ -192,12 +176,12 @@ def classifier(
     noised: bool = True,
     from_scratch: bool = False,
 ) -> tuple[steering.NoisyClassifier, Path]:
-    """The classifier that `steers` by the labels of the first fold, and the folder of its run,
-    found by its settings or trained now; it is kept in half precision.
+    """The classifier that `steers` by the labels that are kept, and the folder of its run, found
+    by its settings or trained now; it is kept in half precision.
     """
 
     def learn(folder: Path, **_) -> None:
-        x, y, _names = _labelled(images, trial, 0)
+        x, y = _labelled(images, trial)
         guide = steers(prior, trial, x, y, trial.seed, noised)
         halves = {k: v.half().contiguous() for k, v in guide.state_dict().items()}
         with disk.whole_files(folder) as new:
@@ -228,7 +212,8 @@ def judged(
     the network, the images in [-1, 1], equally many of each class, and for each of these the row
     of ``FeatureSpace.judge``.
     """
-    judge, classes = _network(trial, x, y, seed, "classical"), int(y.max()) + 1
+    steps, width, classes = trial.resnet_steps, trial.resnet_width, int(y.max()) + 1
+    judge = train_resnet(x, y, steps=steps, width=width, change=augmented, seed=seed)
     n = per_class(trial.ratio, len(x), classes) * trial.candidates
     guide, wanted = steers(prior, trial, x, y, seed), torch.arange(classes).repeat_interleave(n)
     how: dict[str, Any] = dict(steps=trial.sampler_steps, clip=False, seed=seed)
@@ -236,12 +221,6 @@ def judged(
     made = prior.autoencoder.decode(z).cpu()
     space = FeatureSpace.fit(judge, x, y, copy_distance)
     return judge, made, space.judge(made, wanted, trial.confidence)
-
-
-def _network(trial: Trial, x: Images, y: Labels, seed: int, arm: str) -> nn.Module:
-    change = None if arm == "real" else augmented
-    steps, width = trial.resnet_steps, trial.resnet_width
-    return train_resnet(x, y, steps=steps, width=width, change=change, seed=seed)
 
 
 def _check_two_of_each(y: Labels, classes: str) -> None:
@@ -375,91 +354,11 @@ class SyntheticAugmenter(ImageEstimator):
         return Pretrained(encoder, learnt.ema)
 
 
-def run(
-    images: ImageSet, trial: Trial, *, from_scratch: bool = False
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of every arm in every fold, found by the settings or measured now, and the verdicts.
-
-    Each fold is a run of its own: an interrupted experiment goes on with the fold it was in. The
-    first table has one row per fold and test image: ``fold``, ``patient``, ``label`` (index of the
-    class), and for each arm and class ``<arm> <class>``, the probability. The second has one row
-    per synthetic image, as :meth:`hallulib.augment.selection.FeatureSpace.judge` gives it, with
-    ``fold`` and whether the arms ``selected`` and ``unselected`` learnt from it.
-
-    Raises:
-        UserError: an empty split, fewer than two classes or images of one, or none admitted.
-    """
-    prior = pretrained(images, trial, from_scratch)
-    tables = []
-    for fold in range(trial.folds):
-        folder = store.load_or_train(
-            f"augmented-{images.name}",
-            partial(_measure, images, trial, prior),
-            defaults=Trial,
-            from_scratch=from_scratch,
-            latents=store.contents(prior.folders[1]),
-            data=images.identity,
-            fold=fold,
-            **{k: v for k, v in asdict(trial).items() if k != "folds"},
-        )
-        both = read_scores(folder / SCORES), pd.read_csv(folder / VERDICTS)
-        tables.append([table.assign(fold=fold) for table in both])
-    scores, verdicts = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))
-    return scores, verdicts
-
-
-def _measure(
-    images: ImageSet, trial: Trial, prior: Pretrained, folder: Path, fold: int, **_
-) -> None:
-    test, held_out = (images.select(split, labelled=trial.scheme) for split in ("test", "val"))
-    x, y, names = _labelled(images, trial, fold)
-    distance = copy_threshold(x, held_out.tensor())
-    networks, verdicts = _arms(prior, trial, x, y, distance, trial.seed + fold)
-
-    asked = np.sort(np.random.default_rng(0).permutation(len(test))[: trial.n_test])
-    scores = test.table[["patient"]].iloc[asked].reset_index(drop=True)
-    scores["label"] = pd.Index(names).get_indexer(test.table[trial.scheme].iloc[asked])
-    x_test = test.tensor(asked)
-    for arm in ARMS:
-        scores[[f"{arm} {name}" for name in names]] = read(networks[arm], x_test)[1]
-    with disk.whole_files(folder) as new:
-        verdicts.to_csv(new / VERDICTS, index=False)
-        scores.to_csv(new / SCORES, index=False)
-
-
-def _labelled(images: ImageSet, trial: Trial, fold: int) -> tuple[Images, Labels, list[str]]:
-    """The training images that keep their label in a fold, their classes, and the names of all
-    classes with training images.
-    """
+def _labelled(images: ImageSet, trial: Trial) -> tuple[Images, Labels]:
+    """The training images that keep their label, and their classes."""
     known = images.select("train", labelled=trial.scheme)
     present, y = known.labels(trial.scheme).unique(return_inverse=True)
-    names = [known.classes(trial.scheme)[c] for c in present]
-    _check_two_of_each(
-        y, f"{known.name}: {len(names)} classes of {trial.scheme} in the split train"
-    )
-    rows = choose(y, 0, trial.seed + fold, trial.share)
-    return known.tensor(rows), y[rows], names
-
-
-def _arms(
-    prior: Pretrained, trial: Trial, x: Images, y: Labels, copy_distance: float, seed: int
-) -> tuple[dict[str, nn.Module], pd.DataFrame]:
-    """A network for each arm, and of the synthetic images which of them two arms learnt from."""
-    networks = {"real": _network(trial, x, y, seed, "real")}
-    networks["classical"], made, verdicts = judged(prior, trial, x, y, copy_distance, seed)
-    verdicts["selected"] = take(verdicts, per_class(trial.ratio, len(x), int(y.max()) + 1))
-    verdicts["unselected"] = _at_random(verdicts, seed)
-    wanted = torch.tensor(verdicts["wanted"].to_numpy())
-    for arm in ("selected", "unselected"):
-        learnt = torch.tensor(verdicts[arm].to_numpy())
-        both = torch.cat([x, made[learnt]]), torch.cat([y, wanted[learnt]])
-        networks[arm] = _network(trial, *both, seed, arm)
-    return networks, verdicts
-
-
-def _at_random(verdicts: pd.DataFrame, seed: int) -> np.ndarray:
-    """As many of each class as were selected, whatever was said of them."""
-    rng, taken = np.random.default_rng(seed), np.zeros(len(verdicts), dtype=bool)
-    for _, of_class in verdicts.groupby("wanted"):
-        taken[rng.permutation(of_class.index.to_numpy())[: of_class["selected"].sum()]] = True
-    return taken
+    told = f"{known.name}: {len(present)} classes of {trial.scheme} in the split train"
+    _check_two_of_each(y, told)
+    rows = choose(y, 0, trial.seed, trial.share)
+    return known.tensor(rows), y[rows]

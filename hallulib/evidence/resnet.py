@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from tqdm.auto import tqdm
 
@@ -68,14 +68,15 @@ def train_resnet(
     width: int = 32,
     pooling: nn.Module | None = None,
     change: Callable[[Images, torch.Generator], Images] | None = lightly_changed,
+    weights: Float[Tensor, " batch"] | None = None,
     seed: int = 0,
     batch_size: int = 32,
 ) -> nn.Sequential:
     """A ResNet-18 with pooling and classifier, trained with Adam; the rate falls to 0 by a cosine.
 
     The ``pooling``, learnt along, makes a vector of each feature map; without one it is the mean
-    over positions. Classes, 0 to k - 1, are drawn equally often, as for the score model. Each
-    drawn batch goes through ``change``, if there is one.
+    over positions. Classes, 0 to k - 1, are drawn equally often, as for the score model, unless
+    ``weights`` say how often each image is. Each drawn batch goes through ``change``, if any.
     """
     rng = torch.Generator().manual_seed(seed)
     pooling = pooling or nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -84,7 +85,7 @@ def train_resnet(
         features = pooling.eval()(backbone(x[:1])).shape[1]
         classes = nn.Linear(features, int(y.max()) + 1)
     network = nn.Sequential(backbone, pooling, classes).to(memory_format=torch.channels_last)
-    weights = 1 / torch.bincount(y)[y].double()
+    weights = 1 / torch.bincount(y)[y].double() if weights is None else weights
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     network.train()
