@@ -5,7 +5,7 @@ information its standard deviation is :math:`\sqrt{(2m+1)/(12m^2)}`, 0.19 at m =
 mend that, but from the same patients and one training they repeat the luck of both. So methods
 are compared on the *same* episodes, and what is resampled are groups of test patients, trainings
 and draws of labels (`over_patients`); slices of one patient are one observation (`bootstrap`).
-`of_episodes`, `of_contest` and `of_folds` set the methods of an experiment side by side. Scores
+`of_episodes` and `of_contest` set the methods of an experiment side by side. Scores
 and labels may be NumPy arrays, tensors or lists.
 """
 
@@ -341,42 +341,6 @@ def of_contest(
         for mine in own:
             gain = over_patients(found[mine, name] - values, n)
             rows.append({"own": mine} | row | _gain(*gain[:3]))
-    return pd.DataFrame(rows)
-
-
-def of_folds(
-    scores: pd.DataFrame,
-    arms: Sequence[str],
-    *,
-    against: str = "classical",
-    resamples: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Accuracy of every arm with 95 % intervals, and its paired gain over one of them.
-
-    Folds and, within them, test patients are drawn with replacement: folds share test images, so
-    neither alone would tell how much another experiment might differ. ``scores`` have one row per
-    fold and test image, as :func:`hallulib.augment.run` gives. One row per arm; gains are over the
-    arm ``against``, on the same folds and patients.
-    """
-    at = [pd.factorize(scores[name])[0] for name in ("fold", "patient")]
-    rng = np.random.default_rng(seed)
-    cells = lambda values: pd.crosstab(*at, values, aggfunc="sum").fillna(0).to_numpy()
-    n = cells(np.ones(len(scores)))
-    drawn = [np.ix_(*(rng.integers(k, size=k) for k in n.shape)) for _ in range(resamples)]
-
-    def interval(sums: np.ndarray) -> list[float]:
-        means = [sums[cell].sum() / n[cell].sum() for cell in drawn]
-        return [sums.sum() / n.sum(), *np.quantile(means, (0.025, 0.975))]
-
-    y = scores["label"].to_numpy()
-    right = {arm: cells(columns(scores, arm).argmax(1) == y) for arm in arms}
-    rows = []
-    for arm in arms:
-        row = dict(zip(("accuracy", "low", "high"), interval(right[arm]), strict=True))
-        if arm != against:
-            row |= _gain(*interval(right[arm] - right[against]))
-        rows.append({"arm": arm, **row})
     return pd.DataFrame(rows)
 
 

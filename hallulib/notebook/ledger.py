@@ -96,6 +96,15 @@ class Ledger:
 
         return FIELD.sub(put, text)
 
+    def side(self, name: str, above: str, below: str, neither: str, at: float = 0) -> str:
+        """One of three texts: whether the interval of a number lies above, below or around
+        ``at``.
+        """
+        low, high = (self.measured[name][end] for end in ("low", "high"))
+        if low is None or low <= at <= high:
+            return neither
+        return above if low > at else below
+
     def publish(self, **series: object) -> None:
         """Hand the numbers to a grid that runs this chapter, with ``series`` of JSON."""
         held = {"measured": self.measured, "series": series}

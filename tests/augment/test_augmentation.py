@@ -1,4 +1,4 @@
-"""The experiment compares its arms on the same folds, and sees no label that it should not."""
+"""Every way of training is asked the same images, and sees no label that it should not."""
 
 from dataclasses import replace
 
@@ -6,27 +6,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from notebook_names import defined
 
+from conftest import ROOT, size_for_tests
 from hallulib import UserError
 from hallulib.augment import steering
-from hallulib.augment.estimator import (
-    ARMS,
-    Trial,
-    classifier,
-    pretrained,
-    run,
-    steers,
-)
-from hallulib.augment.selection import ADMITTED
+from hallulib.augment.estimator import Trial, classifier, pretrained, steers
 from hallulib.data import imageset
 from hallulib.data.imageset import choose
-from hallulib.evidence.metrics import of_folds, read_scores
-from hallulib.storage import store
+from hallulib.evidence.metrics import columns
+from hallulib.evidence.resnet import read, train_resnet
+from hallulib.notebook import grid, parameters
 
+NOTEBOOK = ROOT / "book" / "grids" / "augmentation.ipynb"
 TINY = Trial(
     "grade2",
     share=0.1,
-    folds=2,
     encoding=2,
     pretraining=2,
     width=8,
@@ -36,7 +31,6 @@ TINY = Trial(
     confidence=0,
     resnet_steps=8,
     resnet_width=2,
-    n_test=20,
 )
 
 
@@ -45,31 +39,100 @@ def phantom():
     return imageset.open("phantom", 16)
 
 
+def on(images, **values):
+    """What the notebook defines, for these images."""
+    space = defined(NOTEBOOK, SCHEME="grade2", DATASET="phantom", **values)
+    space["images"] = space["source"] = images
+    return space
+
+
+def never(folder, **_):
+    raise AssertionError("measured again")
+
+
 @pytest.fixture(scope="module")
-def found(phantom):
-    return run(phantom, TINY)
+def space(phantom):
+    return on(phantom)
 
 
-def test_every_fold_asks_the_same_test_images_and_every_arm_answers(found):
-    scores, verdicts = found
-    assert verdicts["fold"].nunique() == scores["fold"].nunique() == 2
-    first, second = (part.reset_index(drop=True) for _, part in scores.groupby("fold"))
-    pd.testing.assert_frame_equal(first[["patient", "label"]], second[["patient", "label"]])
-    for arm in ARMS:
-        total = scores[[c for c in scores if c.startswith(f"{arm} ")]].sum(axis=1)
-        np.testing.assert_allclose(total, 1, rtol=1e-5)
+@pytest.fixture(scope="module")
+def scores(space):
+    return space["scores"](0, 0)
 
 
-def test_as_many_unselected_as_selected_images_of_each_class_are_learnt_from(found, phantom):
-    n = len(choose(phantom.select("train", labelled="grade2").labels("grade2"), 0, 0, TINY.share))
-    for _, verdicts in found[1].groupby("fold"):
-        assert len(verdicts) == 3 * 2 * -(-n // 2)
-        assert (verdicts.loc[verdicts["selected"], "verdict"] == ADMITTED).all()
-        counts = [verdicts.loc[verdicts[a], "wanted"].value_counts() for a in ARMS[2:]]
-        pd.testing.assert_series_equal(*counts, check_names=False, check_like=True)
+def test_every_way_answers_for_every_image_that_is_asked_about(space, scores):
+    assert len(scores) == size_for_tests(NOTEBOOK)["N_TEST"]
+    for way in space["METHODS"]:
+        assert np.isfinite(columns(scores, way)).all()
+        assert columns(scores, way).shape == (len(scores), 2)
 
 
-def test_the_classifier_that_steers_learns_the_labels_of_the_first_fold(found, phantom):
+@pytest.mark.parametrize("out", ["test", "patients"])
+def test_no_patient_is_learnt_from_and_asked_about(phantom, out):
+    space = on(phantom, OUT=out, FOLDS=3, N_TEST=10_000)
+    who, found = phantom.table["patient"].to_numpy(), space["folds"]()[0]
+    assert len(found) == 3
+    for kept, asked in found:
+        assert not set(who[kept]) & set(who[asked])
+    labelled = np.flatnonzero(phantom.labels("grade2") >= 0)
+    everything = np.sort(np.concatenate([asked for _, asked in found]))
+    if out == "patients":
+        assert everything.tolist() == labelled.tolist()
+    else:
+        test = np.flatnonzero(phantom.table["split"] == "test")
+        assert all(asked.tolist() == test.tolist() for _, asked in found)
+        draws = {tuple(kept) for kept, _ in found}
+        assert len(draws) == 3
+        assert set(phantom.table["split"].iloc[np.concatenate([k for k, _ in found])]) == {"train"}
+
+
+def test_labels_that_a_fold_did_not_keep_change_nothing(phantom, space, scores):
+    """All labels of training images but those of the fold are taken away."""
+    kept, _ = space["folds"]()[0][0]
+    blind = phantom.table.copy()
+    known = np.flatnonzero((phantom.table["split"] == "train") & (phantom.table["grade2"] != ""))
+    blind.loc[np.setdiff1d(known, kept), ["gs", "isup", "grade2"]] = ""
+    told = on(replace(phantom, table=blind), SHARE=1.0)["scores"](0, 0)
+    pd.testing.assert_frame_equal(told, scores, rtol=1e-3)
+
+
+def test_what_was_measured_is_found(phantom, scores):
+    space = on(phantom)
+    space["measure"] = never
+    pd.testing.assert_frame_equal(space["scores"](0, 0), scores)
+
+
+def test_pseudo_labels_are_of_images_without_label_the_surest_first(phantom, space):
+    pool = phantom.unlabelled()
+    guide = steers(space["prior"](), space["trial"], pool[:8], torch.arange(8) % 2, 0)
+    x, y = space["pseudo"](guide, 3)
+    log_p = space["asked_clean"](guide, pool)
+    for c in y.unique():
+        said = log_p.argmax(1) == c
+        surest = log_p[said, c].sort(descending=True).values[:3]
+        torch.testing.assert_close(space["asked_clean"](guide, x[y == c])[:, c], surest)
+
+
+def test_strong_changes_keep_size_and_range_and_come_again(space, phantom):
+    x = phantom.tensor(range(6))
+    first, again = (space["strongly"](x, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert first.shape == x.shape
+    assert first.abs().max() <= 1
+    assert torch.equal(first, again)
+    assert not torch.equal(first, x)
+
+
+def test_an_image_of_no_weight_is_never_learnt_from(phantom):
+    x, y = phantom.tensor(range(12)), torch.arange(12) % 2
+    weights = torch.cat([torch.ones(8), torch.zeros(4)]).double()
+    p = []
+    for junk in (0.0, 1.0):
+        other = torch.cat([x[:8], torch.full_like(x[8:], junk)])
+        p.append(read(train_resnet(other, y, steps=3, width=2, weights=weights), x)[1])
+    np.testing.assert_array_equal(*p)
+
+
+def test_the_classifier_that_steers_learns_the_labels_that_are_kept(phantom):
     known = phantom.select("train", labelled="grade2")
     y = known.labels("grade2")
     rows = choose(y, 0, TINY.seed, TINY.share)
@@ -79,7 +142,7 @@ def test_the_classifier_that_steers_learns_the_labels_of_the_first_fold(found, p
         torch.testing.assert_close(value, expected[name].half().float())
 
 
-def test_it_is_found_again_and_is_not_the_one_that_never_saw_noise(found, phantom, monkeypatch):
+def test_it_is_found_again_and_is_not_the_one_that_never_saw_noise(phantom, monkeypatch):
     prior = pretrained(phantom, TINY)
     guide, folder = classifier(phantom, TINY, prior)
     blind, other = classifier(phantom, TINY, prior, noised=False)
@@ -91,89 +154,12 @@ def test_it_is_found_again_and_is_not_the_one_that_never_saw_noise(found, phanto
     assert not torch.equal(blind.head[1].weight, guide.head[1].weight)
 
 
-def test_what_was_found_is_not_measured_again_and_a_lost_fold_comes_out_the_same(found, phantom):
-    lost = next(store.runs_folder().glob("augmented-phantom-*/run.json"))
-    lost.unlink()
-    for again, before in zip(run(phantom, TINY), found, strict=True):
-        pd.testing.assert_frame_equal(again, before, rtol=1e-4)
-    assert lost.exists()
-
-
-def test_labels_that_a_fold_did_not_keep_change_nothing(found, phantom):
-    """All labels of training images but those of the fold are taken away."""
-    known = (phantom.table["split"] == "train") & (phantom.table["grade2"] != "")
-    positions = np.flatnonzero(known)
-    y = phantom.select("train", labelled="grade2").labels("grade2")
-    kept = positions[choose(y, 0, 0, 0.1)]
-    blind = phantom.table.copy()
-    blind.loc[np.setdiff1d(positions, kept), ["gs", "isup", "grade2"]] = ""
-    told, _ = run(replace(phantom, table=blind), replace(TINY, share=1, folds=1))
-    expected = found[0].query("fold == 0")
-    pd.testing.assert_frame_equal(told, expected, rtol=1e-3)
-
-
-def made_up(accuracy, folds=5, patients=30, seed=0):
-    """Scores of four arms with the given chances of being right, two images a patient."""
-    rng = np.random.default_rng(seed)
-    n = folds * patients * 2
-    scores = pd.DataFrame({"fold": np.repeat(np.arange(folds), patients * 2)})
-    scores["patient"] = np.tile(np.repeat(np.arange(patients), 2), folds).astype(str)
-    scores["label"] = np.tile(rng.integers(2, size=patients * 2), folds)
-    for arm, chance in zip(ARMS, accuracy, strict=True):
-        right = rng.random(n) < chance
-        scores[f"{arm} a"] = np.where(right == (scores["label"] == 0), 0.9, 0.1)
-        scores[f"{arm} b"] = 1 - scores[f"{arm} a"]
-    return scores
-
-
-def test_the_table_says_what_the_scores_say():
-    scores = made_up((0.6, 0.7, 0.7, 0.8))
-    found = of_folds(scores, ARMS).set_index("arm")
-    for arm in ARMS:
-        right = (scores[f"{arm} b"] > 0.5) == (scores["label"] == 1)
-        assert found.loc[arm, "accuracy"] == pytest.approx(right.mean())
-    assert (found["low"] < found["accuracy"]).all()
-    assert (found["accuracy"] < found["high"]).all()
-    gain = found["accuracy"] - found.loc["classical", "accuracy"]
-    np.testing.assert_allclose(found["gain"].drop("classical"), gain.drop("classical"))
-
-
-def test_an_arm_that_answers_as_the_other_gains_nothing_for_sure():
-    scores = made_up((0.6, 0.7, 0.7, 0.8))
-    for name in "ab":
-        scores[f"selected {name}"] = scores[f"classical {name}"]
-    row = of_folds(scores, ARMS).set_index("arm").loc["selected"]
-    assert row["gain"] == row["gain_low"] == row["gain_high"] == 0
-
-
-def test_patients_may_have_any_name(tmp_path):
-    scores = made_up((0.6, 0.7, 0.7, 0.8))
-    names = dict(zip(scores["patient"].unique(), ["NA", "None", "nan", "007"], strict=False))
-    named = scores.assign(patient=scores["patient"].map(lambda p: names.get(p, p)))
-    named.to_csv(tmp_path / "scores.csv", index=False)
-    read = read_scores(tmp_path / "scores.csv")
-    assert read["patient"].tolist() == named["patient"].astype(str).tolist()
-    pd.testing.assert_frame_equal(of_folds(read, ARMS), of_folds(scores, ARMS))
-
-
-def test_intervals_of_no_gain_hold_zero_about_as_often_as_they_should():
-    held = 0
-    for seed in range(40):
-        row = (
-            of_folds(made_up((0.7,) * 4, seed=seed), ARMS, resamples=200)
-            .set_index("arm")
-            .loc["selected"]
-        )
-        held += row["gain_low"] <= 0 <= row["gain_high"]
-    assert held >= 35
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(share=0), "share is 0; above 0 to 1 is needed"),
         (dict(confidence=1.0), "confidence is 1.0; 0 to below 1 is needed"),
-        (dict(folds=0), "folds is 0; at least 1 is needed"),
+        (dict(sampler_steps=0), "sampler_steps is 0; at least 1 is needed"),
     ],
 )
 def test_impossible_settings_are_told_in_a_sentence(change, message):
@@ -181,28 +167,36 @@ def test_impossible_settings_are_told_in_a_sentence(change, message):
         replace(TINY, **change)
 
 
-def test_a_class_with_a_single_image_is_told(phantom, found):
+def test_a_class_with_a_single_image_is_told(phantom):
     train = phantom.table["split"] == "train"
     rare = phantom.classes("grade2")[1]
     rows = np.flatnonzero(train & (phantom.table["grade2"] == rare))[1:]
     few = phantom.table.copy()
     few.loc[rows, "grade2"] = ""
+    prior = pretrained(phantom, TINY)
     with pytest.raises(UserError, match="2 classes of grade2 .*, the rarest with 1 images"):
-        run(replace(phantom, table=few), replace(TINY, folds=1))
+        classifier(replace(phantom, table=few), TINY, prior)
 
 
-def test_a_set_with_a_single_class_is_told(phantom, found):
+def test_a_set_with_a_single_class_is_told(phantom):
     benign = phantom.table["grade2"].where(phantom.table["split"] != "train", "")
     first = phantom.classes("grade2")[0]
     benign[(phantom.table["split"] == "train") & (phantom.table["grade2"] == first)] = first
     one = replace(phantom, table=phantom.table.assign(grade2=benign))
     with pytest.raises(UserError, match="1 classes of grade2 in the split train"):
-        run(one, replace(TINY, folds=1))
+        classifier(one, TINY, pretrained(phantom, TINY))
+    with pytest.raises(UserError, match="two classes of grade2 are needed in each fold"):
+        on(one)["folds"]()
 
 
-def test_a_set_without_validation_images_is_told(phantom, found):
-    table_ = phantom.table.assign(
-        split=phantom.table["split"].where(phantom.table["split"] != "val", "test")
-    )
-    with pytest.raises(UserError, match=r"phantom: no image with split val and label scheme grad"):
-        run(replace(phantom, table=table_), replace(TINY, folds=1))
+def test_what_is_asked_about_is_one_of_two():
+    with pytest.raises(UserError, match="OUT = images: it is test or patients"):
+        on(None, OUT="images")
+
+
+def test_the_notebook_measures_the_numbers_of_the_stored_cells(tmp_path):
+    asked = parameters.own_values(NOTEBOOK) | size_for_tests(NOTEBOOK) | {"MIXED": "0.25 0.5"}
+    cell = grid.run_cell(NOTEBOOK, asked, tmp_path / "cell.json")
+    assert cell["error"] is None
+    for stored in grid.load(ROOT / "book" / "results" / "augmentation.json"):
+        assert stored["measured"].keys() == cell["measured"].keys()

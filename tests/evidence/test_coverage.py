@@ -114,32 +114,36 @@ def test_the_share_of_the_oracle_s_gain_is_covered(deal):
     assert np.median([i.high - i.low for i in found]) < 2  # it says something all the same
 
 
-def contest(rng, draws, luck):
+def contest(rng, draws, luck, seeds=None):
     """Scores of two classifiers of one law. Each draw of labels gives each of them directions of
-    two classes that are off by luck; the test images, one or two of a patient, are the same.
+    two classes that are off by luck; the test images, one or two of a patient, are the same. Draws
+    may take turns with seeds, whose own luck they share.
     """
     of_patient = rng.normal(size=(60, 3))
     who = np.sort(np.r_[np.arange(60), rng.choice(60, 20, replace=False)])
     images = 0.6 * of_patient[who] + 0.8 * rng.normal(size=(len(who), 3))
     images[:, 0] += who % 2
-    tables = []
+    tables, methods = [], ("likelihood", "linear")
+    of_seed = luck * rng.normal(size=(seeds or 1, 2, 3)) * (seeds is not None)
     for draw in range(draws):
         table = pd.DataFrame({"patient": who.astype(str), "label": who % 2, "draw": draw})
-        for method in ("likelihood", "linear"):
-            towards = [1, 0, 0] + luck * rng.normal(size=3)
+        if seeds:
+            table["seed"] = draw % seeds
+        for i, method in enumerate(methods):
+            towards = [1, 0, 0] + luck * rng.normal(size=3) + of_seed[draw % (seeds or 1), i]
             table[f"{method} a"] = towards[0] / 2 - images @ towards
             table[f"{method} b"] = -table[f"{method} a"]
         tables.append(table)
     return pd.concat(tables)
 
 
-@pytest.mark.parametrize("luck", [0.1, 1.0])
-def test_a_contest_covers_the_luck_of_the_draw_of_labels(luck):
+@pytest.mark.parametrize(("luck", "seeds"), [(0.1, None), (1.0, None), (0.7, 3)])
+def test_a_contest_covers_the_luck_of_the_draw_of_labels(luck, seeds):
     """Of two methods that are the same the true difference is 0. With little luck they differ on
     single images alone, where the interval is wider than it has to be.
     """
     rng, methods = np.random.default_rng(4), ("likelihood", "linear")
-    tables = [contest(rng, 10, luck) for _ in range(REPEATS)]
+    tables = [contest(rng, 10, luck, seeds) for _ in range(REPEATS)]
     found = pd.concat([of_contest(table, methods) for table in tables])
     for _, rows in found.groupby("measure"):
         own, other = (part for _, part in rows.groupby("method"))
