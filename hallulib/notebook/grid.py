@@ -78,6 +78,10 @@ def read(file: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
         notebook = parameters.ROOT / (name if name.endswith(".ipynb") else f"book/{name}.ipynb")
         if not notebook.is_file():
             raise UserError(f"there is no chapter {name}: no file {notebook}")
+        if "ledger.publish(" not in notebook.read_text():
+            raise UserError(
+                f"{name} never calls ledger.publish(), so a grid has nothing to collect"
+            )
         own, rules = parameters.own_values(notebook), parameters.declared(notebook)
         for chosen in grid.choices():
             values = dict(own)
