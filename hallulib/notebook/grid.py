@@ -12,7 +12,6 @@ by its ledger is kept. A finished cell never runs twice: after a
 change of the library or of the chapter, give another file.
 """
 
-import ast
 import hashlib
 import itertools
 import json
@@ -168,15 +167,10 @@ def run_cell(notebook: Path, values: dict[str, Any], file: Path) -> Cell:
 
 def _published(notebook):
     """What the chapter published, found in the outputs of its executed copy."""
-    found = {}
-    for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
-        data = output.get("data", {})
-        found |= data.get(MEASURED, {})
-        label = output.get("metadata", {}).get("scrapbook", {})
-        if label.get("name") in ("measured", "series"):
-            text = data[label["mime_prefix"] + "text/plain"]
-            found[label["name"]] = json.loads(ast.literal_eval(text))
-    if "measured" not in found:
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    shown = (output.get("data", {}) for output in outputs)
+    found = next((data[MEASURED] for data in shown if MEASURED in data), None)
+    if found is None:
         raise UserError("a chapter of a grid must end with ledger.publish(), and this one did not")
     return found
 

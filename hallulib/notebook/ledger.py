@@ -111,7 +111,7 @@ class Ledger:
         display({MEASURED: held, "text/plain": f"{len(self.measured)} numbers"}, raw=True)
 
     def values(self) -> dict[str, float]:
-        """Name and value of every number, to be glued into the text."""
+        """Name and value of every number."""
         return {name: number["value"] for name, number in self.measured.items()}
 
     def table(self) -> pd.DataFrame:
