@@ -2,7 +2,7 @@
 
 A grid file names a chapter and the values of its parameters::
 
-    chapter: 06_hallucination    # of the book, or the path of a notebook
+    chapter: 07_hallucination    # of the book, or the path of a notebook
     common: {N_EPISODES: 600}    # for all cells
     grid: {STEPS: [10, 100], RATE: [1e-4, 1e-3]}    # every combination
     cells: [{STEPS: 0}]          # and single ones; they win over ``common``

@@ -8,7 +8,7 @@ python tests/benchmarks/bench_latent.py [--data histology] [--size 64] [--steps 
    autoencoder for N / 2), and the Frechet distances of their samples from real images are told.
 2. Share of steered samples that a selection admits, from 20 steps of DPM-Solver++ and from 1000
    ancestral steps, the same classes and networks in turn, with a paired interval over samples.
-   It uses the runs of chapter 08's experiment (``--pretraining``, ``--training``, ``--factor``:
+   It uses the runs of chapter 12's experiment (``--pretraining``, ``--training``, ``--factor``:
    PRETRAINING, STEPS and the setting there). ``--steps 0`` leaves table 1 out.
 """
 

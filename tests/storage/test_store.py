@@ -217,7 +217,7 @@ def shipped(monkeypatch):
 
 
 def test_chapters_find_the_weights_that_ship(runs, shipped, monkeypatch):
-    """As chapters 03, 06 and 07 ask for them, chapter 06 with classes held out."""
+    """As chapters 03, 07 and 09 ask for them, chapter 07 with classes held out."""
     images = data.open("lesions", 32)
     told = dict(steps=4000, width=24, scheme="isup")
     monkeypatch.setattr(train, "pretrain", None)  # so that nothing is trained instead
@@ -229,7 +229,7 @@ def test_chapters_find_the_weights_that_ship(runs, shipped, monkeypatch):
 
 
 def test_the_networks_of_the_drawn_tissue_that_ship_are_found(runs, shipped, monkeypatch):
-    """As chapter 08 asks for them."""
+    """As chapter 12 asks for them."""
     monkeypatch.setattr(autoencoder, "train", None)  # so that nothing is trained instead
     monkeypatch.setattr(train, "pretrain", None)
     trial = augment.Trial("tissue", share=0.1, encoding=2500, factor=2, pretraining=10000)
