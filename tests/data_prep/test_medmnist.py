@@ -64,6 +64,44 @@ def test_neighbouring_numbers_can_be_joined_to_one_group(tmp_path, arrays, capsy
     assert "a.npz: --patient 'patient//few' does not divide whole numbers" in told
 
 
+def test_images_can_be_left_out_by_what_they_are_and_tested_by_a_value(tmp_path, arrays, capsys):
+    arrays |= {"organ": arrays["patient"] % 3, "part": np.where(arrays["test"], "test", "other")}
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ["npz", tmp_path / "a.npz", tmp_path / "set", "--names=names", "--size=12"]
+    command += ["--patient=patient"]
+    told = run(capsys, *command, "--keep=organ!=2", "--test=part=test")
+    opened = imageset.open(tmp_path / "set")
+    items = opened.table["item"].astype(int)
+    assert items.tolist() == np.flatnonzero(arrays["organ"] != 2).tolist()
+    assert (opened.table["split"] == "test").tolist() == arrays["test"][items].tolist()
+    assert f"{(arrays['organ'] == 2).sum()}  image left out by organ!=2" in told
+    told = run(capsys, *command, "--overwrite", "--keep=organ!=9", status=2)
+    assert "a.npz: organ is nowhere '9'; --keep leaves nothing out" in told
+    told = run(capsys, *command, "--overwrite", "--test=part=tset", status=2)
+    assert "a.npz: part is nowhere 'tset'; --test names no image" in told
+
+
+def test_images_can_have_further_labels(tmp_path, arrays, capsys):
+    arrays |= {"zone": np.arange(60) % 3, "zones": np.array(["PZ", "TZ", "AS"])}
+    arrays["grade"] = np.where(np.arange(60) % 4, "low", "high")
+    np.savez(tmp_path / "a.npz", **arrays)
+    command = ["npz", tmp_path / "a.npz", tmp_path / "set", *OPTIONS]
+    run(capsys, *command, "--also=zone=zones", "--also=grade")
+    opened = imageset.open(tmp_path / "set")
+    items = opened.table["item"].astype(int)
+    assert opened.schemes == ("label", "zone", "grade")
+    assert opened.classes("zone") == ("PZ", "TZ", "AS")
+    assert opened.labels("zone").tolist() == arrays["zone"][items].tolist()
+    assert opened.table["grade"].tolist() == arrays["grade"][items].tolist()
+    for wrong, sentence in (
+        ("--also=label", "--also label: this label is taken already"),
+        ("--also=place", "no array 'place'"),
+        ("--also=names", "array names is too short; one entry per image needed"),
+        ("--also=grade=zones", "grade has 'high'; known are 0 to 2"),
+    ):
+        assert sentence in run(capsys, *command, "--overwrite", wrong, status=2)
+
+
 def test_images_can_be_kept_by_a_limit(tmp_path, arrays, capsys):
     arrays["white"] = np.linspace(0, 1, 60).astype(np.float32)
     del arrays["patient"]
