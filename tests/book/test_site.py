@@ -8,7 +8,7 @@ import pytest
 
 from conftest import CHAPTERS
 
-PAGES = [*CHAPTERS, "papers", "notation"]
+PAGES = [*CHAPTERS, "papers", "glossary", "notation"]
 DEVICES = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 
