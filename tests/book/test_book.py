@@ -18,10 +18,19 @@ from tiny_chapter import CHECK, write_chapter
 from conftest import CHAPTERS, ROOT, size_for_tests
 from hallulib import UserError
 from hallulib.notebook import parameters
+from hallulib.notebook.ledger import FIELD
 from hallulib.storage import store
 
 BOOK = ROOT / "book"
 each_chapter = pytest.mark.parametrize("name", CHAPTERS)
+# chapters that read the same in the page, in JupyterLab, on Colab and in a papermill copy
+LIVE = ["01_images", "02_noise", "03_pretraining"]
+each_live_chapter = pytest.mark.parametrize("name", LIVE)
+HIDDEN = {"hide-input", "remove-input", "hide-cell", "remove-cell"}
+# what only the publisher of the book renders: {cite:p}`key`, ```{math}
+ROLE = re.compile(r"\{[a-z][\w:.-]*\}`|^\s*(?:`{3,}|:{3,})\s*\{", re.MULTILINE)
+
+FOLDED = re.compile(r"\n\n<details>\n<summary>Answer</summary>\n\n(?s:.+)\n\n</details>$")
 
 
 def cells(name, kind):
@@ -74,6 +83,11 @@ def test_a_chapter_checks_exactly_its_parameters(name):
     assert words == set(parameters.own_values(BOOK / f"{name}.ipynb"))
 
 
+def exercises(name):
+    texts = [c.source for c in cells(name, "markdown")]
+    return [text for text in texts if re.match(r"\*\*(Predict|Change|Build)\.\*\*", text)]
+
+
 @each_chapter
 def test_a_chapter_follows_the_pattern_of_the_book(name):
     texts = [c.source for c in cells(name, "markdown")]
@@ -82,10 +96,55 @@ def test_a_chapter_follows_the_pattern_of_the_book(name):
     assert all(f"**{word}" in texts[1] for word in ("You will", "Before", "Cost"))
     assert "figures.style()" in code
     assert "explore(" in code
-    assert "\n".join(texts).count("{exercise}") >= 3
-    assert "\n".join(texts).count("{solution}") >= 3
-    assert "{bibliography}" in texts[-1]
-    assert ":filter: docname in docnames" in texts[-1]
+    if name in LIVE:
+        assert len(exercises(name)) >= 3
+        assert "## What to remember" in texts
+    else:
+        assert "\n".join(texts).count("{exercise}") >= 3
+        assert "\n".join(texts).count("{solution}") >= 3
+        assert "{bibliography}" in texts[-1]
+        assert ":filter: docname in docnames" in texts[-1]
+
+
+def said(name):
+    """The texts that the cells of a chapter say."""
+    for cell in cells(name, "code"):
+        for call in ast.walk(ast.parse(cell.source)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "ledger.say":
+                yield from (n.value for n in ast.walk(call) if isinstance(n, ast.Constant))
+
+
+@each_live_chapter
+def test_a_live_chapter_needs_no_publisher_to_be_read(name):
+    texts = [c.source for c in cells(name, "markdown")]
+    for text in [*texts, *(text for text in said(name) if isinstance(text, str))]:
+        assert not ROLE.search(text), ROLE.search(text)
+    assert "myst_nb" not in "\n".join(c.source for c in cells(name, "code"))
+
+
+@each_live_chapter
+def test_a_live_chapter_hides_in_a_notebook_what_its_page_hides(name):
+    for cell in cells(name, "code"):
+        hidden = bool(HIDDEN & set(cell.metadata.get("tags", [])))
+        assert hidden == cell.metadata.get("jupyter", {}).get("source_hidden", False), cell.id
+    for text in exercises(name):  # empty lines: without them no Markdown is rendered between
+        assert FOLDED.search(text), text
+
+
+@pytest.mark.chapter
+@each_live_chapter
+def test_every_number_of_a_live_chapter_is_said(name, executed):
+    shown = [
+        output.data["text/markdown"]
+        for cell in nbformat.read(executed(name), 4).cells
+        for output in cell.get("outputs", [])
+        if "text/markdown" in output.get("data", {})
+    ]
+    assert shown
+    # a listing of the library has the braces of its own code
+    told = "\n".join(text for text in shown if "```python" not in text)
+    assert not FIELD.search(told), FIELD.search(told)
+    assert not ROLE.search(told), ROLE.search(told)
 
 
 @pytest.mark.parametrize("name", ["03_pretraining", "04_sampling"])
