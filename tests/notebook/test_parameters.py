@@ -200,7 +200,7 @@ def test_the_values_of_its_kind_that_people_give_are_taken(notebook, name):
 @pytest.mark.parametrize("value", [-1, 2**32, "yes", "1:04", "1e-3", "010", "2.5", "~", "true"])
 def test_no_book_is_begun_with_a_seed_that_is_none(value, tmp_path, capsys):
     assert build.main(["-p", "SEED", str(value), "--target", str(tmp_path / "out")]) == 2
-    sentence = r"01_images: parameter SEED = .* must be a whole number from 0 to 4294967295\n"
+    sentence = r"00_start: parameter SEED = .* must be a whole number from 0 to 4294967295\n"
     assert re.fullmatch(sentence, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
