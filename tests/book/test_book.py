@@ -24,7 +24,7 @@ from hallulib.storage import store
 BOOK = ROOT / "book"
 each_chapter = pytest.mark.parametrize("name", CHAPTERS)
 # chapters that read the same in the page, in JupyterLab, on Colab and in a papermill copy
-LIVE = ["01_images", "02_noise", "03_pretraining"]
+LIVE = ["01_images", "02_noise", "03_pretraining", "10_your_data"]
 each_live_chapter = pytest.mark.parametrize("name", LIVE)
 HIDDEN = {"hide-input", "remove-input", "hide-cell", "remove-cell"}
 # what only the publisher of the book renders: {cite:p}`key`, ```{math}
