@@ -23,9 +23,6 @@ from hallulib.storage import store
 
 BOOK = ROOT / "book"
 each_chapter = pytest.mark.parametrize("name", CHAPTERS)
-# chapters that read the same in the page, in JupyterLab, on Colab and in a papermill copy
-LIVE = [name for name in CHAPTERS if name != "13_your_data"]
-each_live_chapter = pytest.mark.parametrize("name", LIVE)
 HIDDEN = {"hide-input", "remove-input", "hide-cell", "remove-cell"}
 # what only the publisher of the book renders: {cite:p}`key`, ```{math}
 ROLE = re.compile(r"\{[a-z][\w:.-]*\}`|^\s*(?:`{3,}|:{3,})\s*\{", re.MULTILINE)
@@ -96,14 +93,8 @@ def test_a_chapter_follows_the_pattern_of_the_book(name):
     assert all(f"**{word}" in texts[1] for word in ("You will", "Before", "Cost"))
     assert "figures.style()" in code
     assert "explore(" in code
-    if name in LIVE:
-        assert len(exercises(name)) >= 3
-        assert any(text.startswith("## What to remember") for text in texts)
-    else:
-        assert "\n".join(texts).count("{exercise}") >= 3
-        assert "\n".join(texts).count("{solution}") >= 3
-        assert "{bibliography}" in texts[-1]
-        assert ":filter: docname in docnames" in texts[-1]
+    assert len(exercises(name)) >= 3
+    assert any(text.startswith("## What to remember") for text in texts)
 
 
 def said(name):
@@ -114,16 +105,16 @@ def said(name):
                 yield from (n.value for n in ast.walk(call) if isinstance(n, ast.Constant))
 
 
-@each_live_chapter
-def test_a_live_chapter_needs_no_publisher_to_be_read(name):
+@each_chapter
+def test_a_chapter_needs_no_publisher_to_be_read(name):
     texts = [c.source for c in cells(name, "markdown")]
     for text in [*texts, *(text for text in said(name) if isinstance(text, str))]:
         assert not ROLE.search(text), ROLE.search(text)
     assert "myst_nb" not in "\n".join(c.source for c in cells(name, "code"))
 
 
-@each_live_chapter
-def test_a_live_chapter_hides_in_a_notebook_what_its_page_hides(name):
+@each_chapter
+def test_a_chapter_hides_in_a_notebook_what_its_page_hides(name):
     for cell in cells(name, "code"):
         hidden = bool(HIDDEN & set(cell.metadata.get("tags", [])))
         assert hidden == cell.metadata.get("jupyter", {}).get("source_hidden", False), cell.id
@@ -132,8 +123,8 @@ def test_a_live_chapter_hides_in_a_notebook_what_its_page_hides(name):
 
 
 @pytest.mark.chapter
-@each_live_chapter
-def test_every_number_of_a_live_chapter_is_said(name, executed):
+@each_chapter
+def test_every_number_of_a_chapter_is_said(name, executed):
     shown = [
         output.data["text/markdown"]
         for cell in nbformat.read(executed(name), 4).cells
