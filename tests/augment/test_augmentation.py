@@ -195,7 +195,7 @@ def test_what_is_asked_about_is_one_of_two():
 
 
 def test_the_notebook_measures_the_numbers_of_the_stored_cells(tmp_path):
-    asked = parameters.own_values(NOTEBOOK) | size_for_tests(NOTEBOOK) | {"MIXED": "0.25 0.5"}
+    asked = parameters.own_values(NOTEBOOK) | size_for_tests(NOTEBOOK)
     cell = grid.run_cell(NOTEBOOK, asked, tmp_path / "cell.json")
     assert cell["error"] is None
     for stored in grid.load(ROOT / "book" / "results" / "augmentation.json"):

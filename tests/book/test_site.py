@@ -140,7 +140,7 @@ def test_every_figure_is_drawn(name, visit):
 
 
 @in_browser
-@pytest.mark.parametrize("name", CHAPTERS)
+@pytest.mark.parametrize("name", [name for name in CHAPTERS if name != "00_start"])
 def test_every_slider_changes_its_figure_by_key_and_by_pointer(name, visit):
     page, faults = visit(f"{name}.html")
     sliders = page.locator(".explore input[type=range]")
